@@ -1,0 +1,161 @@
+"""The command line: `rlhf-recipes list | show | run`, and `main(recipe)`, which a recipe file calls.
+
+Neither torch nor trl is imported until a run starts or an override has to be checked, so list and show answer at once.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .recipe import (
+    SECTIONS,
+    STAGES,
+    Recipe,
+    find,
+    load,
+    load_module,
+    names,
+    parse_overrides,
+    parse_value,
+    replace,
+    to_dict,
+)
+
+
+def main_cli(argv: Sequence[str] | None = None) -> None:
+    """The `rlhf-recipes` command. Exits with 2 after a user's error and with 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="rlhf-recipes", description="RLHF on one GPU, from recipes.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | run")
+    commands.add_parser("list", help="name the shipped recipes")
+    for command, purpose in {"show": "print a recipe, every setting resolved", "run": "run or resume a recipe"}.items():
+        subparser = commands.add_parser(command, help=purpose, description=purpose)
+        subparser.add_argument("recipe", metavar="NAME", help="a shipped recipe, or path/to/your_own.py")
+        _add_settings(subparser)
+        if command == "show":
+            subparser.add_argument("--json", action="store_true", help="print JSON")
+        else:
+            _add_run_options(subparser)
+    options = _parse(parser, argv)
+    with _exit_codes():
+        if options.command == "list":
+            print(_table())
+        elif options.command == "show":
+            print(_show(options))
+        else:
+            _run(load(options.recipe), options)
+
+
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
+    """What a recipe file calls under `if __name__ == "__main__":`, so that `python my.py ppo.kl_coef=0.1` runs it.
+
+    Args:
+        recipe: the file's recipe.
+        argv: `[key=value ...] [--run-dir DIR] [--stages sft,reward]`; None takes those of the process.
+    """
+    parser = argparse.ArgumentParser(description=f"Run or resume the recipe {recipe.name}.")
+    _add_settings(parser)
+    _add_run_options(parser)
+    options = _parse(parser, argv)
+    with _exit_codes():
+        _run(recipe, options)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="a change, for example ppo.kl_coef=0.1")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/<name>)")
+    parser.add_argument("--stages", metavar="sft,reward,ppo", help="run only these stages")
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Like `parse_args`, but settings may also follow an option: argparse returns those as unknown words."""
+    options, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or "settings" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.settings += rest
+    return options
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """A user's error is one line without a traceback; an interrupted run says how to go on."""
+    # What libraries say about themselves, and no user can act on, would bury that line.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        raise SystemExit(130) from error
+
+
+def _table() -> str:
+    """One line a recipe: its name, base model, stages, and the first line of its file's docstring."""
+    rows = []
+    for name in names():
+        module = load_module(find(name))
+        stages = ",".join(stage for stage in STAGES if getattr(module.recipe, stage))
+        rows.append((name, module.recipe.base.model, stages, (module.__doc__ or "").strip().partition("\n")[0]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _show(options: argparse.Namespace) -> str:
+    recipe = replace(load(options.recipe), **parse_overrides(options.settings))
+    if options.settings:
+        # Whether a key of a stage's arguments exists is known only to trl, which takes seconds to import.
+        with redirect_stdout(sys.stderr):  # libraries print notes as they load; standard output is the recipe alone
+            from .runner import check
+
+            check(recipe)
+    return json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe))
+
+
+def settings(recipe: Recipe) -> list[str]:
+    """The resolved recipe as `key=value` lines, each of which `parse_overrides` reads back as the same value."""
+    lines = []
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        if field.name in SECTIONS and value is not None:
+            section = {key.name: getattr(value, key.name) for key in fields(value)}
+            section |= section.pop("args", {})
+            lines += _lines(f"{field.name}.", section)
+        else:
+            lines += _lines("", {field.name: value})
+    return lines
+
+
+def _lines(prefix: str, values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        bare = isinstance(value, str) and parse_value(value) == value
+        yield f"{prefix}{key}={value if bare else repr(value)}"
+
+
+def _run(recipe: Recipe, options: argparse.Namespace) -> None:
+    stages = tuple(options.stages.split(",")) if options.stages is not None else None
+    recipe = replace(recipe, **parse_overrides(options.settings))
+    from .runner import run
+
+    run(recipe, run_dir=options.run_dir, stages=stages)
+
+
+if __name__ == "__main__":
+    main_cli()

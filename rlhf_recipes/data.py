@@ -1,0 +1,705 @@
+"""Data: any accepted source becomes the tokenized columns of one stage.
+
+A row is read (with its number in the source), reduced to a prompt and its completions, rendered, tokenized, and put on
+the training or the held-out side by its prompt. All stages share this one path, so PPO sees prompts and scores
+responses exactly as the SFT and the reward model were trained on them. TRL would tokenize each format in its own way,
+which is why its trainers are given columns that are already tokenized.
+
+A source has one of TRL's formats (https://huggingface.co/docs/trl/dataset_formats), in text or in messages:
+
+    messages                      the last assistant message is the completion, all before it the prompt
+    prompt + completion
+    [prompt +] chosen + rejected  without a prompt, it is the shared beginning; SFT takes `chosen` as its completion
+    prompt
+
+Transcripts of Anthropic's HH kind ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import extract_prompt
+
+from .recipe import Stage, function, is_function, suggestion
+
+Messages = list[dict[str, Any]]
+Text = str | Messages
+Ids = np.ndarray  # int32, (tokens,): a list takes eight times the memory
+StageName = Literal["sft", "reward", "ppo"]
+
+CHAT_TEMPLATES: dict[str, str] = {
+    # Anthropic's HH transcripts, each answer ended by EOS so that the policy learns to stop. The space after
+    # "Assistant:" belongs to the answer, as in HH.
+    "transcript": """\
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{{ message.content | trim }}
+    {%- elif message.role == 'user' %}{{ '\\n\\nHuman: ' + message.content | trim }}
+    {%- elif message.role == 'assistant' %}{{ '\\n\\nAssistant: ' + message.content | trim }}{{ eos_token }}
+    {%- else %}{{ raise_exception('A transcript has no role ' + message.role + '.') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}""",
+    "chatml": """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+}
+
+# What a stage takes, in order of preference. `messages` come first and the whole preference row before its prompt alone
+# in every stage, so that a source with several formats gives all stages the same prompt.
+FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sft": (("messages",), ("prompt", "completion"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "reward": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "ppo": (("messages",), ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt",)),
+}
+COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected", "margin")
+RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # arguments of reward functions, and our column
+
+
+# --- Tokenization, shared by all stages -------------------------------------------------------------------------------
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+    """Give the tokenizer the chat template that all stages use.
+
+    Args:
+        tokenizer: changed in place.
+        name: a name of `CHAT_TEMPLATES`, the path of a .jinja file, or None for the tokenizer's own ("transcript" if it
+            has none).
+    Raises:
+        ValueError: there is no such template or file, it cannot be rendered, or it uses a token like `<|im_end|>` that
+            the vocabulary lacks (it would be split into pieces that the model never saw in this role).
+    """
+    if name is None:
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = CHAT_TEMPLATES["transcript"]
+        return
+    if name.endswith(".jinja"):
+        if not Path(name).is_file():
+            raise ValueError(f"base.chat_template: there is no file {name}.")
+        template = Path(name).read_text(encoding="utf-8")
+    elif name in CHAT_TEMPLATES:
+        template = CHAT_TEMPLATES[name]
+    else:
+        hint = suggestion(name, CHAT_TEMPLATES)
+        raise ValueError(f"base.chat_template: {name!r} is neither a named template nor a .jinja file.{hint}")
+    for token in sorted(set(re.findall(r"<\|\w+\|>", template))):
+        if tokenizer.tokenize(token) != [token]:
+            raise ValueError(
+                f"base.chat_template: {name} needs the token {token}, which this tokenizer lacks. Use 'transcript', or "
+                "a base model with that token."
+            )
+    tokenizer.chat_template = template
+    try:
+        _turn_end(tokenizer)
+    except TemplateError as error:
+        raise ValueError(f"base.chat_template: {name} cannot be rendered: {error}") from error
+
+
+def stop_token_id(tokenizer: PreTrainedTokenizerBase, conversational: bool) -> int:
+    """The id of the token that ends a response: what generation stops at, and the last of a tokenized completion.
+
+    Conversational rows end with the last special token that the chat template writes after an assistant's text
+    (`<|im_end|>`, `<|eot_id|>`, ...); text rows, and templates that write none, end with EOS.
+    Raises ValueError if that is EOS and the tokenizer has none.
+    """
+    if conversational:
+        return _turn_end(tokenizer)[1]
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer {tokenizer.name_or_path!r} has no eos_token: a response could never end.")
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    """The ids of a prompt: messages with the template's generation prompt, or text with the usual special tokens.
+
+    A trailing EOS, which some tokenizers add to every text, is left out: a response follows.
+    """
+    return _prompt_ids(tokenizer, [_prompt_text(tokenizer, prompt)], not isinstance(prompt, str))[0].tolist()
+
+
+def tokenize_pair(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, as `tokenize_prompt` gives them, and of its completion, which end in exactly one stop token.
+
+    The completion's ids are those that it has in the tokenization of the whole text, unless a token spans the boundary:
+    then it is tokenized by itself. Raises ValueError if the chat template renders the prompt differently once an answer
+    follows it.
+    """
+    conversational = not isinstance(prompt, str)
+    end, stop = _end(tokenizer, conversational)
+    prompt_text = _prompt_text(tokenizer, prompt)
+    text = _completion_text(tokenizer, prompt, prompt_text, completion, end)
+    prompt_ids = _prompt_ids(tokenizer, [prompt_text], conversational)
+    completion_ids = _completion_ids(tokenizer, [prompt_text], prompt_ids, [text], conversational, stop)
+    return prompt_ids[0].tolist(), completion_ids[0].tolist()
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, conversational: bool) -> tuple[str, int]:
+    return _turn_end(tokenizer) if conversational else ("", stop_token_id(tokenizer, False))
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """What the template writes after an answer from the stop token on ("" if it has none), and that token's id."""
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    after = _render(tokenizer, probe).rpartition("answer")[2]
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = [token for token in special if token in after]
+    if not found:
+        return "", stop_token_id(tokenizer, False)
+    stop = max(found, key=lambda token: (after.rfind(token) + len(token), len(token)))
+    return after[after.rfind(stop) :], special[stop]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)
+    return text
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> str:
+    return prompt if isinstance(prompt, str) else _render(tokenizer, prompt, add_generation_prompt=True)
+
+
+def _completion_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, prompt_text: str, completion: Text, end: str
+) -> str:
+    """The completion as the template renders it after the prompt, without the end of the turn."""
+    if isinstance(prompt, str) or isinstance(completion, str):
+        assert isinstance(prompt, str) and isinstance(completion, str), "prompt and completion have different formats"
+        return completion
+    whole = _render(tokenizer, prompt + completion)
+    if not whole.startswith(prompt_text):
+        raise ValueError(
+            "The chat template writes the prompt differently once an answer follows it, so a model trained with it "
+            f"would be sampled on prompts that it never saw. Set base.chat_template. The prompt ends in "
+            f"{prompt_text[-40:]!r}, the conversation in {whole[-40:]!r}."
+        )
+    return whole[len(prompt_text) :].removesuffix(end)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool) -> list[Ids]:
+    result = []
+    # In pieces, because a fast tokenizer holds some hundred bytes a token until a batch is done.
+    for start in range(0, len(texts), 1000):
+        piece = texts[start : start + 1000]
+        # verbose=False: rows longer than the model's limit are ours to report.
+        encoded = tokenizer(piece, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
+        result += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]  # type: ignore[union-attr]
+    return result
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], conversational: bool) -> list[Ids]:
+    # A template writes its special tokens itself.
+    batch = _ids(tokenizer, texts, special_tokens=not conversational)
+    ends_in_eos = [not conversational and ids[-1:].tolist() == [tokenizer.eos_token_id] for ids in batch]
+    return [ids[:-1] if cut else ids for ids, cut in zip(batch, ends_in_eos, strict=True)]
+
+
+def _completion_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_texts: list[str],
+    prompt_ids: list[Ids],
+    texts: list[str],
+    conversational: bool,
+    stop: int,
+) -> list[Ids]:
+    wholes = [prompt + text for prompt, text in zip(prompt_texts, texts, strict=True)]
+    batch = _ids(tokenizer, wholes, special_tokens=not conversational)
+    spans = [not np.array_equal(ids[: len(prompt)], prompt) for ids, prompt in zip(batch, prompt_ids, strict=True)]
+    alone = iter(_ids(tokenizer, [text for text, span in zip(texts, spans, strict=True) if span], special_tokens=False))
+    result = []
+    for ids, prompt, span in zip(batch, prompt_ids, spans, strict=True):
+        ids = next(alone) if span else ids[len(prompt) :]
+        while ids[-1:].tolist() == [stop]:
+            ids = ids[:-1]
+        result.append(np.append(ids, np.int32(stop)))
+    return result
+
+
+# --- Sources ----------------------------------------------------------------------------------------------------------
+
+
+def _read(name: str, stage: Stage) -> Iterator[tuple[int, Any]]:
+    """The rows of a stage's source with their numbers, from 1: lines of a JSONL file, data rows of all others."""
+    path = Path(stage.data)
+    if is_function(stage.data):
+        yield from enumerate(function(stage.data)(), 1)
+    elif path.is_file() or _kind(path) in READERS or path.suffix == ".gz":
+        yield from _read_file(f"{name}.data", path)
+    else:
+        yield from enumerate(_read_hub(name, stage), 1)
+
+
+def _kind(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def _read_file(key: str, path: Path) -> Iterator[tuple[int, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{key}: there is no file {path}.")
+    if _kind(path) not in READERS:
+        raise ValueError(f"{key}: {path} is none of {', '.join(READERS)}, each also with .gz.")
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            yield from READERS[_kind(path)](file)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{key}: {path}, line {error.lineno}: not JSON ({error.msg}).") from error
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowInvalid) as error:
+        raise ValueError(f"{key}: cannot read {path}: {error}") from error
+
+
+def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    return _json_lines(io.TextIOWrapper(file, encoding="utf-8-sig"))
+
+
+def _read_json(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """One JSON list, or JSON lines, which are common under this suffix as well."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
+    return iter(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else _json_lines(io.StringIO(text))
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                error.lineno = number
+                raise
+            yield number, row
+
+
+def _read_csv(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    # Read by the standard library, not pyarrow, which fails a whole column for one cell of another type.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    for number, row in enumerate(csv.DictReader(text), 1):
+        yield number, {column: _decode(cell) for column, cell in row.items()}
+
+
+def _read_parquet(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    batches = pq.ParquetFile(io.BytesIO(file.read())).iter_batches()
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
+        yield number, {column: _decode(cell) for column, cell in row.items()}
+
+
+READERS: dict[str, Callable[[Any], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _decode(cell: Any) -> Any:
+    """A cell that holds messages as JSON text, as a table must write them, becomes messages."""
+    if isinstance(cell, str) and re.match(r'\s*\[\s*\{\s*"', cell):
+        try:
+            return json.loads(cell)
+        except json.JSONDecodeError:
+            return cell
+    return cell
+
+
+def _read_hub(name: str, stage: Stage) -> Iterable[Any]:
+    try:
+        dataset = datasets.load_dataset(stage.data, name=stage.subset, split=stage.split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise ValueError(
+            f"{name}.data: {stage.data!r} is no local file or function, and cannot be loaded as a dataset of the Hub "
+            f"(subset {stage.subset!r}, split {stage.split!r}): {error}"
+        ) from error
+    assert isinstance(dataset, datasets.Dataset)
+    return dataset
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+class _BadRow(Exception):
+    """A row that cannot be used. Args: the reason it is counted under, the field, and what more there is to say."""
+
+    def __init__(self, reason: str, field: str, detail: str = "") -> None:
+        super().__init__(f"field {field!r}: {reason}{': ' if detail else ''}{detail}")
+        self.reason = reason
+
+
+@dataclass
+class _Row:
+    number: int  # in its source
+    columns: dict[str, Any]  # under TRL's names
+    prompt: Text = ""
+    completions: dict[str, Text] = field(default_factory=dict)
+    prompt_text: str = ""
+    texts: dict[str, str] = field(default_factory=dict)  # the completions rendered, without the end of the turn
+    prompt_ids: Ids = field(default_factory=lambda: np.empty(0, np.int32))
+    ids: dict[str, Ids] = field(default_factory=dict)  # the completions tokenized, with the stop token
+
+
+def _rename(name: str, stage: Stage, numbered: list[tuple[int, Any]]) -> list[_Row]:
+    """Apply `stage.columns`. Raises ValueError for a name that TRL or the source does not have."""
+    found = list(dict.fromkeys(str(column) for _, row in numbered if isinstance(row, dict) for column in row))
+    for ours, theirs in stage.columns.items():
+        if ours not in COLUMNS:
+            raise ValueError(f"{name}.columns: TRL has no column {ours!r}.{suggestion(ours, COLUMNS)}")
+        if theirs not in found:
+            raise ValueError(f"{name}.columns: {stage.data} has no column {theirs!r}.{suggestion(theirs, found)}")
+    rows = []
+    for number, row in numbered:
+        if isinstance(row, dict):
+            renamed = {ours: row[theirs] for ours, theirs in stage.columns.items() if theirs in row}
+            row = {key: cell for key, cell in row.items() if key not in stage.columns.values()} | renamed
+        rows.append(_Row(number, row))
+    return rows
+
+
+def _choose_format(name: str, stage: Stage, rows: list[_Row]) -> tuple[str, ...]:
+    """The source's format: the first that at least half as many rows have as have the most frequent one.
+
+    A few rows without a prompt must not make all of them rows with an implicit one, nor a stray column decide for all.
+    """
+    dicts = [row.columns for row in rows if isinstance(row.columns, dict)]
+    counts = {
+        columns: sum(all(row.get(column) is not None for column in columns) for row in dicts)
+        for columns in FORMATS[name]
+    }
+    if not any(counts.values()):
+        found = ", ".join(dict.fromkeys(str(column) for row in dicts for column in row)) or "none"
+        accepted = ", or ".join(" + ".join(columns) for columns in FORMATS[name])
+        example = f"{name}.columns={{'{FORMATS[name][-1][0]}': 'its name in the source'}}"
+        raise ValueError(
+            f"{name}.data: {stage.data} has the columns: {found}. This stage takes {accepted}. If they have other "
+            f"names there, map them: {example}."
+        )
+    return next(columns for columns in FORMATS[name] if 2 * counts[columns] >= max(counts.values()))
+
+
+def _check_text(name: str, value: Any) -> None:
+    if value is None:
+        raise _BadRow("missing field", name)
+    if isinstance(value, str):
+        texts = [value]
+    elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        texts = [message.get(key) for message in value for key in ("role", "content")]
+    else:
+        raise _BadRow("wrong type", name, f"{type(value).__name__}, not text or a list of messages")
+    for text in texts:
+        if not isinstance(text, str):
+            raise _BadRow("wrong type", name, "a message's role and content must be text")
+        if re.search("[\ud800-\udfff]", text):
+            raise _BadRow("not Unicode", name, "half of a surrogate pair")
+
+
+def _is_empty(value: Text) -> bool:
+    text = value if isinstance(value, str) else value[-1]["content"] if value else ""
+    return not text.strip()
+
+
+def _transcript(text: Any) -> Messages | None:
+    """The messages of an Anthropic transcript; None for any other text. An open "Assistant:" is an empty message."""
+    if not isinstance(text, str) or not text.lstrip().startswith("Human:"):
+        return None
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())
+    if "Assistant" not in parts[1::2]:
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _normalize(row: _Row, columns: tuple[str, ...], name: str) -> None:
+    """Fill in the row's prompt and completions. Raises _BadRow."""
+    if not isinstance(row.columns, dict):
+        raise _BadRow("wrong type", "row", f"{type(row.columns).__name__}, not an object")
+    if None in row.columns:  # the csv module's key for what has no column
+        raise _BadRow("wrong type", "row", "it has more cells than the header")
+    values: dict[str, Any] = {column: row.columns.get(column) for column in columns}
+    for column, value in values.items():
+        _check_text(column, value)
+    if "messages" in values:
+        prompt, completions = _split_messages(values["messages"], name)
+    elif "chosen" in values:
+        prompt, completions = _split_preference(values, name)
+    else:
+        prompt, completions = _split_transcript(values.pop("prompt"), values)
+    if _is_empty(prompt):
+        raise _BadRow("empty", "prompt")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise _BadRow("no answer can follow", "prompt", "it ends with an assistant's message")
+    row.prompt = prompt
+    if name != "ppo":
+        wanted = {"sft": ("completion", "chosen"), "reward": ("chosen", "rejected")}[name]
+        row.completions = {column: value for column, value in completions.items() if column in wanted}
+    for column, value in row.completions.items():
+        _check_completion(prompt, column, value)
+
+
+def _check_completion(prompt: Text, column: str, value: Text) -> None:
+    if isinstance(value, str) != isinstance(prompt, str):
+        kinds = ("text", "messages") if isinstance(value, str) else ("messages", "text")
+        raise _BadRow("wrong type", column, "{} after a prompt of {}".format(*kinds))
+    if _is_empty(value):
+        raise _BadRow("empty", column)
+    if not isinstance(value, str) and [message["role"] for message in value] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in value)
+        raise _BadRow("not one assistant message", column, f"after the prompt there is: {roles}")
+
+
+def _split_messages(messages: Messages, name: str) -> tuple[Text, dict[str, Text]]:
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if answers:
+        return messages[: answers[-1]], {"completion": messages[answers[-1] : answers[-1] + 1]}
+    if name != "ppo":
+        raise _BadRow("missing field", "messages", "there is no assistant message")
+    return messages, {}
+
+
+def _split_preference(values: dict[str, Any], name: str) -> tuple[Text, dict[str, Text]]:
+    if name == "reward" and values["chosen"] == values["rejected"]:
+        raise _BadRow("chosen equals rejected", "chosen")
+    pair: dict[str, Any] = {column: _transcript(values[column]) or values[column] for column in ("chosen", "rejected")}
+    # Whole conversations hold their prompt, and win over a prompt beside them (which is often its text alone).
+    whole = all(isinstance(value, list) and value and value[0]["role"] != "assistant" for value in pair.values())
+    if "prompt" in values and not whole:
+        return _split_transcript(values["prompt"], {column: values[column] for column in pair})
+    for column, value in pair.items():
+        if _is_empty(value):
+            raise _BadRow("empty", column)
+    if isinstance(pair["chosen"], str) != isinstance(pair["rejected"], str):
+        raise _BadRow("wrong type", "rejected", "one of chosen and rejected is text, the other messages")
+    # Trailing spaces would lead TRL's function astray where nothing is shared.
+    pair = {column: value.rstrip() if isinstance(value, str) else value for column, value in pair.items()}
+    if pair["chosen"] == pair["rejected"]:
+        raise _BadRow("chosen equals rejected", "chosen")
+    extracted: dict[str, Any] = extract_prompt(pair)
+    return extracted.pop("prompt"), extracted
+
+
+def _split_transcript(prompt: Text, completions: dict[str, Text]) -> tuple[Text, dict[str, Text]]:
+    """A prompt that is an open transcript becomes messages, and so do the texts that answer it."""
+    messages = _transcript(prompt)
+    if messages is None or messages[-1] != {"role": "assistant", "content": ""}:
+        return prompt, completions
+    answers: dict[str, Text] = {
+        column: [{"role": "assistant", "content": text.strip()}] if isinstance(text, str) else text
+        for column, text in completions.items()
+    }
+    return messages[:-1], answers
+
+
+# --- Stages -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage's tokenized data. Every list of ids has its row's own length; nothing is padded.
+
+    sft: input_ids, labels (-100 on the prompt). reward: chosen_ids, rejected_ids and, where the source has it, margin.
+    ppo: prompt_ids, prompt, and every other column of the source, for reward functions. `report` holds source, rows,
+    used, train, heldout, heldout_prompts (numbers of), dropped (reason -> number) and examples (the first bad rows).
+    """
+
+    train: datasets.Dataset
+    heldout: datasets.Dataset
+    conversational: bool
+    stop_token_id: int
+    report: dict[str, Any]
+
+
+def prepare(
+    name: StageName, stage: Stage, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int = 0
+) -> Prepared:
+    """Read, check, tokenize and split the data of a stage.
+
+    Args:
+        name: which stage's columns to make; also the first word of the keys that messages name.
+        stage: its source, columns, limits and held-out share.
+        tokenizer: with its chat template set (`set_chat_template`).
+        max_length: longest row in tokens: prompt + completion for sft and reward, the prompt alone for ppo. None: any.
+        seed: of the held-out split. The same prompt falls on the same side in every stage with this seed, save that a
+            split never leaves either side empty.
+    Raises:
+        ValueError: the source cannot be read or understood, a column is mapped wrongly, no usable row is left, or
+            `stage.bad_rows` is "refuse" and there are bad rows.
+    """
+    if not 0 <= stage.heldout <= 0.9:
+        raise ValueError(f"{name}.heldout must be between 0 and 0.9, not {stage.heldout}.")
+    for key in ("limit", "heldout_limit"):
+        if (getattr(stage, key) or 0) < 0:
+            raise ValueError(f"{name}.{key} must not be negative, but is {getattr(stage, key)}.")
+    rows = _rename(name, stage, list(islice(_read(name, stage), stage.limit)))
+    if not rows:
+        raise ValueError(f"{name}.data: {stage.data} holds no rows.")
+    total, bad = len(rows), []
+    columns = _choose_format(name, stage, rows)
+    rows = _sift(rows, lambda row: _normalize(row, columns, name), bad)
+    conversational = bool(rows) and _sides(rows).most_common(1)[0][0]
+    rows = _sift(rows, lambda row: _check_side(row, conversational), bad)
+    if name == "reward" and any("margin" in row.columns for row in rows):
+        rows = _sift(rows, _check_margin, bad)
+    end, stop = _end(tokenizer, conversational)
+    rows = _sift(rows, lambda row: _render_row(tokenizer, row, end), bad)
+    _tokenize(tokenizer, rows, conversational, stop)
+    rows = _sift(rows, lambda row: _check_length(row, max_length), bad)
+    report = {"source": stage.data, "rows": total, "used": len(rows)}
+    dropped = _report_bad(name, stage, bad, total)
+
+    train, heldout = _split(rows, stage.heldout, seed)
+    if name == "ppo":
+        heldout = list({_position(row.prompt, seed): row for row in reversed(heldout)}.values())
+    heldout = sorted(heldout, key=lambda row: _position(row.prompt, seed))[: stage.heldout_limit]
+    prompts = len({_position(row.prompt, seed) for row in heldout})
+    report |= {"train": len(train), "heldout": len(heldout), "heldout_prompts": prompts, **dropped}
+    # One table for both sides gives them the same types. Held-out rows, which may be none, come first, because an
+    # empty range must still begin inside the table.
+    table = _table(name, stage, [*heldout, *train])
+    kept, trained = range(len(heldout)), range(len(heldout), len(table))
+    return Prepared(table.select(trained), table.select(kept), conversational, stop, report)
+
+
+def _sift(rows: list[_Row], check: Callable[[_Row], None], bad: list[tuple[int, _BadRow]]) -> list[_Row]:
+    """The rows that pass; the others go to `bad`."""
+    kept = []
+    for row in rows:
+        try:
+            check(row)
+        except _BadRow as error:
+            bad.append((row.number, error))
+        else:
+            kept.append(row)
+    return kept
+
+
+def _sides(rows: list[_Row]) -> Counter[bool]:
+    return Counter(not isinstance(row.prompt, str) for row in rows)
+
+
+def _check_side(row: _Row, conversational: bool) -> None:
+    if isinstance(row.prompt, str) == conversational:
+        kinds = ("text", "messages") if conversational else ("messages", "text")
+        raise _BadRow("mixed formats", "prompt", "this row is {}, most are {}".format(*kinds))
+
+
+def _check_margin(row: _Row) -> None:
+    margin = row.columns.get("margin")
+    if margin is None:
+        raise _BadRow("missing field", "margin")
+    try:
+        row.columns["margin"] = float(margin)  # a CSV cell is text
+    except (TypeError, ValueError):
+        row.columns["margin"] = math.nan
+    if not math.isfinite(row.columns["margin"]):
+        raise _BadRow("wrong type", "margin", f"{margin!r} is no finite number")
+
+
+def _render_row(tokenizer: PreTrainedTokenizerBase, row: _Row, end: str) -> None:
+    try:
+        row.prompt_text = _prompt_text(tokenizer, row.prompt)
+        for column, completion in row.completions.items():
+            row.texts[column] = _completion_text(tokenizer, row.prompt, row.prompt_text, completion, end)
+    except TemplateError as error:
+        raise _BadRow("refused by the chat template", "prompt", str(error)) from error
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], conversational: bool, stop: int) -> None:
+    prompt_texts = [row.prompt_text for row in rows]
+    prompt_ids = _prompt_ids(tokenizer, prompt_texts, conversational)
+    for row, ids in zip(rows, prompt_ids, strict=True):
+        row.prompt_ids = ids
+    for column in rows[0].texts if rows else ():
+        texts = [row.texts[column] for row in rows]
+        batch = _completion_ids(tokenizer, prompt_texts, prompt_ids, texts, conversational, stop)
+        for row, ids in zip(rows, batch, strict=True):
+            row.ids[column] = ids
+
+
+def _check_length(row: _Row, limit: int | None) -> None:
+    for column, ids in row.ids.items() or (("prompt", ()),):
+        length = len(row.prompt_ids) + len(ids)
+        if limit is not None and length > limit:
+            raise _BadRow("too long", column, f"{length} tokens, limit {limit}")
+
+
+def _report_bad(name: str, stage: Stage, bad: list[tuple[int, _BadRow]], total: int) -> dict[str, Any]:
+    """What the report says of bad rows. Raises ValueError if they are refused, or are all there is."""
+    bad = sorted(bad, key=lambda item: item[0])
+    dropped = dict(Counter(error.reason for _, error in bad).most_common())
+    unit = "data row" if _kind(Path(stage.data)) == ".csv" else "row"
+    examples = [f"{stage.data}, {unit} {number}, {error}" for number, error in bad[:20]]
+    if bad and (stage.bad_rows == "refuse" or len(bad) == total):
+        counts = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
+        fix = f"Correct them or set {name}.bad_rows=drop." if len(bad) < total else "No usable row is left."
+        first = "".join(f"\n  {example}" for example in examples[:5])
+        raise ValueError(f"{name}.data: {len(bad)} of {total} rows cannot be used ({counts}). {fix} The first:{first}")
+    return {"dropped": dropped, "examples": examples}
+
+
+def _position(prompt: Text, seed: int) -> float:
+    """Where a prompt lies in [0, 1): below `Stage.heldout` it is held out, in whatever stage, order or file."""
+    canonical = prompt.strip() if isinstance(prompt, str) else [[m["role"], m["content"].strip()] for m in prompt]
+    digest = hashlib.sha256(f"{seed}\n{json.dumps(canonical)}".encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48
+
+
+def _split(rows: list[_Row], share: float, seed: int) -> tuple[list[_Row], list[_Row]]:
+    """Training rows in their order, and held-out rows. With two prompts or more neither side is empty."""
+    positions = [_position(row.prompt, seed) for row in rows]
+    distinct = sorted(set(positions))
+    if share == 0 or len(distinct) < 2:
+        return rows, []
+    threshold = min(max(share, distinct[1]), distinct[-1])
+    sides = list(zip(rows, positions, strict=True))
+    return [row for row, at in sides if at >= threshold], [row for row, at in sides if at < threshold]
+
+
+def _table(name: str, stage: Stage, rows: list[_Row]) -> datasets.Dataset:
+    """The rows in the columns that the stage's trainer takes as they are."""
+    columns: dict[str, list[Any]]
+    if name == "sft":
+        pairs = [(row.prompt_ids, ids) for row in rows for ids in row.ids.values()]
+        columns = {
+            "input_ids": [np.append(prompt, ids) for prompt, ids in pairs],
+            "labels": [np.append(np.full_like(prompt, -100), ids) for prompt, ids in pairs],
+        }
+    elif name == "reward":
+        columns = {
+            f"{side}_ids": [np.append(row.prompt_ids, row.ids[side]) for row in rows] for side in ("chosen", "rejected")
+        }
+        if "margin" in rows[0].columns:
+            columns["margin"] = [row.columns["margin"] for row in rows]
+    else:
+        others = dict.fromkeys(column for row in rows for column in row.columns if column != "prompt")
+        for clash in sorted(set(others) & set(RESERVED)):
+            raise ValueError(
+                f"{name}.data: rename the column {clash!r} of {stage.data}: reward functions have an "
+                "argument of that name."
+            )
+        columns = {"prompt_ids": [row.prompt_ids for row in rows], "prompt": [row.prompt for row in rows]}
+        columns |= {column: [row.columns.get(column) for row in rows] for column in others}
+    tables = []
+    for column, values in columns.items():
+        try:
+            tables.append(datasets.Dataset.from_dict({column: values}))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{name}.data: the column {column!r} of {stage.data} mixes types: {error}") from error
+    return datasets.concatenate_datasets(tables, axis=1)

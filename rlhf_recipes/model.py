@@ -1,0 +1,385 @@
+"""The one base: loading it, its fingerprint, and SharedBase, which gives every role its adapter on it."""
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub.constants import HF_HOME
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl.trainer.utils import disable_dropout_in_model
+
+from .data import set_chat_template, stop_token_id
+from .objectives import token_log_probs
+from .recipe import Base, Lora, function, is_function
+
+FINGERPRINT = "base.json"  # beside each saved adapter
+HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
+
+
+def device() -> torch.device:
+    """The device of this run: the first GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def precision(base: Base) -> torch.dtype:
+    """The one rule for dtypes: what the base's unquantized weights and activations are held in.
+
+    bfloat16 on a GPU that has it and on every quantized base, float32 otherwise; `base.dtype` overrides it. Where it
+    is bfloat16, trainers run under bfloat16 autocast. Adapters and heads that PPO trains are always float32: a step of
+    1e-5 on a LoRA weight is below bfloat16's resolution.
+    """
+    if base.dtype != "auto":
+        return getattr(torch, base.dtype)
+    bf16_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16_gpu or base.quantization else torch.float32
+
+
+def cache_folder() -> Path:
+    """Where bases that a function builds are kept: $RLHF_RECIPES_CACHE, else beside the Hugging Face cache."""
+    return Path(os.environ.get("RLHF_RECIPES_CACHE") or Path(HF_HOME).parent / "rlhf_recipes").expanduser()
+
+
+def model_path(base: Base) -> str:
+    """What `from_pretrained` takes: the Hub id or folder, or the folder that `module:function` fills, built once."""
+    if not is_function(base.model):
+        return base.model
+    build = function(base.model)
+    file = Path(build.__code__.co_filename)
+    files = sorted(file.parent.glob("*.py")) if (file.parent / "__init__.py").is_file() else [file]
+    version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    folder = cache_folder() / f"{build.__name__}-{version}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            build(Path(scratch) / "base")
+            os.replace(Path(scratch) / "base", folder)
+    return str(folder)
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with its chat template, and a padding token that never ends a response.
+
+    transformers' sequence classifiers pool at the last token that is not the padding token. Were padding also the token
+    that ends a response, the reward model would be trained to read its score one token too early.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    set_chat_template(tokenizer, base.chat_template)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"base.model={base.model}: its tokenizer has no EOS token, so a response could never end.")
+    ends = {tokenizer.eos_token_id, stop_token_id(tokenizer, conversational=True)}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        spare = [i for i in (tokenizer.unk_token_id, *tokenizer.all_special_ids, 0, 1, 2) if i not in {None, *ends}]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """The base's weights, frozen, on this run's device, quantized as the recipe says.
+
+    Args:
+        auto_class: AutoModelForCausalLM, or AutoModelForSequenceClassification to train the reward model.
+        kwargs: more arguments of `from_pretrained` (`num_labels=1`).
+    """
+    dtype = precision(base)
+    quantization = {
+        None: None,
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }[base.quantization]
+    model = auto_class.from_pretrained(
+        model_path(base),
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
+        use_safetensors=True,
+        dtype=dtype,
+        device_map={"": device()},
+        **({"quantization_config": quantization} if quantization else {}),
+        **({"attn_implementation": base.attn_implementation} if base.attn_implementation else {}),
+        **kwargs,
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights for good in the first no-grad forward, and later gradients be wrong.
+            module.support_avx512bf16_for_cpu = False
+    return model.requires_grad_(False)
+
+
+def lora_config(lora: Lora, task_type: TaskType) -> LoraConfig:
+    """PEFT's configuration of a role's adapter. SEQ_CLS trains and saves the score head as well, CAUSAL_LM has none."""
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task_type
+    )
+
+
+def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What an adapter's scores and log-probs depend on beside its own weights, as plain JSON values.
+
+    A local model is known by its configuration, and its weight files' names, sizes and first MiB, so that its folder
+    may move; a Hub model by its id and commit.
+    """
+    path = model_path(base)
+    identity = {"model": base.model, "revision": base.revision}
+    if Path(path).is_dir():
+        digest = hashlib.sha256()
+        for file in sorted([Path(path) / "config.json", *Path(path).glob("*.safetensors")]):
+            with file.open("rb") as stream:
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(2**20))
+        identity = {"model": f"sha256:{digest.hexdigest()[:16]}", "revision": None}
+    elif base.revision is None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
+        identity["revision"] = getattr(config, "_commit_hash", None)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return {
+        **identity,
+        "quantization": base.quantization,
+        "dtype": str(precision(base)).removeprefix("torch."),
+        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
+        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
+    }
+
+
+def write_fingerprint(folder: Path, found: dict[str, Any]) -> None:
+    """Record beside a saved adapter the base that it was trained on."""
+    (folder / FINGERPRINT).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raises ValueError if the adapter in `folder` was trained on another base than `wanted` describes."""
+    path = folder / FINGERPRINT
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {FINGERPRINT}: it was not written by this package, or not finished.")
+    found = json.loads(path.read_text())
+    differences = [
+        f"{key}: {found.get(key)} there, {wanted[key]} here" for key in wanted if found.get(key) != wanted[key]
+    ]
+    if differences:
+        raise ValueError(f"The adapter in {folder} was trained on another base ({'; '.join(differences)}).")
+
+
+class SharedBase(nn.Module):
+    """Several roles on one copy of a causal language model.
+
+    Each role is a LoRA adapter, some with a scalar head on the last hidden state. Exactly one role is active at a time:
+
+        with shared.role("critic"):
+            values = shared.head_outputs(input_ids, attention_mask)
+
+    A backward must run inside the `with` of its forward: gradient checkpointing runs the forward again, and takes the
+    adapter that is active then.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: Lora | None = None, found: dict[str, Any] | None = None) -> None:
+        """
+        Args:
+            model: the base, as `load_base` returns it. It is wrapped, not copied.
+            lora: shape of the adapters that `add_role` makes anew.
+            found: the base's fingerprint, against which loaded adapters are checked and which saved ones carry.
+        """
+        super().__init__()
+        self.lora = lora or Lora()
+        self.fingerprint = found
+        self.causal: Any = model
+        # No setting of the model's own (top-k, repetition penalty, minimum length) may warp the sampled distribution.
+        model.generation_config = GenerationConfig()
+        self.peft: PeftModel | None = None
+        self.heads = nn.ModuleDict()
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self._tuner_layers: list[BaseTunerLayer] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.device
+
+    def add_role(self, name: str, folder: Path | None = None, trainable: bool = False, head: bool = False) -> None:
+        """Attach a role, with the adapter (and head) saved in `folder`, or a fresh one that changes nothing yet.
+
+        A fresh adapter has B = 0 and a fresh head is zero. Raises ValueError if `folder` is of another base, or lacks
+        the head.
+        """
+        if folder is not None and self.fingerprint is not None:
+            check_fingerprint(folder, self.fingerprint)
+        config = (
+            lora_config(self.lora, TaskType.CAUSAL_LM) if folder is None else PeftConfig.from_pretrained(str(folder))
+        )
+        # The task only matters to PEFT's own wrappers; here every role runs through the one causal model.
+        config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
+        if self.peft is None:
+            self.peft = get_peft_model(self.causal, config, adapter_name=name)
+        else:
+            self.peft.add_adapter(name, config)
+        if head:
+            self.heads[name] = nn.Linear(self.causal.config.get_text_config().hidden_size, 1, bias=False)
+            self.heads.to(self.device)
+            nn.init.zeros_(self.head_weight(name))
+        if folder is not None:
+            self.load_role(name, folder)
+        disable_dropout_in_model(self)
+        for module in self.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                setattr(module, "attention_dropout", 0.0)  # noqa: B010 # the architectures that pass the rate to a function
+        self._tuner_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        for parameter in self.parameters_of(name):
+            parameter.requires_grad_(trainable)
+            parameter.data = parameter.data.float()
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The adapter weights of a role, and its head."""
+        adapter = [p for key, p in self.named_parameters() if f".{name}." in key and "lora_" in key]
+        return adapter + (list(self.heads[name].parameters()) if name in self.heads else [])
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Make one role active. `base` is the bare base, with no adapter.
+
+        It sets each layer's active adapter and nothing else. PEFT's `set_adapter` would also make the role trainable
+        and freeze the others, and takes 60 times as long.
+        """
+        before = [layer._active_adapter for layer in self._tuner_layers]
+        try:
+            for layer in self._tuner_layers:
+                layer._active_adapter = [] if name == "base" else [name]
+            yield
+        finally:
+            for layer, adapter in zip(self._tuner_layers, before, strict=True):
+                layer._active_adapter = adapter
+
+    @property
+    def active(self) -> str:
+        """Name of the active role."""
+        adapters = self._tuner_layers[0].active_adapters
+        return adapters[0] if adapters else "base"
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The active role's final hidden states (B, L, H), normalized as the language-model head takes them."""
+        backbone = getattr(self.causal, self.causal.base_model_prefix)
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return backbone(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Language-model head: hidden states (n, H) to logits (n, V), as the model's own forward would."""
+        config = self.causal.config.get_text_config()
+        logits = self.causal.get_output_embeddings()(hidden)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the response tokens under the active role, and the entropies there.
+
+        Args:
+            input_ids, attention_mask: (B, P + T), left-padded prompts followed by right-padded responses.
+            response_mask: (B, T).
+            temperature: divides the logits.
+        Returns:
+            log-probabilities and entropies, (B, T) float32, zero outside the mask. Entropies carry no gradient.
+        """
+        length = response_mask.shape[1]
+        hidden = self.hidden(input_ids, attention_mask)[:, -length - 1 : -1]  # (B, T, H): the state before each token
+        log_probs, entropy = token_log_probs(
+            hidden[response_mask], input_ids[:, -length:][response_mask], self.logits, self.vocabulary, temperature
+        )
+        empty = log_probs.new_zeros(response_mask.shape)
+        return empty.masked_scatter(response_mask, log_probs), empty.masked_scatter(response_mask, entropy)
+
+    def head_outputs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The active role's head at every position: (B, L) float32.
+
+        The product is written out so that autocast leaves it in float32.
+        """
+        return (self.hidden(input_ids, attention_mask).float() * self.head_weight(self.active)).sum(-1)
+
+    def head_weight(self, name: str) -> Tensor:
+        """The weight (1, H) of a role's scalar head."""
+        head = self.heads[name]
+        assert isinstance(head, nn.Linear)
+        return head.weight
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig) -> Tensor:
+        """Sample from the active role: left-padded prompts (B, P) to responses (B, T) with padding after the end."""
+        training = self.training
+        self.eval()  # gradient checkpointing would switch the KV cache off in training mode
+        try:
+            output = self.causal.generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=config, use_cache=True
+            )
+        finally:
+            self.train(training)
+        return output[:, input_ids.shape[1] :]
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """What transformers' Trainer calls for `gradient_checkpointing=True`."""
+        self.causal.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        # The embeddings are frozen; reentrant checkpointing passes gradients only where an input wants one.
+        self.causal.enable_input_require_grads()
+
+    def role_state(self, name: str) -> dict[str, Tensor]:
+        """The role's weights under the names PEFT saves them by, with the head under `HEAD`."""
+        assert self.peft is not None
+        state = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False)
+        return {**state, HEAD: self.head_weight(name)} if name in self.heads else state
+
+    def save_role(self, name: str, folder: Path) -> None:
+        """Write the role as a standard PEFT folder: a SEQ_CLS adapter if it has a head, a CAUSAL_LM one otherwise."""
+        assert self.peft is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.peft.peft_config[name])
+        config.inference_mode = True
+        if name in self.heads:
+            config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["classifier", "score"]
+        config.save_pretrained(str(folder))
+        state = {key: value.detach().cpu().contiguous() for key, value in self.role_state(name).items()}
+        safetensors.torch.save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        if self.fingerprint is not None:
+            write_fingerprint(folder, self.fingerprint)
+
+    def load_role(self, name: str, folder: Path) -> None:
+        """Read a role's weights from a PEFT folder. Raises ValueError where they do not fit the role."""
+        assert self.peft is not None
+        state = load_peft_weights(str(folder), device="cpu")
+        score = state.pop(HEAD, None)
+        odd = sorted(state.keys() ^ (self.role_state(name).keys() - {HEAD}))[:3]
+        if odd:
+            raise ValueError(
+                f"The adapter in {folder} does not fit the base: {', '.join(odd)} are in only one of them."
+            )
+        set_peft_model_state_dict(self.peft, state, adapter_name=name)
+        if name in self.heads:
+            if score is None:
+                raise ValueError(f"The adapter in {folder} has no score head: it is not a reward model.")
+            with torch.no_grad():
+                self.head_weight(name).copy_(score)

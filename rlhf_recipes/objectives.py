@@ -1,0 +1,155 @@
+"""The mathematics of PPO as pure functions over tensors. B rows, T response tokens, V vocabulary entries.
+
+`mask` (B, T) is true on the generated tokens, up to and including EOS. Log-probabilities and KL are in nats.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Logits that exist at one time, in elements: 64 MiB of float32. A (B, T, V) tensor would take 40 GiB at V = 152k.
+LOGITS_AT_ONCE = 2**24
+
+
+def token_log_probs(
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of each distribution, with the logits made in chunks.
+
+    The logits of a chunk are dropped after the forward and made again in the backward, so that no (N, V) tensor lives
+    longer than its chunk takes.
+
+    Args:
+        hidden: (N, H) final hidden states, each at the position before its label.
+        labels: (N,) token ids.
+        head: maps (n, H) to logits (n, V).
+        vocabulary: V, which sets the chunk length.
+        temperature: divides the logits; the policy is the tempered distribution.
+    Returns:
+        log-probabilities (N,) and entropies (N,) in float32; the entropies carry no gradient.
+    """
+
+    def chunk(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float() / temperature  # (n, V)
+        with torch.no_grad():
+            log_probs = logits.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return -F.cross_entropy(logits, labels, reduction="none"), entropy
+
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    parts = [
+        checkpoint(chunk, h, y, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else chunk(h, y)
+        for h, y in zip(hidden.split(size), labels.split(size), strict=True)
+    ]
+    log_probs, entropies = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask` is true, over all entries."""
+    return (values * mask).sum() / mask.sum()
+
+
+def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: Literal["k1", "k3"] = "k1") -> Tensor:
+    """Per-token estimate (B, T) of KL(policy || reference) from the policy's own samples.
+
+    With r = pi_ref / pi: k1 is -log r, unbiased; k3 is (r - 1) - log r, unbiased, never negative and of lower variance
+    (Schulman, "Approximating KL Divergence", 2020).
+    """
+    log_ratio = ref_log_probs - log_probs
+    return -log_ratio if estimator == "k1" else torch.expm1(log_ratio) - log_ratio
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Reward of each token: -kl_coef * kl_t everywhere, plus the row's score on its last token.
+
+    Ziegler et al. 2019 (arXiv:1909.08593), equation 2, given per token.
+
+    Args:
+        scores: (B,). kl, mask: (B, T), each row with at least one token.
+    Returns:
+        (B, T), zero outside the mask.
+    """
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1)
+    rewards = -kl_coef * kl * mask  # (B, T)
+    return rewards.scatter_add(1, last, scores.to(rewards.dtype)[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2015, arXiv:1506.02438, equation 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}. The episode ends with its last token, so
+    V is 0 after it: there is no bootstrap.
+
+    Args:
+        rewards, values, mask: (B, T); values[:, t] is of the state before token t.
+    Returns:
+        advantages (B, T) and returns A + V (B, T), both zero outside the mask.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])  # A_{t+1}, (B,)
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale `values` to unit variance over the mask, and to mean zero unless `shift_mean` is False."""
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float, tokens: int | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, equation 7), as a loss.
+
+    Args:
+        log_probs, old_log_probs, advantages, mask: (B, T) of one micro-batch.
+        tokens: number of response tokens in the whole mini-batch. The losses of its micro-batches add up to the same
+            whatever their size.
+    Returns:
+        the loss, and sums over the micro-batch's tokens: approxkl (k2: half the squared log-ratio), clipfrac, ratio.
+    """
+    log_ratio = (log_probs - old_log_probs) * mask
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = (torch.max(unclipped, clipped) * mask).sum() / tokens
+    sums = {
+        "approxkl": 0.5 * (log_ratio.detach() ** 2).sum(),
+        "clipfrac": ((clipped > unclipped) & mask).sum(),
+        "ratio": (ratio.detach() * mask).sum(),
+    }
+    return loss, sums
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float, tokens: int | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error of the value function, clipped around the old values (OpenAI baselines' ppo2).
+
+    Args and returns as in `policy_loss`; the sum is clipfrac.
+    """
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    loss = 0.5 * (torch.max(error, clipped_error) * mask).sum() / tokens
+    return loss, {"clipfrac": ((clipped_error > error) & mask).sum()}
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 one that knows only the mean."""
+    returns, error = returns[mask], (returns - values)[mask]
+    return 1 - error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)

@@ -1,0 +1,340 @@
+"""Recipes: one frozen value says everything a run needs, and a small grammar changes it.
+
+Standard library only, so that importing a recipe costs milliseconds and loads neither torch nor trl.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+STAGES = ("sft", "reward", "ppo")
+
+# Keys of TRL's and transformers' arguments that the runner sets itself: a recipe that set them too would be ignored.
+OWNED = {
+    "output_dir": "--run-dir says where a run is written",
+    "resume_from_checkpoint": "running the same recipe again resumes it",
+    "report_to": "set `tracker` of the recipe",
+    "run_name": "W&B runs are named after the run folder and the stage",
+    "project": "set the environment variable WANDB_PROJECT",
+    "seed": "set `seed` of the recipe",
+    "data_seed": "set `seed` of the recipe",
+    "bf16": "precision is chosen at run time; `base.dtype` sets it",
+    "fp16": "precision is chosen at run time; `base.dtype` sets it",
+    "use_cpu": "the device is chosen at run time",
+    "model_init_kwargs": "the model is described by `base`",
+    "trust_remote_code": "set `base.trust_remote_code`",
+    "chat_template_path": "set `base.chat_template`",
+    "disable_tqdm": "the runner draws the progress bar",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen model that every role shares.
+
+    `model` is a Hub id, a local folder, or `module:function`, a function that writes a model into the folder that it is
+    given (`function(folder: Path) -> None`); its result is kept in the cache and built once.
+    """
+
+    model: str
+    revision: str | None = None
+    quantization: Literal["nf4", "int8"] | None = None  # nf4: 4-bit NormalFloat with double quantization (QLoRA)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: see `model.precision`
+    attn_implementation: str | None = None  # None: what transformers chooses
+    chat_template: str | None = None  # a name of `data.CHAT_TEMPLATES`, a .jinja file, or None for the tokenizer's own
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Shape of every adapter: all roles have the same, because the reward adapter starts as a copy of the SFT one."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its data, and the arguments of its trainer.
+
+    `data` is a Hub dataset id, a local JSONL, JSON, CSV or Parquet file (also .gz), or `module:function`, a function
+    without arguments that returns rows. `args` goes verbatim to SFTConfig, RewardConfig or PPOConfig.
+    """
+
+    data: str
+    subset: str | None = None  # the Hub dataset's configuration name
+    split: str = "train"  # the Hub dataset's split; a local file is one split
+    limit: int | None = None  # read only the first rows
+    columns: Mapping[str, str] = field(default_factory=dict)  # TRL's column name -> the source's
+    heldout: float = 0.05  # share of the prompts that are kept from training
+    heldout_limit: int = 256  # evaluate on at most so many held-out rows
+    bad_rows: Literal["drop", "refuse"] = "drop"  # rows that cannot be used: drop and report them, or stop
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PPOStage(Stage):
+    """The PPO stage. Its reward is the shared `reward` role or, where `reward_funcs` are named, the sum of those.
+
+    A reward function is `module:function` or `file.py:function` and has TRL's signature:
+    `function(prompts, completions, completion_ids, **columns) -> list[float]`.
+    """
+
+    reward_funcs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Supervised fine-tuning, a reward model and PPO on one base. A stage that is None is left out.
+
+    `gold` names a function like those in `PPOStage.reward_funcs`. It measures true quality where that is known, is
+    never trained on, and gives the win rate in the final table.
+    """
+
+    name: str
+    base: Base
+    sft: Stage | None = None
+    reward: Stage | None = None
+    ppo: PPOStage | None = None
+    lora: Lora = Lora()
+    gold: str | None = None
+    seed: int = 0
+    tracker: Literal["wandb", "trackio", "tensorboard", "none"] = "wandb"
+
+
+SECTIONS: dict[str, type] = {"base": Base, "lora": Lora, "sft": Stage, "reward": Stage, "ppo": PPOStage}
+
+
+def replace(recipe: Recipe, **changes: Any) -> Recipe:
+    """`dataclasses.replace`, except that a section also takes a dict of changes.
+
+    `replace(recipe, seed=1, ppo={"kl_coef": 0.1, "limit": 100})` changes two keys of the PPO stage and keeps
+    the others. A key that is no field of the stage goes to its `args`. Raises ValueError naming a key that does not
+    exist, with the nearest that does, or a value of the wrong type.
+    """
+    _check_keys("", changes, Recipe)
+    for name, change in changes.items():
+        if name in SECTIONS and isinstance(change, Mapping):
+            changes[name] = _replace_section(recipe, name, change)
+    result = dataclasses.replace(recipe, **changes)
+    _check_types("", result)
+    return result
+
+
+def _replace_section(recipe: Recipe, name: str, change: Mapping[str, Any]) -> Any:
+    section, kind = getattr(recipe, name), SECTIONS[name]
+    own = {f.name for f in fields(kind)}
+    typed = {key: value for key, value in change.items() if key in own}
+    passed = {key: value for key, value in change.items() if key not in own}
+    if passed and not issubclass(kind, Stage):
+        _check_keys(f"{name}.", change, kind)
+    for key in passed:
+        if key in OWNED:
+            raise ValueError(f"{name}.{key} is set by the runner: {OWNED[key]}.")
+    if section is None:
+        if "data" not in typed:
+            raise ValueError(f"Recipe {recipe.name!r} has no stage {name!r}: to add it, set {name}.data as well.")
+        section = kind(data=typed["data"])
+    if passed:
+        typed["args"] = {**section.args, **typed.get("args", {}), **passed}
+    result = dataclasses.replace(section, **typed)
+    _check_types(f"{name}.", result)
+    return result
+
+
+def _check_keys(prefix: str, keys: Iterable[str], kind: type) -> None:
+    known = [f.name for f in fields(kind)]
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"There is no key {prefix}{key}.{suggestion(key, known)}")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """` Did you mean x?` for the nearest of `known`, or the whole list where nothing is near and the list is short."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6 if len(known) <= 25 else 0.0)
+    return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
+
+
+def _check_types(prefix: str, value: Any) -> None:
+    for name, annotation in typing.get_type_hints(type(value)).items():
+        check_type(f"{prefix}{name}", getattr(value, name), annotation)
+
+
+def check_type(key: str, value: Any, annotation: Any) -> None:
+    """Raises ValueError, naming `key`, unless `value` fits `annotation`.
+
+    Annotations that it does not know (of classes that are not ours) pass: their own constructor judges those.
+    """
+    if not _fits(value, annotation):
+        wanted = getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)
+        raise ValueError(f"{key} must be {wanted}, not {value!r} ({type(value).__name__}).")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if origin is not None:
+        return isinstance(value, origin)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    plain = annotation in (bool, str, type(None)) or dataclasses.is_dataclass(annotation)
+    if isinstance(annotation, type) and plain:
+        return isinstance(value, annotation)
+    return True
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """`["ppo.kl_coef=0.1", "seed=1"]` -> `{"ppo": {"kl_coef": 0.1}, "seed": 1}`, as `replace` takes it.
+
+    A value is a Python literal, or true, false or none, or else the bare text.
+    """
+    changes: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not a setting. Write key=value, for example ppo.kl_coef=0.1.")
+        section, dot, name = key.partition(".")
+        if section in changes and isinstance(changes[section], dict) != bool(dot):
+            raise ValueError(f"{section} is set as a whole and key by key: keep one of the two.")
+        if not dot:
+            changes[key] = _keep_text(Recipe, key, text)
+        elif section in SECTIONS:
+            changes.setdefault(section, {})[name] = _keep_text(SECTIONS[section], name, text)
+        else:
+            raise ValueError(f"There is no section {section} in {key}.{suggestion(section, SECTIONS)}")
+    return changes
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, true, false or none in any case, or the text itself (`1e-4` is a float, `none` is None)."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        return text
+
+
+def _keep_text(kind: type, name: str, text: str) -> Any:
+    """A field that holds text keeps it, even where it looks like something else (`base.revision=1234567`)."""
+    value = parse_value(text)
+    annotation = typing.get_type_hints(kind).get(name)
+    if text in typing.get_args(annotation):  # `tracker=none`: a word that the field itself knows
+        return text
+    if isinstance(value, int | float) and not isinstance(value, bool) and annotation in (str, str | None):
+        return text
+    if isinstance(value, list) and tuple[str, ...] in (annotation, *typing.get_args(annotation)):
+        return tuple(value)
+    if isinstance(value, str) and annotation == tuple[str, ...]:
+        return (value,)
+    return value
+
+
+def check_args(name: str, stage: Stage, config: type) -> None:
+    """Check a stage's `args` against the fields of its TRL config class, before anything is built.
+
+    Args:
+        name: the stage's name, for the message.
+        config: a dataclass (SFTConfig, RewardConfig, PPOConfig).
+    Raises:
+        ValueError: an unknown key, with the nearest known one; a value of the wrong type; a key the runner owns.
+    """
+    known = {f.name for f in fields(config) if f.init} - OWNED.keys()
+    own = {f.name for f in fields(stage)}
+    hints = typing.get_type_hints(config)
+    for key, value in stage.args.items():
+        if key in OWNED:
+            raise ValueError(f"{name}.{key} is set by the runner: {OWNED[key]}.")
+        if key not in known:
+            raise ValueError(f"There is no key {name}.{key}.{suggestion(key, known | own)}")
+        check_type(f"{name}.{key}", value, hints[key])
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain JSON values."""
+    return dataclasses.asdict(recipe)
+
+
+def recipes_folder() -> Path:
+    """The folder of the named recipes: inside the package when installed from a wheel, beside it in a clone."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes, as `load` takes them."""
+    return sorted(path.stem.replace("_", "-") for path in recipes_folder().glob("*.py") if path.stem != "__init__")
+
+
+def find(name: str) -> Path:
+    """The file of that recipe, as `load` takes its name. Raises ValueError if no shipped recipe has the name."""
+    path = Path(name)
+    if path.suffix != ".py":
+        path = recipes_folder() / f"{name.replace('-', '_')}.py"
+        if not path.is_file():
+            raise ValueError(f"There is no recipe {name!r}.{suggestion(name, names())}")
+    return path
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name (`-` and `_` are the same), or the one in a file of your own (`path/to/my.py`).
+
+    Raises ValueError if there is none, or the file holds no `recipe`.
+    """
+    path = find(name)
+    recipe = getattr(load_module(path), "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{path} holds no recipe: it must set `recipe = Recipe(...)`.")
+    return recipe
+
+
+def load_module(path: Path) -> types.ModuleType:
+    """Import a Python file by its path, without putting it into `sys.modules`."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_function(name: str) -> bool:
+    """Whether the text names a function (`module:function` or `file.py:function`), not a Hub id or a path."""
+    module, colon, function = name.rpartition(":")
+    return bool(colon) and function.isidentifier() and len(module) > 1 and not Path(name).exists()
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The function that `module:function` or `file.py:function` names. Raises ValueError where there is none."""
+    module_name, _, function_name = name.rpartition(":")
+    if not is_function(name):
+        raise ValueError(f"{name!r} names no function. Write module:function or path/to/file.py:function.")
+    if module_name.endswith(".py"):
+        module = load_module(Path(module_name))
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name!r}: there is no module {error.name!r}.") from error
+    if not hasattr(module, function_name):
+        raise ValueError(f"{name!r}: {module_name} has no function {function_name!r}.")
+    return getattr(module, function_name)

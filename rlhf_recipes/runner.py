@@ -1,0 +1,385 @@
+"""`run(recipe)`: the run folder, the stages in order, skip and resume, W&B, progress and the final table."""
+
+import gc
+import importlib.metadata
+import json
+import netrc
+import os
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlparse
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.text import Text
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from trl import RewardConfig, SFTConfig
+
+from . import __version__, data, model, ppo, reward, sft, summary
+from .recipe import STAGES, Recipe, check_args, function, suggestion, to_dict
+
+CONFIGS: dict[str, type[TrainingArguments]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": ppo.PPOConfig}
+VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "wandb")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one stage needs."""
+
+    recipe: Recipe
+    stage: str
+    run_dir: Path
+    config: Any  # SFTConfig, RewardConfig or PPOConfig
+    data: data.Prepared
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: dict[str, Any]
+    resume: str | None  # the checkpoint to go on from
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir / self.stage
+
+    def watch(self, trainer: Trainer) -> "Recorder":
+        """Log the trainer to the run folder and the terminal, in place of transformers' own printing."""
+        trainer.remove_callback(PrinterCallback)
+        recorder = Recorder(self, trainer)
+        trainer.add_callback(recorder)
+        trainer.add_callback(Progress(self.stage))
+        return recorder
+
+
+def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
+
+    Run again, it skips the stages that are finished and resumes an unfinished one from its last checkpoint.
+
+    Args:
+        stages: only these, of `sft`, `reward`, `ppo`; what they build on must be finished in `run_dir`.
+    Raises:
+        ValueError: anything wrong with the recipe, its data or the folder, before a weight is loaded.
+    """
+    run_dir = Path(run_dir or Path("runs") / recipe.name.replace("_", "-"))
+    wanted = _stages(recipe, stages)
+    _quiet()
+    configs = check(recipe, run_dir)
+    manifest = _open(recipe, run_dir, wanted)
+    todo = [stage for stage in wanted if manifest["stages"].get(stage, {}).get("state") != "done"]
+    console = Console()
+    if todo:
+        tokenizer = model.load_tokenizer(recipe.base)
+        manifest["base"] = model.fingerprint(recipe.base, tokenizer)
+        prepared = {stage: _prepare(recipe, stage, configs[stage], tokenizer) for stage in todo}
+        _same_format(prepared)
+        for stage in todo:
+            console.print(Text(f"{stage}: {_data_line(prepared[stage].report)}", style="bold"))
+            config = configs[stage]
+            resume = last_checkpoint(run_dir / stage)
+            job = Job(recipe, stage, run_dir, config, prepared[stage], tokenizer, manifest["base"], resume)
+            _run_stage(job, manifest)
+    result = summary.summarize(manifest)
+    write_json(run_dir / "summary.json", result)
+    if result["reward_score"]:
+        console.print(summary.table(result))
+    console.print(Text(f"{summary.footnote(result)}. Run folder: {run_dir}"))
+    return result
+
+
+def _quiet() -> None:
+    """Keep the terminal for what the user can act on."""
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    # transformers 5.23 renamed an option that TRL and PEFT still use by its old name.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+
+
+def check(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
+    """Find what is wrong with a recipe before anything is loaded. Returns each stage's TRL configuration.
+
+    Raises ValueError naming the key and the nearest right one.
+    """
+    configs = {}
+    for stage in _stages(recipe, None):
+        section = getattr(recipe, stage)
+        check_args(stage, section, CONFIGS[stage])
+        configs[stage] = _config(recipe, stage, run_dir)
+    if recipe.ppo is not None:
+        if recipe.reward is None and not recipe.ppo.reward_funcs:
+            raise ValueError(f"Recipe {recipe.name!r} has no reward: add a `reward` stage or set ppo.reward_funcs.")
+        for name in (*recipe.ppo.reward_funcs, *([recipe.gold] if recipe.gold else [])):
+            function(name)
+    return configs
+
+
+def _stages(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
+    has = [stage for stage in STAGES if getattr(recipe, stage) is not None]
+    for stage in stages or ():
+        if stage not in has:
+            raise ValueError(f"Recipe {recipe.name!r} has no stage {stage!r}.{suggestion(stage, has)}")
+    return [stage for stage in has if stages is None or stage in stages]
+
+
+def _config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
+    """A stage's TRL configuration: our defaults, then the recipe's arguments, then what the runner owns."""
+    defaults = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
+    owned = {
+        "output_dir": str(run_dir / stage),
+        "report_to": "none" if recipe.tracker == "none" else recipe.tracker,
+        "run_name": f"{run_dir.name}-{stage}",
+        "seed": recipe.seed,
+        "bf16": model.precision(recipe.base) == torch.bfloat16,
+        "use_cpu": model.device().type == "cpu",
+        "disable_tqdm": True,
+    }
+    return CONFIGS[stage](**{**defaults, **getattr(recipe, stage).args, **owned})
+
+
+def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
+    """Make the run folder, or check that it is this recipe's and holds what the wanted stages build on."""
+    resolved = json.loads(json.dumps(to_dict(recipe)))
+    path = run_dir / "recipe.json"
+    if path.is_file():
+        differences = _differences(json.loads(path.read_text()), resolved)
+        if differences:
+            raise ValueError(
+                f"{run_dir} holds a run of another recipe ({'; '.join(differences)}). "
+                "Set another --run-dir, or delete that folder."
+            )
+    manifest = {"stages": {}}
+    if (run_dir / "manifest.json").is_file():
+        manifest = json.loads((run_dir / "manifest.json").read_text())
+    for stage in wanted:
+        for earlier in _stages(recipe, None)[: _stages(recipe, None).index(stage)]:
+            if earlier not in wanted and manifest["stages"].get(earlier, {}).get("state") != "done":
+                raise ValueError(f"Stage {stage!r} builds on {earlier!r}, which is not finished in {run_dir}.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, resolved)
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    manifest["versions"] = {"python": platform.python_version(), "rlhf_recipes": __version__, **versions}
+    return manifest
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """`key: old there, new here` for each leaf that differs. Where a run is tracked does not matter."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [key for key in {**old, **new} if prefix or key != "tracker"]
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix[:-1]}: {old!r} there, {new!r} here"]
+
+
+def _prepare(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> data.Prepared:
+    """A stage's data. No row may be longer than the stage's limit, or than the model's context."""
+    limit, spare = (config.max_prompt_length, config.response_length) if stage == "ppo" else (config.max_length, 0)
+    path, revision = model.model_path(recipe.base), recipe.base.revision
+    base = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=recipe.base.trust_remote_code)
+    context = getattr(base.get_text_config(), "max_position_embeddings", None)
+    if context is not None:
+        limit = min(limit or context, context - spare)
+    return data.prepare(stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+
+
+def _same_format(prepared: dict[str, data.Prepared]) -> None:
+    """A reward model that saw chat templates cannot judge plain text: the stages of a run must agree."""
+    if len({p.conversational for p in prepared.values()}) > 1:
+        kinds = [f"{stage}.data is {'messages' if p.conversational else 'plain text'}" for stage, p in prepared.items()]
+        raise ValueError(f"The stages must all have messages or all have plain text, but {', '.join(kinds)}.")
+
+
+def _data_line(report: Mapping[str, Any]) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
+    return f"{report['train']:,} rows to train on, {report['heldout']:,} held out" + (
+        f"; dropped {dropped}" if dropped else ""
+    )
+
+
+def _run_stage(job: Job, manifest: dict[str, Any]) -> None:
+    """Run one stage between two writes of the manifest: `running` before, `done` with its results after."""
+    record = manifest["stages"].setdefault(job.stage, {"seconds": 0.0, "peak_memory_mib": 0.0})
+    record |= {"state": "running", "data": job.data.report}
+    write_json(job.run_dir / "manifest.json", manifest)
+    job.folder.mkdir(exist_ok=True)
+    step = 0 if job.resume is None else json.loads(Path(job.resume, "trainer_state.json").read_text())["global_step"]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        _forget(job.run_dir / name, job.stage, step)
+    set_seed(job.recipe.seed)
+    module = {"sft": sft, "reward": reward, "ppo": ppo}[job.stage]
+    start, before = time.perf_counter(), record["seconds"]
+    reset_peak_memory()
+    try:
+        with _tracked(job):
+            record["results"] = module.train(job)
+        record["state"] = "done"
+    finally:
+        record["seconds"] = round(before + time.perf_counter() - start, 1)
+        record["peak_memory_mib"] = max(record["peak_memory_mib"], round(peak_memory_mib(), 1))
+        write_json(job.run_dir / "manifest.json", manifest)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint. The Trainer writes `trainer_state.json` last: a torn one has none that parses."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            shutil.rmtree(checkpoint)
+            continue
+        return str(checkpoint)
+    return None
+
+
+def _forget(path: Path, stage: str, step: int) -> None:
+    """Drop a stage's rows that lie after the step it resumes from: they are about to be written again."""
+    if path.is_file():
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a torn one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: to a neighbour, flushed to disk, then renamed."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(scratch, path)
+
+
+class Recorder(TrainerCallback):
+    """Appends each logged row to `metrics.jsonl`, each evaluation's samples to `samples.jsonl` and to W&B."""
+
+    def __init__(self, job: Job, trainer: Trainer) -> None:
+        self.job, self.trainer = job, trainer
+
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        with (self.job.run_dir / name).open("a") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.append("metrics.jsonl", [{"stage": self.job.stage, "step": state.global_step, **logs}])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.trainer, ppo.PPOTrainer):
+            self.samples(state.global_step, [{"model": "ppo", **sample} for sample in self.trainer.samples])
+
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Record held-out prompts with their responses and scores."""
+        rows = [{"stage": self.job.stage, "step": step, **sample} for sample in samples]
+        self.append("samples.jsonl", rows)
+        if self.job.recipe.tracker == "wandb":
+            import wandb
+
+            columns: list[Any] = list(rows[0])
+            cells: list[Any] = [[json.dumps(x) if isinstance(x, list) else x for x in row.values()] for row in rows]
+            wandb.log({"completions": wandb.Table(columns=columns, data=cells)})
+
+
+class Progress(TrainerCallback):
+    """A progress bar over the stage's steps with the numbers that matter in it."""
+
+    SHOWN: ClassVar = {
+        "loss": "loss",
+        "accuracy": "accuracy",
+        "objective/scores": "reward",
+        "objective/kl": "KL",
+        "response_length": "tokens",
+        "eval_gold": "gold",
+    }
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.shown |= {label: f"{logs[key]:.3g}" for key, label in self.SHOWN.items() if key in logs}
+        if self.stage == "ppo":
+            self.shown.pop("loss", None)
+        self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+@contextmanager
+def _tracked(job: Job) -> Iterator[None]:
+    """One W&B run for the stage, in the group of the run folder. Other trackers are transformers' affair."""
+    if job.recipe.tracker != "wandb":
+        yield
+        return
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    tracker = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "rlhf-recipes"),
+        group=job.run_dir.name,
+        job_type=job.stage,
+        name=f"{job.run_dir.name}-{job.stage}",
+        dir=job.run_dir,
+        config={"recipe": to_dict(job.recipe), "base": job.fingerprint},
+        mode=_wandb_mode(),
+    )
+    try:
+        yield
+    finally:
+        tracker.finish()
+
+
+def _wandb_mode() -> Any:
+    """WANDB_MODE where it is set, else offline where no key is found: a run must never stop to ask for one."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host)
+    except FileNotFoundError:
+        key = None
+    return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+
+
+def reset_peak_memory() -> None:
+    """Start measuring a stage's peak memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the resident high-water mark to now
+
+
+def peak_memory_mib() -> float:
+    """Peak since `reset_peak_memory`: allocated on the GPU, else the process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if Path("/proc/self/status").exists():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes

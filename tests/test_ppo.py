@@ -1,0 +1,796 @@
+"""PPO on a tiny random model: what it samples, what it computes from the samples, and how it trains."""
+
+import asyncio
+import json
+import math
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from rlhf_recipes import objectives, runner
+from rlhf_recipes.model import SharedBase, device, load_base, load_tokenizer
+from rlhf_recipes.ppo import PPOConfig, PPOTrainer
+from rlhf_recipes.recipe import Base, Lora, PPOStage, Recipe
+from rlhf_recipes.reward import check_probes
+from rlhf_recipes.rollout import Sampler, Samples, state_values
+from tests.tiny_models import make_tokenizer, save_model
+
+ROLES = ("policy", "reference", "critic", "reward")
+EOS = 2
+# A random model rarely says EOS. With these stop tokens besides, about every fourth token ends a response.
+STOPS = range(4, 20)
+random.seed(0)
+PROMPTS = [[random.randrange(4, 64) for _ in range(length)] for length in (1, 6, 3, 2, 9, 4, 1, 5, 3, 7, 2, 4)]
+
+Make = Callable[..., PPOTrainer]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def shared_base(folder: Path, kind: type[SharedBase] = SharedBase, policy_seed: int = 1, **base: Any) -> SharedBase:
+    """The four roles with random adapters and heads. The policy equals the reference, and the critic the reward."""
+    loaded = load_base(Base(str(folder), **({"dtype": "float32"} | base)))
+    model = kind(loaded if base else loaded.to("cpu"), Lora(r=4, alpha=8))
+    seeds = {"reference": 1, "policy": policy_seed, "reward": 3, "critic": 3}
+    for role, seed in seeds.items():
+        model.add_role(role, trainable=role in ("policy", "critic"), head=role in ("reward", "critic"))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters_of(role):
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def rows_of(prompts: list[list[int]]) -> list[dict[str, Any]]:
+    return [{"prompt_ids": p, "prompt": " ".join(f"w{i}" for i in p), "number": n} for n, p in enumerate(prompts)]
+
+
+@pytest.fixture
+def make(folder: Path, tmp_path: Path) -> Make:
+    """Builds a trainer: one update of four prompts unless the arguments say otherwise."""
+
+    def trainer(
+        model: SharedBase | None = None, prompts: list[list[int]] = PROMPTS, tokenizer: Any = None, **arguments: Any
+    ) -> PPOTrainer:
+        names = ("train_dataset", "eval_dataset", "reward_funcs", "gold", "stop_token_ids", "callbacks")
+        given = {name: arguments.pop(name) for name in names if name in arguments}
+        return PPOTrainer(
+            model if model is not None else shared_base(folder),
+            ppo_config(tmp_path, **arguments),
+            processing_class=tokenizer or make_tokenizer(),
+            **{"train_dataset": Dataset.from_list(rows_of(prompts)), "stop_token_ids": STOPS, **given},
+        )
+
+    return trainer
+
+
+def ppo_config(output_dir: Path, **arguments: Any) -> PPOConfig:
+    defaults = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "total_episodes": 4,
+        "response_length": 6,
+        "temperature": 1.0,
+        "learning_rate": 1e-2,
+        "num_ppo_epochs": 2,
+    }
+    return PPOConfig(**(defaults | arguments))
+
+
+def weights(trainer: PPOTrainer, role: str) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters_of(role)]).clone()
+
+
+def sampler(model: SharedBase, batch_size: int = 64, tokenizer: Any = None, **changes: Any) -> Sampler:
+    settings = {"response_length": 6, "temperature": 1.0, "stop_token_ids": STOPS, "autocast": nullcontext} | changes
+    return Sampler(model, tokenizer or make_tokenizer(), batch_size=batch_size, **settings)
+
+
+class Scripted(SharedBase):
+    """Generates the given responses in place of sampled ones."""
+
+    script: Tensor
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig) -> Tensor:
+        return self.script[: len(input_ids)]
+
+
+def scripted(folder: Path, responses: list[list[int]], prompts: list[list[int]] | None = None, **changes: Any) -> Samples:
+    """Samples of the given responses, all of one width."""
+    model = shared_base(folder, Scripted)
+    assert isinstance(model, Scripted)
+    model.script = torch.tensor(responses)
+    return sampler(model, **changes).sample("policy", prompts or PROMPTS[: len(responses)])
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_a_response_runs_up_to_and_including_its_first_stop_token(folder: Path, pad: str) -> None:
+    tokenizer = make_tokenizer(pad)
+    p = tokenizer.pad_token_id
+    cases = [  # response, length, ended
+        ([5, 6, EOS, p, p], 3, True),
+        ([5, 6, 7, 8, EOS], 5, True),  # EOS as the last possible token
+        ([EOS, p, p, p, p], 1, True),
+        ([5, 6, 7, 8, 9], 5, False),
+        ([5, 50, p, p, p], 2, True),  # the second stop token
+        ([5, 50, EOS, 7, 7], 2, True),
+        ([0, 5, 0, EOS, p], 4, True),  # sampled padding tokens, where padding is token 0
+    ]
+    samples = scripted(folder, [case[0] for case in cases], tokenizer=tokenizer, stop_token_ids=[50])
+    assert samples.lengths.tolist() == [length for _, length, _ in cases]
+    assert samples.ended.tolist() == [ended for _, _, ended in cases]
+    assert samples.responses() == [response[:length] for response, length, _ in cases]
+    for i, prompt in enumerate(PROMPTS[: len(cases)]):
+        assert samples.input_ids[i][samples.attention_mask[i]].tolist() == [*prompt, *cases[i][0][: cases[i][1]]]
+        assert samples.response_mask[i].tolist() == [t < cases[i][1] for t in range(5)]
+
+
+def test_a_response_may_end_in_padding_tokens_without_having_ended(folder: Path) -> None:
+    samples = scripted(folder, [[5, 0, 0], [EOS, 0, 0]], stop_token_ids=[])
+    assert samples.lengths.tolist() == [3, 1]
+    assert samples.ended.tolist() == [False, True]
+
+
+def test_responses_of_batches_of_different_length_are_put_together(folder: Path) -> None:
+    samples = sampler(shared_base(folder), batch_size=1).sample("policy", PROMPTS)
+    assert len(set(samples.lengths.tolist())) > 2
+    for prompt, response, ended, ids, kept in zip(
+        PROMPTS, samples.responses(), samples.ended, samples.input_ids, samples.attention_mask, strict=True
+    ):
+        assert ids[kept].tolist() == prompt + response
+        assert ended == (response[-1] in {EOS, *STOPS}) and not {EOS, *STOPS} & set(response[:-1])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_from_the_tempered_softmax_and_from_nothing_else(tmp_path: Path, temperature: float) -> None:
+    warped = {"do_sample": True, "top_k": 1, "repetition_penalty": 5.0, "min_new_tokens": 3, "temperature": 7.0}
+    (save_model(tmp_path) / "generation_config.json").write_text(json.dumps(warped))
+    model, count = shared_base(tmp_path), 2000
+    torch.manual_seed(0)
+    one_token = sampler(model, count, response_length=1, temperature=temperature)
+    seen = one_token.sample("policy", [PROMPTS[1]] * count).input_ids[:, -1].bincount(minlength=64)
+    with torch.no_grad(), model.role("policy"):
+        logits = model.causal(torch.tensor([PROMPTS[1]])).logits[0, -1]
+
+    def chi_square(tau: float) -> float:
+        expected = count * (logits / tau).softmax(0)
+        return ((seen - expected) ** 2 / expected).sum().item()
+
+    # Of 64 tokens: mean 63, standard deviation 11.2.
+    assert chi_square(temperature) < 63 + 5 * 11.2
+    assert chi_square(temperature * 1.5) > 63 + 5 * 11.2
+
+
+def test_generation_and_the_training_forward_agree_under_left_padding(folder: Path) -> None:
+    greedy = sampler(shared_base(folder), temperature=1e-4)
+    samples = greedy.sample("policy", PROMPTS)
+    log_probs, entropy = greedy.log_probs("policy", samples)
+    # Almost no temperature samples the best token, so the training forward must find it certain.
+    assert log_probs.abs().max() < 1e-3 and entropy.max() < 1e-2
+
+
+# Scoring
+
+
+def test_the_batch_size_changes_no_log_prob_value_or_score(folder: Path) -> None:
+    model = shared_base(folder)
+    samples = sampler(model).sample("policy", PROMPTS)
+    found = []
+    for batch_size in (64, 5, 1):
+        scorer = sampler(model, batch_size)
+        found.append((*scorer.log_probs("policy", samples), scorer.values(samples), scorer.reward_scores(samples)))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=2e-6)
+
+
+def test_log_probs_are_zero_outside_the_response_and_the_models_own_inside(folder: Path) -> None:
+    model = shared_base(folder)
+    scorer = sampler(model, 5, temperature=0.7)
+    samples = scorer.sample("policy", PROMPTS)
+    log_probs, entropy = scorer.log_probs("reference", samples)
+    assert not log_probs[~samples.response_mask].any() and not entropy[~samples.response_mask].any()
+    for i, (prompt, response) in enumerate(zip(PROMPTS, samples.responses(), strict=True)):
+        with torch.no_grad(), model.role("reference"):
+            logits = model.causal(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.7).log_softmax(-1)
+        chosen = expected.gather(1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(log_probs[i, : len(response)], chosen, rtol=0, atol=5e-6)
+        torch.testing.assert_close(
+            entropy[i, : len(response)], -(expected.exp() * expected).sum(-1), rtol=0, atol=5e-6
+        )
+
+
+@pytest.mark.parametrize("stop_token_ids", [STOPS, ()])
+def test_the_reward_is_the_head_at_the_last_response_token(folder: Path, stop_token_ids: Any) -> None:
+    model = shared_base(folder)
+    scorer = sampler(model, 5, stop_token_ids=stop_token_ids)
+    samples = scorer.sample("policy", PROMPTS)
+    assert samples.ended.any() == bool(stop_token_ids)
+    scores = scorer.reward_scores(samples)
+    assert scores.unique().numel() == len(PROMPTS)
+    for score, prompt, response in zip(scores, PROMPTS, samples.responses(), strict=True):
+        with torch.no_grad(), model.role("reward"):
+            hidden = model.causal(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1]
+            expected = model.heads["reward"](hidden[0, -1])
+        torch.testing.assert_close(score, expected[0], rtol=0, atol=2e-6)
+
+
+def test_the_reward_where_padding_is_eos_and_where_padding_was_sampled(folder: Path) -> None:
+    model = shared_base(folder, Scripted)
+    assert isinstance(model, Scripted)
+    model.script = torch.tensor([[5, EOS, EOS, EOS], [5, 6, 7, EOS], [5, 6, 7, 8], [EOS] * 4, [0, 0, 5, 0]])
+    scorer = sampler(model, tokenizer=make_tokenizer("<eos>"), stop_token_ids=[])
+    samples = scorer.sample("policy", PROMPTS[:5])
+    wanted = [[5, EOS], [5, 6, 7, EOS], [5, 6, 7, 8], [EOS], [0, 0, 5, 0]]
+    for score, prompt, response in zip(scorer.reward_scores(samples), PROMPTS, wanted, strict=False):
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad(), model.role("reward"):
+            expected = model.head_outputs(ids, torch.ones_like(ids))[0, -1]
+        torch.testing.assert_close(score, expected, rtol=0, atol=2e-6)
+
+
+def test_a_value_is_of_the_state_before_its_token(folder: Path) -> None:
+    responses = [[20, 21, 22, 23, 24, 25]] * 6
+    prompts = [PROMPTS[1]] * 6
+    changed = [[*row[:t], *(50 + i for i in range(6 - t))] for t, row in enumerate(responses)]
+    model = shared_base(folder, Scripted)
+    assert isinstance(model, Scripted)
+    scorer, values = sampler(model), []
+    for model.script in (torch.tensor(responses), torch.tensor(changed)):
+        values.append(scorer.values(scorer.sample("policy", prompts)))
+    for t in range(6):  # row t has other tokens from token t on
+        torch.testing.assert_close(values[1][t, : t + 1], values[0][t, : t + 1], rtol=0, atol=1e-6)
+        assert (values[1][t, t + 1 :] - values[0][t, t + 1 :]).abs().gt(1e-4).all()
+        with torch.no_grad(), model.role("critic"):
+            ids = torch.tensor([prompts[t] + responses[t][:t]])
+            expected = model.head_outputs(ids, torch.ones_like(ids))[0, -1]
+        torch.testing.assert_close(values[0][t, t], expected, rtol=0, atol=2e-6)
+
+
+def test_rows_cut_only_padding_and_change_no_log_prob(make: Make) -> None:
+    trainer = make(per_device_train_batch_size=12)
+    rollout = trainer.rollout(rows_of(PROMPTS))
+    short = rollout.lengths.argsort()[:4]
+    for index in (short, torch.tensor([4]), torch.arange(12), slice(2, 5)):
+        part = rollout.rows(index)
+        width = int(part.lengths.max())
+        prompt = int(rollout.attention_mask[index].sum(1).sub(rollout.lengths[index]).max())
+        assert part.input_ids.shape[1] == prompt + width == part.attention_mask.shape[1]
+        assert part.response_mask.shape[1] == width == part.advantages.shape[1] == part.values.shape[1]
+        for name in ("log_probs", "ref_log_probs", "entropy", "values", "advantages", "returns"):
+            whole = getattr(rollout, name)[index]
+            assert torch.equal(getattr(part, name), whole[:, :width]) and not whole[:, width:].any()
+        assert torch.equal(part.scores, rollout.scores[index]) and part.responses() == Samples.responses(
+            Samples(
+                rollout.input_ids[index],
+                rollout.attention_mask[index],
+                rollout.response_mask[index],
+                rollout.ended[index],
+            )
+        )
+        with torch.no_grad(), trainer.model.role("policy"):
+            again, _ = trainer.model.log_probs(part.input_ids, part.attention_mask, part.response_mask)
+        with torch.no_grad(), trainer.model.role("critic"):
+            values = state_values(trainer.model, part)
+        torch.testing.assert_close(again, part.log_probs, rtol=0, atol=2e-6)
+        torch.testing.assert_close(values, part.values, rtol=0, atol=2e-6)
+
+
+# The rollout's numbers
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k3"])
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_a_rollout_holds_what_the_formulas_say(
+    folder: Path, make: Make, kl_estimator: str, whiten_rewards: bool
+) -> None:
+    config = {"missing_eos_penalty": 2.0, "kl_coef": 0.3, "gamma": 0.9, "lam": 0.8, "per_device_train_batch_size": 12}
+    trainer = make(
+        shared_base(folder, policy_seed=2), kl_estimator=kl_estimator, whiten_rewards=whiten_rewards, **config
+    )
+    rollout = trainer.rollout(rows_of(PROMPTS))
+    assert 0 < rollout.ended.sum() < 12
+    lengths = rollout.lengths.tolist()
+    reward_model = trainer.sampler.reward_scores(rollout)
+    torch.testing.assert_close(rollout.scores, reward_model - 2.0 * (~rollout.ended).float())
+    rewards = []
+    for i, length in enumerate(lengths):
+        ratio = [float(rollout.ref_log_probs[i, t] - rollout.log_probs[i, t]) for t in range(length)]
+        kl = [-r if kl_estimator == "k1" else math.exp(r) - 1 - r for r in ratio]
+        rewards.append([-0.3 * k for k in kl])
+        rewards[i][-1] += float(rollout.scores[i])
+    if whiten_rewards:
+        flat = [r for row in rewards for r in row]
+        mean = sum(flat) / len(flat)
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in flat) / len(flat))
+        rewards = [[(r - mean) / deviation + mean for r in row] for row in rewards]
+    advantages = []
+    for i, length in enumerate(lengths):
+        values = [*rollout.values[i, :length].tolist(), 0.0]
+        deltas = [rewards[i][t] + 0.9 * values[t + 1] - values[t] for t in range(length)]
+        advantages.append([sum((0.9 * 0.8) ** (s - t) * deltas[s] for s in range(t, length)) for t in range(length)])
+        returns = torch.tensor(advantages[i]) + rollout.values[i, :length]
+        torch.testing.assert_close(rollout.returns[i, :length], returns, rtol=1e-4, atol=1e-4)
+    flat = torch.tensor([a for row in advantages for a in row])
+    whitened = (flat - flat.mean()) / flat.std(correction=0)
+    torch.testing.assert_close(rollout.advantages[rollout.response_mask], whitened, rtol=1e-3, atol=1e-4)
+    assert not rollout.advantages[~rollout.response_mask].any() and not rollout.returns[~rollout.response_mask].any()
+
+
+def test_the_first_mini_batch_has_kl_zero_and_ratio_one(folder: Path, tmp_path: Path, make: Make) -> None:
+    # As a run does it: the policy and the reference are two loads of one saved adapter.
+    model = shared_base(folder)
+    model.save_role("reference", tmp_path / "sft")
+    model = SharedBase(load_base(Base(str(folder), dtype="float32")).to("cpu"))
+    model.add_role("reference", tmp_path / "sft")
+    model.add_role("policy", tmp_path / "sft", trainable=True)
+    model.add_role("critic", trainable=True, head=True)
+    trainer = make(
+        model,
+        reward_funcs=share_of_w7,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=6,
+        total_episodes=12,
+        num_ppo_epochs=1,
+    )
+    rollout = trainer.rollout(rows_of(PROMPTS))
+    assert torch.equal(rollout.log_probs, rollout.ref_log_probs) and rollout.log_probs.any()
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["objective/kl"] == 0 and first["objective/non_score_reward"] == 0
+    assert abs(first["val/ratio"] - 1) < 1e-6 and first["policy/clipfrac_avg"] == 0
+    assert first["policy/approxkl_avg"] < 1e-11
+
+
+@pytest.mark.parametrize("split", [((8, 1, 1), (2, 4, 1)), ((4, 1, 2), (1, 4, 2))])
+def test_micro_batches_and_accumulation_change_nothing(folder: Path, make: Make, split: Any) -> None:
+    prompts = [PROMPTS[i % 12] for i in range(8)]
+    torch.manual_seed(0)
+    rollout, found = None, []
+    for per_device, accumulation, mini_batches in split:
+        trainer = make(
+            shared_base(folder, policy_seed=2),
+            prompts,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+            num_mini_batches=mini_batches,
+            optim="sgd",  # Adam would hide a wrong scale, and make much of rounding where the gradient is almost zero
+            learning_rate=0.1,
+        )
+        rollout = rollout or trainer.rollout(rows_of(prompts))
+        assert rollout.lengths.max() > 3 * rollout.lengths.min()
+        before = {role: weights(trainer, role) for role in ("policy", "critic")}
+        trainer.create_optimizer()
+        for rows in torch.arange(8).split(trainer.config.mini_batch_size):
+            trainer.optimizer_step(rollout, rows)
+        assert all((weights(trainer, role) - before[role]).abs().max() > 1e-4 for role in before)
+        found.append(([weights(trainer, role) for role in before], trainer._sums))
+    (one, logged), (other, other_logged) = found
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-6)
+    assert logged.keys() - other_logged.keys() == set()
+    for name, values in other_logged.items():
+        if not name.startswith("rewards/"):
+            assert values == pytest.approx(logged[name], rel=1e-4, abs=1e-5) and len(values) == split[0][2]
+
+
+# What is trained
+
+
+def test_only_policy_and_critic_are_trained(folder: Path, make: Make) -> None:
+    trainer = make(total_episodes=8, weight_decay=0.1)
+    model = trainer.model
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trained = [*model.parameters_of("policy"), *model.parameters_of("critic")]
+    before = {role: weights(trainer, role) for role in ("policy", "critic")}
+    trainer.train()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert {id(p) for p in optimizer.state} == {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert all(p.grad is None for name, p in model.named_parameters() if name in frozen)
+    assert not any(torch.equal(weights(trainer, role), before[role]) for role in before)
+    assert len(frozen) + len(trained) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("still, moving", [("critic", "policy"), ("policy", "critic")])
+def test_a_learning_rate_of_zero_keeps_a_role_bit_identical(make: Make, still: str, moving: str) -> None:
+    rates = {"policy": "learning_rate", "critic": "critic_learning_rate"}
+    trainer = make(total_episodes=8, weight_decay=0.1, **{rates[still]: 0.0, rates[moving]: 1e-2})
+    before = {role: weights(trainer, role) for role in rates}
+    trainer.train()
+    assert torch.equal(weights(trainer, still), before[still])
+    assert (weights(trainer, moving) - before[moving]).abs().max() > 1e-3
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records how many elements the largest floating-point result of any operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_the_whole_vocabulary_for_all_tokens_is_made(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, length, vocabulary, hidden = 8, 8, 2048, 16
+    monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", 4 * vocabulary)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            eos_token_id=EOS,
+        )
+    ).save_pretrained(tmp_path)
+    trainer = make(
+        shared_base(tmp_path), per_device_train_batch_size=batch, response_length=length, stop_token_ids=()
+    )
+    trainer.create_optimizer()
+    with LargestTensor() as largest:
+        trainer.training_step(trainer.model, rows_of(PROMPTS[:batch]))
+    # The head's own weight, and generation's logits of one token for each row.
+    assert 4 * vocabulary <= largest.elements <= vocabulary * max(hidden, batch) < batch * length * vocabulary
+
+
+# Options
+
+
+def after_one_update(folder: Path, make: Make, options: dict[str, Any]) -> dict[str, Tensor]:
+    plain = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "per_device_train_batch_size": 6}
+    trainer = make(shared_base(folder, policy_seed=2), **{**plain, "total_episodes": 6, **options})
+    trainer.train()
+    return {role: weights(trainer, role) for role in ("policy", "critic")}
+
+
+@pytest.mark.parametrize(
+    "option, value, changed",
+    [
+        ("kl_coef", 0.5, {"policy", "critic"}),
+        ("kl_estimator", "k3", {"policy", "critic"}),
+        ("missing_eos_penalty", 1.0, {"policy", "critic"}),
+        ("whiten_rewards", True, {"policy", "critic"}),
+        ("gamma", 0.9, {"policy", "critic"}),
+        ("lam", 0.5, {"policy", "critic"}),
+        ("num_ppo_epochs", 3, {"policy", "critic"}),
+        ("num_mini_batches", 2, {"policy", "critic"}),
+        ("temperature", 0.5, {"policy", "critic"}),
+        ("response_length", 3, {"policy", "critic"}),
+        ("max_grad_norm", 0.01, {"policy", "critic"}),
+        ("cliprange", 1e-4, {"policy"}),
+        ("cliprange_value", 1e-4, {"critic"}),
+        ("vf_coef", 0.5, {"critic"}),
+        ("critic_learning_rate", 0.01, {"critic"}),
+    ],
+)
+def test_an_option_changes_the_roles_that_it_is_about(
+    folder: Path, make: Make, option: str, value: Any, changed: set[str]
+) -> None:
+    default, other = after_one_update(folder, make, {}), after_one_update(folder, make, {option: value})
+    assert {role for role in default if (default[role] - other[role]).abs().max() > 1e-7} == changed
+
+
+def test_the_same_seed_trains_the_same_bits_and_another_seed_does_not(folder: Path, make: Make) -> None:
+    first, again, other = (after_one_update(folder, make, {"seed": seed}) for seed in (7, 7, 8))
+    assert all(torch.equal(first[role], again[role]) and not torch.equal(first[role], other[role]) for role in first)
+
+
+@pytest.mark.parametrize("episodes, updates", [(4, 1), (12, 3), (13, 4), (40, 10)])
+def test_total_episodes_count_prompts_and_may_repeat_them(make: Make, episodes: int, updates: int) -> None:
+    trainer = make(total_episodes=episodes, response_length=1, num_ppo_epochs=1)
+    trainer.train()
+    logged = [row["episode"] for row in trainer.state.log_history if "episode" in row]
+    assert trainer.state.global_step == updates and logged == [4 * (i + 1) for i in range(updates)]
+
+
+def test_without_total_episodes_epochs_count(make: Make) -> None:
+    trainer = make(total_episodes=None, num_train_epochs=2, response_length=1, num_ppo_epochs=1)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_longer_prompts_than_max_prompt_length_are_bad_rows(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": " ".join(["w5", *["w6"] * n])}) + "\n" for n in range(10)))
+    recipe = Recipe("lengths", Base(str(folder)), ppo=PPOStage(str(data), heldout=0.2))
+    used = []
+    for limit in (None, 4):
+        config = ppo_config(tmp_path, max_prompt_length=limit)
+        prepared = runner._prepare(recipe, "ppo", config, load_tokenizer(recipe.base))
+        rows = [*prepared.train, *prepared.heldout]
+        assert all(len(row["prompt_ids"]) <= (limit or 10) for row in rows)
+        used.append(len(rows))
+    assert used == [10, 4]
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("response_length", 0),
+        ("temperature", 0.0),
+        ("num_ppo_epochs", 0),
+        ("num_mini_batches", 0),
+        ("rollout_micro_batch_size", 0),
+        ("total_episodes", 0),
+        ("max_prompt_length", 0),
+        ("cliprange", 0.0),
+        ("cliprange_value", -0.2),
+        ("kl_coef", -0.1),
+        ("vf_coef", -1.0),
+        ("critic_learning_rate", -1e-5),
+        ("missing_eos_penalty", -1.0),
+        ("gamma", 1.1),
+        ("lam", -0.1),
+        ("temperature", float("nan")),
+        ("kl_estimator", "k2"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(tmp_path: Path, option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"ppo\.{option} must be"):
+        ppo_config(tmp_path, **{option: value})
+
+
+def test_fewer_prompts_than_one_rollout_are_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"ppo\.data has 12 prompts .* fewer than one rollout's 16"):
+        make(per_device_train_batch_size=4, num_mini_batches=2, gradient_accumulation_steps=2)
+
+
+# Reward functions
+
+
+def share_of_w7(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+    return [c.split().count("w7") / max(1, len(c.split())) for c in completions]
+
+
+def test_reward_functions_get_the_rows_and_their_sum_is_the_score(make: Make) -> None:
+    seen: dict[str, Any] = {}
+
+    def numbers(prompts: Any, completions: Any, completion_ids: Any, trainer_state: Any, **columns: Any) -> list[float]:
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, state=trainer_state, columns=columns)
+        return [10.0 * n for n in columns["number"]]
+
+    async def lengths(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+        await asyncio.sleep(0)
+        return [None if n == 0 else float(len(ids)) for n, ids in enumerate(completion_ids)]
+
+    trainer = make(reward_funcs=[numbers, lengths])
+    rows = rows_of(PROMPTS[:4])
+    rollout = trainer.rollout(rows)
+    tokens = rollout.lengths.tolist()
+    assert rollout.scores.tolist() == [0.0, 10.0 + tokens[1], 20.0 + tokens[2], 30.0 + tokens[3]]
+    assert seen["prompts"] == [row["prompt"] for row in rows] and seen["columns"] == {"number": [0, 1, 2, 3]}
+    assert seen["ids"] == rollout.responses() and seen["state"] is trainer.state
+    words = [" ".join(f"w{i}" for i in ids if i > 3) for ids in rollout.responses()]
+    assert seen["completions"] == words
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert {"rewards/numbers/mean", "rewards/lengths/mean"} <= logged.keys()
+
+
+def test_conversational_prompts_get_messages(make: Make) -> None:
+    seen = []
+
+    def judge(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt_ids": p, "prompt": [{"role": "user", "content": f"w{p[0]}"}]} for p in PROMPTS]
+    trainer = make(train_dataset=Dataset.from_list(rows), reward_funcs=judge)
+    rollout = trainer.rollout(rows)
+    texts = trainer.sampler.texts(rollout)
+    assert seen == [
+        (row["prompt"], [{"role": "assistant", "content": text}]) for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("result", [[1.0] * 3, [1.0] * 5, []])
+def test_a_wrong_number_of_rewards_names_the_function(make: Make, result: list[float]) -> None:
+    def miscounting(**kwargs: Any) -> list[float]:
+        return result
+
+    trainer = make(reward_funcs=miscounting)
+    with pytest.raises(ValueError, match=rf"'miscounting' returned {len(result)} rewards for 4 responses"):
+        trainer.rollout(rows_of(PROMPTS[:4]))
+
+
+def test_two_reward_functions_of_one_name_are_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"Two reward functions have one name: share_of_w7, share_of_w7"):
+        make(reward_funcs=[share_of_w7, share_of_w7])
+
+
+def test_an_async_reward_function_works_inside_a_running_event_loop(make: Make) -> None:
+    async def ones(prompts: list[str], **kwargs: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return [1.0] * len(prompts)
+
+    trainer, rows = make(reward_funcs=ones), rows_of(PROMPTS[:4])
+
+    async def notebook_cell() -> Tensor:
+        return trainer.judge(ones, rows, trainer.sampler.sample("policy", PROMPTS[:4]))
+
+    assert asyncio.run(notebook_cell()).tolist() == [1.0] * 4
+
+
+# Learning, evaluation, resuming
+
+
+def learn(folder: Path, make: Make, kl_coef: float) -> list[dict[str, float]]:
+    model = SharedBase(load_base(Base(str(folder), dtype="float32")).to("cpu"), Lora(r=8, alpha=16))
+    with torch.no_grad():  # a small frozen head could not say one word with certainty, whatever the adapter
+        model.causal.get_output_embeddings().weight.mul_(2)
+    model.add_role("reference")
+    model.add_role("policy", trainable=True)
+    model.add_role("critic", trainable=True, head=True)
+    trainer = make(
+        model,
+        [PROMPTS[i % 12] for i in range(32)],
+        reward_funcs=share_of_w7,
+        stop_token_ids=(),
+        per_device_train_batch_size=32,
+        total_episodes=12 * 32,
+        num_ppo_epochs=4,
+        learning_rate=4e-3,
+        kl_coef=kl_coef,
+    )
+    trainer.train()
+    return [row for row in trainer.state.log_history if "objective/kl" in row]
+
+
+def test_ppo_learns_a_reward_and_the_penalty_holds_it_near_the_reference(folder: Path, make: Make) -> None:
+    free, held = learn(folder, make, kl_coef=0.0), learn(folder, make, kl_coef=0.5)
+    assert free[0]["objective/scores"] < 0.1 and free[-1]["objective/scores"] > 0.3
+    assert free[0]["objective/kl"] == 0 and free[-1]["objective/kl"] > 2
+    assert held[-1]["objective/kl"] < 0.5 * free[-1]["objective/kl"]
+
+
+def test_evaluation_repeats_itself_and_reports_the_means_of_its_samples(folder: Path, make: Make) -> None:
+    held_out = Dataset.from_list(rows_of([*PROMPTS[3:], [9, 9, 9]]))
+    trainer = make(shared_base(folder, policy_seed=2), eval_dataset=held_out, gold=share_of_w7)
+    state = torch.get_rng_state()
+    metrics = trainer.evaluate()
+    first = trainer.samples
+    torch.rand(3)
+    torch.set_rng_state(state)
+    assert trainer.evaluate() == metrics and trainer.samples == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [sample["prompt"] for sample in first] == held_out["prompt"]
+    columns = {"eval_score": "score", "eval_kl": "kl", "eval_response_length": "response_length", "eval_gold": "gold"}
+    assert metrics.keys() == {*columns, "eval_without_eos"}
+    for name, key in columns.items():
+        assert metrics[name] == pytest.approx(sum(sample[key] for sample in first) / len(first))
+    assert metrics["eval_without_eos"] == pytest.approx(sum(not sample["ended"] for sample in first) / len(first))
+    assert 0 < metrics["eval_without_eos"] < 1 and metrics["eval_kl"] != 0
+    assert [sample["gold"] for sample in first] == pytest.approx(share_of_w7([], [s["completion"] for s in first]))
+    assert all("gold" not in row for row in make(eval_dataset=held_out).evaluate_role("reference", held_out.to_list()))
+
+
+def test_the_reference_has_no_kl_to_itself_and_the_base_has_some(make: Make) -> None:
+    trainer, rows = make(), rows_of(PROMPTS)
+    assert all(sample["kl"] == 0 for sample in trainer.evaluate_role("reference", rows))
+    assert any(sample["kl"] != 0 for sample in trainer.evaluate_role("base", rows))
+
+
+def test_evaluating_between_updates_changes_no_update(folder: Path, make: Make) -> None:
+    found = []
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        trainer = make(shared_base(folder), eval_dataset=Dataset.from_list(rows_of(PROMPTS)), total_episodes=12, **evaluation)
+        trainer.train()
+        found.append([weights(trainer, role) for role in ("policy", "critic")])
+        assert sum("eval_score" in row for row in trainer.state.log_history) == (3 if evaluation else 0)
+    assert all(map(torch.equal, *found))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_resumed_run_ends_with_the_same_bits(folder: Path, make: Make, tmp_path: Path) -> None:
+    # Three updates make an epoch, so the fourth is of a reshuffled one; the learning rate falls from update to update.
+    run = {"total_episodes": 16, "save_steps": 2, "weight_decay": 0.1, "critic_learning_rate": 3e-3}
+    straight = make(**run)
+    straight.train()
+    stopped = make(**run, save_strategy="steps", callbacks=[StopAt(2)])
+    stopped.train()
+    assert stopped.state.global_step == 2
+    resumed = make(shared_base(folder, policy_seed=9), **run)  # the checkpoint brings the policy, whatever it is here
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for role in ROLES:
+        assert torch.equal(weights(resumed, role), weights(straight, role))
+    states = [trainer.optimizer.state_dict()["state"] for trainer in (straight, resumed)]
+    assert states[0].keys() == states[1].keys()
+    for i in states[0]:
+        assert all(torch.equal(states[0][i][key], states[1][i][key]) for key in states[0][i])
+
+    def logged(trainer: PPOTrainer) -> list[dict[str, float]]:
+        rows = [row for row in trainer.state.log_history if "objective/kl" in row]
+        return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+
+    assert len(logged(straight)) == 4 and logged(resumed) == logged(straight)
+
+
+@pytest.mark.parametrize("prompts", [[[5]] * 4, [[5, 6, 7]] * 4])
+def test_prompts_of_one_length_train(make: Make, prompts: list[list[int]]) -> None:
+    trainer = make(prompts=prompts, total_episodes=8)
+    before = weights(trainer, "policy")
+    trainer.train()
+    assert weights(trainer, "policy").isfinite().all() and not torch.equal(weights(trainer, "policy"), before)
+    assert trainer.state.log_history[0]["objective/kl"] == 0
+
+
+def test_responses_of_one_token_train(make: Make) -> None:
+    trainer = make(response_length=1, total_episodes=8)
+    trainer.train()
+    assert all(weights(trainer, role).isfinite().all() for role in ROLES)
+
+
+def test_a_loss_that_is_not_finite_stops_training(make: Make) -> None:
+    def broken(prompts: list[str], **kwargs: Any) -> list[float]:
+        return [math.inf] * len(prompts)
+
+    with pytest.raises(RuntimeError, match=r"at update 1"):
+        make(reward_funcs=broken).train()
+
+
+def test_a_four_bit_base_trains_policy_and_critic_only(folder: Path, make: Make) -> None:
+    model = shared_base(folder, quantization="nf4", dtype="auto")
+    trainer = make(model, use_cpu=device().type == "cpu", bf16=True, stop_token_ids=())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"]) and trainer.state.log_history[0]["objective/kl"] == 0
+    moved = {id(p) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    trained = {id(p) for role in ("policy", "critic") for p in model.parameters_of(role)}
+    assert moved == trained and all(p.isfinite().all() for p in model.parameters_of("policy"))
+
+
+# The stored probes of a reward model
+
+
+@pytest.mark.parametrize("changed", [None, 0, -1])
+def test_probes_notice_one_changed_weight(folder: Path, tmp_path: Path, changed: int | None) -> None:
+    model = shared_base(folder)
+    model.save_role("reward", tmp_path)
+    scores = []
+    for prompt in PROMPTS[:8]:
+        ids = torch.tensor([prompt])
+        with torch.no_grad(), model.role("reward"):
+            scores.append(model.head_outputs(ids, torch.ones_like(ids))[0, -1].item())
+    (tmp_path / "probe.json").write_text(json.dumps({"input_ids": PROMPTS[:8], "scores": scores}))
+    loaded = SharedBase(load_base(Base(str(folder), dtype="float32")).to("cpu"))
+    loaded.add_role("reward", tmp_path, head=True)
+    if changed is None:
+        check_probes(loaded, tmp_path)
+        return
+    loaded.parameters_of("reward")[changed].data[0, 0] += 1.0  # of the first layer's adapter, and of the head
+    with pytest.raises(RuntimeError, match=r"scores its probe rows differently"):
+        check_probes(loaded, tmp_path)

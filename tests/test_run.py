@@ -1,0 +1,687 @@
+"""A whole run: what its folder holds, and how it is skipped, resumed, refused and tracked."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_models import save_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage, replace, run, runner
+from rlhf_recipes.model import HEAD, model_path
+
+ROOT = Path(__file__).parents[1]
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
+ADAPTERS = ("sft", "reward", "ppo/policy", "ppo/critic")
+WEIGHTS = "adapter_model.safetensors"
+PPO_METRICS = {
+    "objective/kl",
+    "objective/entropy",
+    "objective/scores",
+    "objective/rlhf_reward",
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "loss/policy_avg",
+    "loss/value_avg",
+    "val/ratio",
+    "val/explained_variance",
+    "response_length",
+    "without_eos",
+    "tokens_per_second",
+    "time/generate",
+    "time/score",
+    "time/update",
+}
+GOLD = """
+def length(completions, **columns):
+    return [len(text.split()) for text in completions]
+"""
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(f"w{rng.randrange(4, 64)}" for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A recipe of three stages over a tiny random model and random rows, a few steps each."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = random.Random(0)
+    save_model(folder / "model")
+    (folder / "gold.py").write_text(GOLD)
+    rows = [{key: words(rng, 5) for key in ("prompt", "completion")} for _ in range(120)]
+    write_rows(folder / "sft.jsonl", rows)
+    rows = [{key: words(rng, 5) for key in ("prompt", "chosen", "rejected")} for _ in range(120)]
+    write_rows(folder / "reward.jsonl", rows)
+    write_rows(folder / "ppo.jsonl", [{"prompt": words(rng, rng.randint(2, 6)), "topic": i} for i in range(120)])
+    args = {
+        "per_device_train_batch_size": 8,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-3,
+        "logging_steps": 2,
+    }
+    ppo = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_mini_batches": 2}
+    ppo |= {"gradient_checkpointing": False, "learning_rate": 1e-3, "response_length": 8, "kl_coef": 0.05}
+    return Recipe(
+        name="small",
+        base=Base(str(folder / "model")),
+        lora=Lora(r=4, alpha=8, dropout=0.1),
+        sft=Stage(str(folder / "sft.jsonl"), heldout=0.1, args={**args, "max_steps": 4, "save_steps": 2}),
+        reward=Stage(str(folder / "reward.jsonl"), heldout=0.1, args={**args, "max_steps": 4, "save_steps": 2}),
+        ppo=PPOStage(
+            str(folder / "ppo.jsonl"),
+            heldout=0.1,
+            args={**ppo, "max_steps": 3, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2},
+        ),
+        gold=f"{folder / 'gold.py'}:length",
+        tracker="none",
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished run's folder, and its summary. Tests that change the folder work on a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, run(recipe, folder)
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {stage: record["state"] for stage, record in manifest_of(folder)["stages"].items()}
+
+
+def rows_of(folder: Path, stage: str | None = None, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [row for row in rows if stage in (None, row["stage"])]
+
+
+def comparison(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of the three models at the end, without those of evaluations during training."""
+    return samples[[s["model"] for s in samples].index("base") :]
+
+
+def ppo_updates(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in rows_of(folder, "ppo") if "objective/kl" in row]
+
+
+def reproducible(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without clocks. `train_loss` is the Trainer's mean over the steps of one process, so it goes too."""
+    clocks = ("time/", "memory/", "tokens_per_second", "train_", "eval_runtime", "eval_samples_per", "eval_steps_per")
+    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows_of(folder)]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {adapter: (folder / adapter / WEIGHTS).read_bytes() for adapter in ADAPTERS}
+
+
+def mark_running(folder: Path, stage: str) -> None:
+    """Make the manifest what it is while a stage runs."""
+    manifest = manifest_of(folder)
+    manifest["stages"][stage]["state"] = "running"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# --- What a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_recipe_and_manifest(recipe: Recipe, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    assert json.loads((folder / "recipe.json").read_text())["ppo"]["args"]["kl_coef"] == 0.05
+    manifest = manifest_of(folder)
+    assert {"python", "torch", "trl", "peft", "transformers", "rlhf_recipes"} <= manifest["versions"].keys()
+    assert manifest["base"]["dtype"] == "float32" and manifest["base"]["model"].startswith("sha256:")
+    for adapter in ADAPTERS:
+        assert json.loads((folder / adapter / "base.json").read_text()) == manifest["base"]
+    assert list(manifest["stages"]) == ["sft", "reward", "ppo"]
+    for record in manifest["stages"].values():
+        assert record["state"] == "done"
+        assert record["seconds"] > 0 and record["peak_memory_mib"] > 0
+        report = record["data"]
+        assert report["rows"] == report["used"] == report["train"] + report["heldout"] == 120
+        assert report["heldout"] > 0 and report["dropped"] == {}
+
+
+def test_every_metric_of_a_run_is_recorded(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    rows = rows_of(folder)
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == ["sft", "reward", "ppo"]
+    assert all(isinstance(row["step"], int) for row in rows)
+    assert [row["step"] for row in rows_of(folder, "sft") if "loss" in row] == [2, 4]
+    updates = ppo_updates(folder)
+    assert [row["step"] for row in updates] == [1, 2, 3]
+    assert [row["episode"] for row in updates] == [16, 32, 48]
+    for row in updates:
+        assert row.keys() >= PPO_METRICS
+        assert all(isfinite(row[name]) for name in PPO_METRICS)
+    # Before the first update the policy is the reference, and on its first mini-batch the one that sampled.
+    assert updates[0]["objective/kl"] == 0 and updates[1]["objective/kl"] != 0
+    assert updates[0]["val/ratio"] == pytest.approx(1, abs=0.1)
+    assert [row["step"] for row in rows_of(folder, "ppo") if "eval_gold" in row] == [2, 3]
+
+
+def test_samples_compare_three_models_on_the_same_prompts(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    samples = rows_of(folder, None, "samples.jsonl")
+    assert {s["stage"] for s in samples} == {"ppo"}
+    last = comparison(samples)
+    prompts = [[s["prompt"] for s in last if s["model"] == model] for model in ("base", "sft", "ppo")]
+    assert prompts[0] == prompts[1] == prompts[2] != []
+    assert {(s["step"], s["model"]) for s in samples[: -len(last)]} == {(2, "ppo"), (3, "ppo")}
+    for sample in samples:
+        assert sample["gold"] == len(sample["completion"].split()) and isfinite(sample["score"])
+    assert all(sample["kl"] == 0 for sample in samples if sample["model"] == "sft")
+
+
+def test_the_summary_is_what_the_stages_found(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    samples = comparison(rows_of(folder, "ppo", "samples.jsonl"))
+    for name, key in (("gold_score", "gold"), ("reward_score", "score"), ("response_length", "response_length")):
+        for model in ("base", "sft", "ppo"):
+            of_model = [s[key] for s in samples if s["model"] == model]
+            assert summary[name][model] == pytest.approx(sum(of_model) / len(of_model))
+    for name in ("win_rate_vs_sft", "reward_win_rate_vs_sft"):
+        wins = summary[name]
+        assert 0 <= wins["low"] <= wins["rate"] <= wins["high"] <= 1 and wins["prompts"] == len(samples) / 3
+    assert summary["sft_heldout_loss"] > 0 and 0 <= summary["reward_model_accuracy"] <= 1 and isfinite(summary["kl"])
+    assert summary["without_eos"].keys() == {"base", "sft", "ppo"}
+    assert summary["seconds"].keys() == summary["peak_memory_mib"].keys() == {"sft", "reward", "ppo"}
+
+
+def test_the_adapters_load_with_plain_peft(recipe: Recipe, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for adapter in ADAPTERS:
+        suffixes = {path.suffix for path in (folder / adapter).iterdir() if path.is_file()}
+        assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}, f"{adapter} must hold safetensors only"
+        if adapter in ("sft", "ppo/policy"):
+            base = AutoModelForCausalLM.from_pretrained(recipe.base.model)
+        else:
+            base = AutoModelForSequenceClassification.from_pretrained(recipe.base.model, num_labels=1)
+        with torch.no_grad():
+            plain = base(input_ids=ids).logits
+            adapted = PeftModel.from_pretrained(base, str(folder / adapter)).eval()(input_ids=ids).logits
+        assert torch.isfinite(adapted).all() and not torch.equal(plain, adapted)
+
+
+def test_the_saved_reward_model_gives_its_probe_scores(recipe: Recipe, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    probes = json.loads((folder / "reward" / "probe.json").read_text())
+    base = AutoModelForSequenceClassification.from_pretrained(recipe.base.model, num_labels=1)
+    model = PeftModel.from_pretrained(base, str(folder / "reward")).eval()
+    with torch.no_grad():
+        scores = [model(input_ids=torch.tensor([ids])).logits.item() for ids in probes["input_ids"]]
+    assert scores == pytest.approx(probes["scores"], abs=1e-5)
+    assert len(set(scores)) > 1
+
+
+# --- Running again ----------------------------------------------------------------------------------------------------
+
+
+def test_running_again_skips_what_is_finished(recipe: Recipe, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+
+    def stamps() -> dict[Path, int]:
+        return {
+            path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"
+        }
+
+    before = stamps()
+    assert run(recipe, folder) == summary
+    assert stamps() == before
+
+
+def test_a_changed_recipe_is_refused_in_an_old_folder(recipe: Recipe, copied: Path) -> None:
+    with pytest.raises(ValueError, match=r"kl_coef: 0\.05 there, 0\.2 here.*--run-dir"):
+        run(replace(recipe, ppo={"kl_coef": 0.2}), copied)
+    with pytest.raises(ValueError, match=r"lora\.r: 4 there, 8 here; seed: 0 there, 1 here"):
+        run(replace(recipe, lora={"r": 8}, seed=1), copied)
+    with pytest.raises(ValueError, match="limit: None there, 50 here"):
+        run(replace(recipe, sft={"limit": 50}), copied)
+
+
+def test_another_tracker_is_the_same_recipe(
+    recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    assert run(replace(recipe, tracker="tensorboard"), copied) == finished[1]
+
+
+def test_a_mistake_in_the_data_can_be_corrected_in_the_same_folder(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent\.jsonl"):
+        run(replace(recipe, ppo={"data": "absent.jsonl"}), tmp_path / "run")
+    run(recipe, tmp_path / "run", stages=["sft"])
+
+
+def test_stages_run_one_at_a_time(recipe: Recipe, tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder = tmp_path / "run"
+    summary = run(recipe, folder, stages=["sft"])
+    assert states(folder) == {"sft": "done"}
+    assert summary["sft_heldout_loss"] == finished[1]["sft_heldout_loss"] and summary["reward_score"] == {}
+    with pytest.raises(ValueError, match="Stage 'ppo' builds on 'reward', which is not finished"):
+        run(recipe, folder, stages=["ppo"])
+    run(recipe, folder, stages=["reward"])
+    run(recipe, folder, stages=["ppo"])
+    assert weights(folder) == weights(finished[0])
+
+
+def test_an_unknown_stage_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no stage 'rewards'. Did you mean reward\?"):
+        run(recipe, tmp_path / "run", stages=["rewards"])
+    with pytest.raises(ValueError, match="has no stage 'sft'"):
+        run(replace(recipe, sft=None), tmp_path / "run", stages=["sft"])
+    assert not (tmp_path / "run").exists()
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_checkpoint_is_passed_over(recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    for stage, tear in (("sft", Path.unlink), ("reward", truncate), ("ppo", truncate)):
+        newest = Path(runner.last_checkpoint(copied / stage) or "")
+        tear(newest / "trainer_state.json")
+        older = Path(runner.last_checkpoint(copied / stage) or "")
+        assert older != newest and not newest.exists() and older.parent == copied / stage
+        mark_running(copied, stage)
+    run(recipe, copied)
+    assert weights(copied) == weights(finished[0])
+    assert by_stage(reproducible(copied)) == by_stage(reproducible(finished[0]))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def by_stage(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {stage: [row for row in rows if row["stage"] == stage] for stage in runner.STAGES}
+
+
+def test_a_run_that_ended_after_its_last_checkpoint_has_no_row_twice(
+    recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    for stage in runner.STAGES:
+        mark_running(copied, stage)
+    assert run(recipe, copied)["reward_score"] == finished[1]["reward_score"]
+    assert weights(copied) == weights(finished[0])
+    assert by_stage(reproducible(copied)) == by_stage(reproducible(finished[0]))
+    assert rows_of(copied, None, "samples.jsonl") == rows_of(finished[0], None, "samples.jsonl")
+
+
+def test_the_time_of_a_stage_adds_up_over_restarts(recipe: Recipe, copied: Path) -> None:
+    before = manifest_of(copied)["stages"]["sft"]["seconds"]
+    mark_running(copied, "sft")
+    run(recipe, copied, stages=["sft"])
+    assert manifest_of(copied)["stages"]["sft"]["seconds"] > before
+
+
+def test_no_checkpoint_is_found_where_there_is_none(tmp_path: Path) -> None:
+    assert runner.last_checkpoint(tmp_path / "sft") is None
+    for number in (9, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-11").mkdir()
+    assert runner.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `rlhf-recipes run` in a process of its own, and ends at last what still runs."""
+    processes = []
+
+    def start(recipe: Recipe, run_dir: Path, **environment: str) -> subprocess.Popen[str]:
+        file = tmp_path / "recipe.py"
+        file.write_text(f"from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage\n\nrecipe = {recipe!r}\n")
+        command = [sys.executable, "-m", "rlhf_recipes.cli", "run", str(file), "--run-dir", str(run_dir)]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def stop_at_checkpoint(process: subprocess.Popen[str], stage_dir: Path, number: signal.Signals) -> Path:
+    """Send a signal once the stage has written a checkpoint, and return that checkpoint."""
+    deadline = time.monotonic() + 120
+    while not (found := list(stage_dir.glob("checkpoint-*/trainer_state.json"))):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no checkpoint in {stage_dir}"
+        time.sleep(0.003)
+    process.send_signal(number)
+    return found[0].parent
+
+
+@pytest.fixture(scope="module")
+def longer(recipe: Recipe) -> Recipe:
+    """Steps enough that a signal sent at the first checkpoint comes before the end. Every checkpoint is kept."""
+    keep = {"save_total_limit": 100}
+    args = {**keep, "max_steps": 80, "save_steps": 8, "logging_steps": 4}
+    return replace(recipe, sft=args, reward=args, ppo={**keep, "max_steps": 6, "save_steps": 1, "eval_strategy": "no"})
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(longer: Recipe, start: Start, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted = start(longer, whole)
+    checkpoints = {}
+    for stage in runner.STAGES:
+        process = start(longer, killed)
+        checkpoint = stop_at_checkpoint(process, killed / stage, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert states(killed)[stage] == "running", f"the kill must land within {stage}"
+        checkpoints[checkpoint] = (checkpoint / "trainer_state.json").stat().st_mtime_ns
+    process = start(longer, killed)
+    assert process.wait() == 0, process.communicate()[1]
+    assert uninterrupted.wait() == 0, uninterrupted.communicate()[1]
+
+    assert set(states(killed).values()) == {"done"}
+    for checkpoint, written in checkpoints.items():
+        assert (checkpoint / "trainer_state.json").stat().st_mtime_ns == written, "the stage began again at its start"
+    assert weights(killed) == weights(whole)
+    assert reproducible(killed) == reproducible(whole)
+    assert rows_of(killed, None, "samples.jsonl") == rows_of(whole, None, "samples.jsonl")
+
+
+def test_ctrl_c_says_how_to_go_on(longer: Recipe, start: Start, tmp_path: Path) -> None:
+    process = start(longer, tmp_path / "run")
+    stop_at_checkpoint(process, tmp_path / "run" / "sft", signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to resume" in errors and "Traceback" not in errors
+    assert states(tmp_path / "run") == {"sft": "running"}
+    assert manifest_of(tmp_path / "run")["stages"]["sft"]["seconds"] > 0
+
+
+# --- Recipes with fewer stages ----------------------------------------------------------------------------------------
+
+
+def frozen(recipe: Recipe) -> Recipe:
+    """With a learning rate of zero, PPO saves the policy and the critic as they started."""
+    return replace(recipe, ppo={"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "eval_strategy": "no"})
+
+
+def test_without_a_reward_model_the_critic_starts_from_sft_with_a_zero_head(recipe: Recipe, tmp_path: Path) -> None:
+    assert recipe.gold is not None
+    summary = run(frozen(replace(recipe, reward=None, ppo={"reward_funcs": (recipe.gold,)})), tmp_path)
+    assert summary["reward_score"] == summary["gold_score"] and summary["reward_model_accuracy"] is None
+    sft, policy, critic = (load_file(tmp_path / name / WEIGHTS) for name in ("sft", "ppo/policy", "ppo/critic"))
+    assert not critic.pop(HEAD).any()
+    assert all(torch.equal(sft[key], state[key]) for state in (policy, critic) for key in sft)
+    assert sft.keys() == policy.keys() == critic.keys()
+
+
+def test_without_sft_the_policy_starts_from_the_base_and_the_critic_from_the_reward_model(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    summary = run(frozen(replace(recipe, sft=None)), tmp_path)
+    assert summary["sft_heldout_loss"] is None and summary["reward_model_accuracy"] is not None
+    reward, policy, critic = (load_file(tmp_path / name / WEIGHTS) for name in ("reward", "ppo/policy", "ppo/critic"))
+    assert not any(tensor.any() for key, tensor in policy.items() if "lora_B" in key)
+    assert reward.keys() == critic.keys() and all(torch.equal(reward[key], critic[key]) for key in reward)
+    assert summary["kl"] == 0 and summary["gold_score"]["base"] == summary["gold_score"]["ppo"]
+
+
+def test_ppo_without_any_reward_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no reward: add a `reward` stage or set ppo\.reward_funcs"):
+        run(replace(recipe, reward=None), tmp_path)
+
+
+# --- Errors come before weights ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weightless(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """The recipe over a model folder without weights: loading them would raise another error."""
+    folder = shutil.copytree(recipe.base.model, tmp_path_factory.mktemp("weightless") / "model")
+    (folder / "model.safetensors").unlink()
+    return replace(recipe, base={"model": str(folder)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft": {"learning_rat": 1e-3}}, r"no key sft\.learning_rat\. Did you mean learning_rate\?"),
+        ({"reward": {"max_lenght": 8}}, r"no key reward\.max_lenght\. Did you mean max_length\?"),
+        ({"ppo": {"kl_coeff": 0.1}}, r"no key ppo\.kl_coeff\. Did you mean kl_coef\?"),
+        ({"ppo": {"kl_coef": "high"}}, r"ppo\.kl_coef must be float, not 'high'"),
+        ({"ppo": {"kl_estimator": "k2"}}, r"ppo\.kl_estimator must be .*k1.*k3.*'k2'"),
+        ({"ppo": {"lam": 1.5}}, r"ppo\.lam must be from 0 to 1, not 1\.5"),
+        ({"sft": {"args": {"output_dir": "x"}}}, r"sft\.output_dir is set by the runner: --run-dir"),
+        ({"reward": {"args": {"seed": 3}}}, r"reward\.seed is set by the runner"),
+        ({"reward": {"data": "absent.jsonl"}}, r"reward\.data: .*absent\.jsonl"),
+        ({"gold": "gold"}, r"'gold' names no function\. Write module:function"),
+        ({"gold": "absent_module:gold"}, r"there is no module 'absent_module'"),
+        ({"ppo": {"reward_funcs": ("json:score",)}}, r"json has no function 'score'"),
+        ({"base": {"chat_template": "transcrpt"}}, r"base\.chat_template: 'transcrpt'.* Did you mean transcript\?"),
+    ],
+)
+def test_a_mistake_is_found_before_weights_are_loaded(
+    weightless: Recipe, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(replace(weightless, **changes), tmp_path / "run")
+
+
+def test_mixed_formats_are_found_before_weights_are_loaded(weightless: Recipe, tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"w{i}"}]} for i in range(4, 60)]
+    write_rows(tmp_path / "chat.jsonl", rows)
+    with pytest.raises(ValueError, match=r"sft\.data is plain text, reward\.data is plain text, ppo\.data is messages"):
+        run(replace(weightless, ppo={"data": str(tmp_path / "chat.jsonl")}), tmp_path / "run")
+
+
+def test_a_recipe_without_a_mistake_gets_as_far_as_the_weights(weightless: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        run(weightless, tmp_path / "run")
+
+
+def test_a_reward_model_that_was_changed_on_disk_stops_ppo(recipe: Recipe, copied: Path) -> None:
+    shutil.rmtree(copied / "ppo")
+    mark_running(copied, "ppo")
+    state = load_file(copied / "reward" / WEIGHTS)
+    state[HEAD] = 2 * state[HEAD]
+    save_file(state, copied / "reward" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="scores its probe rows differently"):
+        run(recipe, copied)
+
+
+def test_adapters_of_another_base_are_refused(recipe: Recipe, copied: Path) -> None:
+    found = json.loads((copied / "sft" / "base.json").read_text())
+    (copied / "sft" / "base.json").write_text(json.dumps(found | {"quantization": "int8"}))
+    mark_running(copied, "reward")
+    shutil.rmtree(copied / "reward")
+    with pytest.raises(ValueError, match="another base \\(quantization: int8 there, None here\\)"):
+        run(recipe, copied)
+
+
+# --- Bases ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_4_bit_base_is_finite(recipe: Recipe, tmp_path: Path) -> None:
+    few = {"max_steps": 2}
+    summary = run(replace(recipe, base={"quantization": "nf4"}, sft=few, reward=few, ppo=few), tmp_path)
+    assert manifest_of(tmp_path)["base"]["quantization"] == "nf4"
+    updates = ppo_updates(tmp_path)
+    assert len(updates) == 2 and all(isfinite(row[name]) for row in updates for name in PPO_METRICS)
+    assert updates[0]["objective/kl"] == 0
+    assert all(isfinite(score) for score in summary["reward_score"].values())
+    for adapter in ADAPTERS:
+        state = load_file(tmp_path / adapter / WEIGHTS)
+        assert state and all(torch.isfinite(tensor).all() for tensor in state.values())
+        assert all("lora_" in key or key == HEAD for key in state), "the base's weights stay out of the adapters"
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not beside this checkout")
+def test_a_run_on_conversations(recipe: Recipe, tmp_path: Path) -> None:
+    names = ["Tom", "Lily", "Ben", "Sue", "Max", "Mia", "Sam", "Ann"]
+    asked = [f"Tell me about {name} and {other}." for name in names for other in names]
+    prompts = [[{"role": "user", "content": text}] for text in asked]
+    happy, sad = ([{"role": "assistant", "content": f"They were {mood}."}] for mood in ("happy", "sad"))
+    write_rows(tmp_path / "sft.jsonl", [{"messages": prompt + happy} for prompt in prompts])
+    write_rows(tmp_path / "reward.jsonl", [{"prompt": p, "chosen": happy, "rejected": sad} for p in prompts])
+    write_rows(tmp_path / "ppo.jsonl", [{"prompt": prompt} for prompt in prompts])
+    few = {"max_steps": 2}
+    conversations = replace(
+        recipe,
+        base={"model": str(STORIES), "chat_template": "transcript"},
+        **{stage: {"data": str(tmp_path / f"{stage}.jsonl"), **few} for stage in runner.STAGES},
+        gold=None,
+    )
+    summary = run(conversations, tmp_path / "run")
+    assert summary["gold_score"] == {} and summary["win_rate_vs_sft"] is None
+    assert all(isfinite(score) for score in summary["reward_score"].values())
+    assert {json.dumps(s["prompt"]) for s in rows_of(tmp_path / "run", "ppo", "samples.jsonl")} <= set(
+        map(json.dumps, prompts)
+    )
+    assert "Human:" in (tmp_path / "run" / "ppo" / "policy" / "chat_template.jinja").read_text()
+
+
+def test_rows_longer_than_the_models_context_are_dropped(recipe: Recipe, tmp_path: Path) -> None:
+    folder = shutil.copytree(recipe.base.model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
+    rng = random.Random(1)
+    prompts = [words(rng, 3 + i % 4) for i in range(120)]  # 3, 4, 5 or 6 tokens
+    write_rows(tmp_path / "sft.jsonl", [{"prompt": p, "completion": words(rng, 6)} for p in prompts])
+    write_rows(tmp_path / "ppo.jsonl", [{"prompt": p} for p in prompts])
+    short = replace(
+        recipe,
+        base={"model": str(folder)},
+        sft={"data": str(tmp_path / "sft.jsonl")},
+        reward=None,
+        ppo={"data": str(tmp_path / "ppo.jsonl"), "reward_funcs": (recipe.gold,)},
+    )
+    run(frozen(short), tmp_path / "run")
+    stages = manifest_of(tmp_path / "run")["stages"]
+    # SFT: prompt, 6 words and EOS are 10 to 13 tokens. PPO: the response may take 8 of the 12.
+    assert stages["sft"]["data"]["dropped"] == {"too long": 30}
+    assert stages["ppo"]["data"]["dropped"] == {"too long": 60}
+    assert "13 tokens, limit 12" in stages["sft"]["data"]["examples"][0]
+
+
+def test_a_base_that_a_function_builds_is_built_once(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_RECIPES_CACHE", str(tmp_path / "cache"))
+    builder = tmp_path / "tiny_builder.py"
+    builder.write_text(
+        "from pathlib import Path\nfrom tiny_models import save_model\n\n"
+        "def build(folder):\n"
+        f"    with Path({str(tmp_path / 'calls')!r}).open('a') as stream:\n        stream.write('x')\n"
+        "    save_model(folder)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("tiny_builder:build", f"{builder}:build"):
+        built = replace(recipe, base={"model": name})
+        run(built, tmp_path / name.replace("/", "-"), stages=["sft"])
+        assert Path(model_path(built.base)).parent == tmp_path / "cache"
+    assert (tmp_path / "calls").read_text() == "x"
+    builder.write_text(builder.read_text() + "\n# A changed builder is another base.\n")
+    model_path(Base(f"{builder}:build"))
+    assert (tmp_path / "calls").read_text() == "xx"
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_peak_memory_is_measured_anew_for_each_stage() -> None:
+    runner.reset_peak_memory()
+    before = runner.peak_memory_mib()
+    block = b"x" * 2**28
+    assert runner.peak_memory_mib() > before + 250
+    del block
+    runner.reset_peak_memory()
+    assert 0 < runner.peak_memory_mib() < before + 50
+
+
+# --- Weights & Biases -------------------------------------------------------------------------------------------------
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """The records of an offline run's .wandb file, which wandb has no public reader for.
+
+    After 7 bytes of its own it is a LevelDB log: blocks of 32 KiB with chunks of checksum (4 bytes), length (2, little
+    endian), type (1: whole, 2: first, 3: middle, 4: last) and payload; a record is one wandb.proto `Record`.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    content, at, record, records = path.read_bytes(), 7, b"", []
+    assert content[:4] == b":W&B"
+    while at + 7 <= len(content):
+        if 2**15 - at % 2**15 < 7:  # no header fits in the rest of a block
+            at += 2**15 - at % 2**15
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            records.append(Record.FromString(record))
+            record = b""
+    return records
+
+
+def test_wandb_without_a_key_is_offline_and_complete(
+    recipe: Recipe, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    few = {"max_steps": 2}
+    tracked = replace(recipe, tracker="wandb", sft=few, reward=few, ppo=few)
+    process = start(tracked, tmp_path / "tracked", HOME=str(tmp_path))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+    stages = {}
+    for path in (tmp_path / "tracked" / "wandb").glob("offline-run-*/*.wandb"):
+        records = wandb_records(path)
+        head = next(record.run for record in records if record.HasField("run"))
+        stages[head.job_type] = head, records, path.parent
+    assert stages.keys() == {"sft", "reward", "ppo"}
+    for stage, (head, records, _) in stages.items():
+        assert (head.run_group, head.display_name) == ("tracked", f"tracked-{stage}")
+        config = {item.key: item.value_json for item in head.config.update}
+        updates = [record.config for record in records if record.HasField("config")]
+        config |= {item.key: item.value_json for update in updates for item in update.update}
+        assert json.loads(config["recipe"])["ppo"]["args"]["kl_coef"] == 0.05
+        assert json.loads(config["base"])["dtype"] == "float32"
+        assert json.loads(config["max_steps"]) == 2  # transformers' callback adds the trainer's arguments
+
+    _, records, folder = stages["ppo"]
+    histories = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    kl = [row["train/objective/kl"] for row in histories if "train/objective/kl" in row]
+    assert kl == [row["objective/kl"] for row in ppo_updates(tmp_path / "tracked")]
+    tables = [json.loads(path.read_text()) for path in folder.glob("files/media/table/completions*.table.json")]
+    samples = rows_of(tmp_path / "tracked", "ppo", "samples.jsonl")
+    assert sum(len(table["data"]) for table in tables) == len(samples)
+    assert {"model", "prompt", "completion", "score", "gold"} <= set(tables[0]["columns"])
