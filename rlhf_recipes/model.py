@@ -237,9 +237,7 @@ class SharedBase(nn.Module):
         else:
             self.peft.add_adapter(name, config)
         if head:
-            self.heads[name] = nn.Linear(self.causal.config.get_text_config().hidden_size, 1, bias=False)
-            self.heads.to(self.device)
-            nn.init.zeros_(self.head_weight(name))
+            self.add_head(name)
         if folder is not None:
             self.load_role(name, folder)
         disable_dropout_in_model(self)
@@ -250,6 +248,12 @@ class SharedBase(nn.Module):
         for parameter in self.parameters_of(name):
             parameter.requires_grad_(trainable)
             parameter.data = parameter.data.float()
+
+    def add_head(self, name: str) -> None:
+        """Give a role a trainable scalar head that is zero at first."""
+        self.heads[name] = nn.Linear(self.causal.config.get_text_config().hidden_size, 1, bias=False)
+        self.heads.to(self.device)
+        nn.init.zeros_(self.head_weight(name))
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The adapter weights of a role, and its head."""
@@ -263,6 +267,8 @@ class SharedBase(nn.Module):
         It sets each layer's active adapter and nothing else. PEFT's `set_adapter` would also make the role trainable
         and freeze the others, and takes 60 times as long.
         """
+        # PEFT's layers pass over an adapter that they do not have, and would compute the bare base.
+        assert name == "base" or (self.peft and name in self.peft.peft_config), f"there is no role {name!r}"
         before = [layer._active_adapter for layer in self._tuner_layers]
         try:
             for layer in self._tuner_layers:
@@ -372,10 +378,13 @@ class SharedBase(nn.Module):
         assert self.peft is not None
         state = load_peft_weights(str(folder), device="cpu")
         score = state.pop(HEAD, None)
-        odd = sorted(state.keys() ^ (self.role_state(name).keys() - {HEAD}))[:3]
+        found = {key: value.shape for key, value in state.items()}
+        wanted = {key: value.shape for key, value in self.role_state(name).items() if key != HEAD}
+        odd = sorted({key for key, _ in found.items() ^ wanted.items()})[:3]
         if odd:
             raise ValueError(
-                f"The adapter in {folder} does not fit the base: {', '.join(odd)} are in only one of them."
+                f"The adapter in {folder} does not fit the role {name!r}: {', '.join(odd)} are in only one of the two, "
+                "or of another shape."
             )
         set_peft_model_state_dict(self.peft, state, adapter_name=name)
         if name in self.heads:

@@ -52,6 +52,9 @@ class PPOConfig(TrainingArguments):
     max_prompt_length: int | None = field(default=512, metadata={"help": "Longer prompts, in tokens, are bad rows."})
     response_length: int = field(default=53, metadata={"help": "Sample at most so many tokens."})
     temperature: float = field(default=0.7, metadata={"help": "The policy is the distribution tempered by this."})
+    stop_token_id: int | None = field(
+        default=None, metadata={"help": "One more token that ends a response, beside EOS and the chat template's own."}
+    )
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Subtracted from the score of a response without EOS."}
     )
@@ -72,9 +75,14 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = ("response_length", "temperature", "num_ppo_epochs", "num_mini_batches", "rollout_micro_batch_size")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"ppo.{name} must be above 0, not {getattr(self, name)}.")
+        for name in (*positive, "cliprange", "cliprange_value", "total_episodes", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"ppo.{name} must be above 0, not {value}.")
+        for name in ("kl_coef", "vf_coef", "critic_learning_rate", "missing_eos_penalty"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"ppo.{name} must not be below 0, but is {value}.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ppo.{name} must be from 0 to 1, not {getattr(self, name)}.")
@@ -164,7 +172,7 @@ class PPOTrainer(Trainer):
             args.response_length,
             args.temperature,
             args.rollout_micro_batch_size,
-            stop_token_ids,
+            [*stop_token_ids, *([args.stop_token_id] if args.stop_token_id is not None else [])],
             lambda: self.accelerator.autocast(),
         )
 
@@ -413,7 +421,8 @@ def train(job: "Job") -> dict[str, Any]:
         shared.add_role("critic", run_dir / "reward", trainable=True, head=True)
         check_probes(shared, run_dir / "reward")
     else:
-        shared.add_role("critic", start, trainable=True, head=True)
+        shared.add_role("critic", start, trainable=True)
+        shared.add_head("critic")
     trainer = PPOTrainer(
         model=shared,
         args=job.config,
@@ -425,7 +434,7 @@ def train(job: "Job") -> dict[str, Any]:
         stop_token_ids=[job.data.stop_token_id],
     )
     recorder = job.watch(trainer)
-    trainer.train(resume_from_checkpoint=job.resume)
+    job.train(trainer)
     for role in ("policy", "critic"):
         shared.save_role(role, job.folder / role)
         job.tokenizer.save_pretrained(job.folder / role)

@@ -41,7 +41,7 @@ def train(job: "Job") -> dict[str, float]:
         processing_class=job.tokenizer,
     )
     job.watch(trainer)
-    trainer.train(resume_from_checkpoint=job.resume)
+    job.train(trainer)
     metrics = trainer.evaluate()
     model.save_pretrained(str(job.folder))
     job.tokenizer.save_pretrained(job.folder)

@@ -28,6 +28,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -65,6 +66,19 @@ class Job:
         trainer.add_callback(Progress(self.stage))
         return recorder
 
+    def train(self, trainer: Trainer) -> None:
+        """Train from the stage's last checkpoint, if there is one, to the end."""
+        if self.resume is not None:
+            state = TrainerState.load_from_json(str(Path(self.resume, "trainer_state.json")))
+            if state.global_step >= state.max_steps:
+                # From a checkpoint of the last step the Trainer would take one more, so it is only loaded.
+                best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+                trainer.state = state
+                trainer._load_from_checkpoint(best or self.resume)
+                trainer.remove_callback(Progress)
+                return
+        trainer.train(resume_from_checkpoint=self.resume)
+
 
 def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | None = None) -> dict[str, Any]:
     """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
@@ -88,6 +102,8 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
         manifest["base"] = model.fingerprint(recipe.base, tokenizer)
         prepared = {stage: _prepare(recipe, stage, configs[stage], tokenizer) for stage in todo}
         _same_format(prepared)
+        # Not before: a recipe whose data were refused may be corrected and run in the same folder.
+        write_json(run_dir / "recipe.json", to_dict(recipe))
         for stage in todo:
             console.print(Text(f"{stage}: {_data_line(prepared[stage].report)}", style="bold"))
             config = configs[stage]
@@ -170,7 +186,6 @@ def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
             if earlier not in wanted and manifest["stages"].get(earlier, {}).get("state") != "done":
                 raise ValueError(f"Stage {stage!r} builds on {earlier!r}, which is not finished in {run_dir}.")
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, resolved)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     manifest["versions"] = {"python": platform.python_version(), "rlhf_recipes": __version__, **versions}
     return manifest
@@ -181,7 +196,7 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [key for key in {**old, **new} if prefix or key != "tracker"]
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
-    return [] if old == new else [f"{prefix[:-1]}: {old!r} there, {new!r} here"]
+    return [] if old == new else [f"{prefix[:-1].replace('.args.', '.')}: {old!r} there, {new!r} here"]
 
 
 def _prepare(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> data.Prepared:
@@ -192,7 +207,13 @@ def _prepare(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedToken
     context = getattr(base.get_text_config(), "max_position_embeddings", None)
     if context is not None:
         limit = min(limit or context, context - spare)
-    return data.prepare(stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+    prepared = data.prepare(stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+    if len(prepared.heldout) == 0:
+        raise ValueError(
+            f"{stage}.data: no row of {getattr(recipe, stage).data} is held out to evaluate on. It needs two prompts "
+            f"or more, with {stage}.heldout and {stage}.heldout_limit above 0."
+        )
+    return prepared
 
 
 def _same_format(prepared: dict[str, data.Prepared]) -> None:
@@ -248,11 +269,18 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _forget(path: Path, stage: str, step: int) -> None:
-    """Drop a stage's rows that lie after the step it resumes from: they are about to be written again."""
+    """Drop a stage's rows that are about to be written again: after the step it resumes from, or after its training."""
     if path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept, again = [], False
+        for line in path.read_text().split("\n")[:-1]:  # what follows the last line end is torn
+            row = json.loads(line)
+            # The comparison of the models at the end begins with the base.
+            again = again or (row["stage"] == stage and (row["step"] > step or row.get("model") == "base"))
+            if row["stage"] != stage or not again:
+                kept.append(line + "\n")
+            # This row ends the training. It stays with a checkpoint of the last step; the evaluation comes again.
+            again = again or (row["stage"] == stage and "train_runtime" in row)
+        write_text(path, "".join(kept))
 
 
 def write_json(path: Path, value: Any) -> None:

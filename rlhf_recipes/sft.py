@@ -22,7 +22,7 @@ def train(job: "Job") -> dict[str, float]:
         peft_config=lora_config(job.recipe.lora, TaskType.CAUSAL_LM),
     )
     job.watch(trainer)
-    trainer.train(resume_from_checkpoint=job.resume)
+    job.train(trainer)
     metrics = trainer.evaluate()
     model = trainer.model
     assert isinstance(model, PeftModel)

@@ -264,11 +264,11 @@ def test_value_loss_by_hand() -> None:
     torch.testing.assert_close(gradient, tensor([0, 1], [-1, 0]) / 4)
 
 
-def rollout(rows: int = 6, length: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rollout() -> list[Tensor]:
     """Three random (B, T) tensors and a mask of rows of 1 to 5 tokens."""
     torch.manual_seed(0)
-    lengths = torch.tensor([5, 1, 3, 2, 4, 5])[:rows]
-    return *torch.randn(3, rows, length, dtype=torch.float64), torch.arange(length) < lengths[:, None]
+    lengths = torch.tensor([5, 1, 3, 2, 4, 5])
+    return [*torch.randn(3, 6, 5, dtype=torch.float64), torch.arange(5) < lengths[:, None]]
 
 
 @pytest.mark.parametrize("loss_of", [policy_loss, value_loss])
@@ -300,7 +300,7 @@ def test_an_imperfect_critic_explains_less_of_the_variance() -> None:
 
 # --- The mask ---------------------------------------------------------------------------------------------------------
 
-FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Any]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "masked_mean": lambda a, b, c, mask: masked_mean(a, mask),
     "token_rewards": lambda a, b, c, mask: token_rewards(a[:, 0], b, mask, 0.1),
     "gae": lambda a, b, c, mask: gae(a, b, mask, 0.9, 0.8),

@@ -1,6 +1,7 @@
 """A whole run: what its folder holds, and how it is skipped, resumed, refused and tracked."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from math import isfinite
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +132,20 @@ def ppo_updates(folder: Path) -> list[dict[str, Any]]:
 
 
 def reproducible(folder: Path) -> list[dict[str, Any]]:
-    """The metrics without clocks. `train_loss` is the Trainer's mean over the steps of one process, so it goes too."""
-    clocks = ("time/", "memory/", "tokens_per_second", "train_", "eval_runtime", "eval_samples_per", "eval_steps_per")
-    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows_of(folder)]
+    """The metrics without clocks, and without what the libraries count from the start of the process."""
+    left_out = (
+        "time/",
+        "memory/",
+        "tokens_per_second",
+        "train_",
+        "eval_runtime",
+        "eval_samples_per",
+        "eval_steps_per",
+        "num_tokens",
+        "eval_num_tokens",
+        "eval_model_preparation_time",
+    )
+    return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in rows_of(folder)]
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -320,7 +333,7 @@ def by_stage(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {stage: [row for row in rows if row["stage"] == stage] for stage in runner.STAGES}
 
 
-def test_a_run_that_ended_after_its_last_checkpoint_has_no_row_twice(
+def test_a_run_that_was_stopped_after_its_last_step_trains_no_further_and_has_no_row_twice(
     recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
     for stage in runner.STAGES:
@@ -359,9 +372,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         file = tmp_path / "recipe.py"
         file.write_text(f"from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage\n\nrecipe = {recipe!r}\n")
         command = [sys.executable, "-m", "rlhf_recipes.cli", "run", str(file), "--run-dir", str(run_dir)]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, **pipes))
-        return processes[-1]
+        none, pipe, variables = subprocess.DEVNULL, subprocess.PIPE, os.environ | environment
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdin=none, stdout=none, stderr=pipe, text=True)
+        processes.append(process)
+        return process
 
     yield start
     for process in processes:
@@ -369,14 +383,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def stop_at_checkpoint(process: subprocess.Popen[str], stage_dir: Path, number: signal.Signals) -> Path:
-    """Send a signal once the stage has written a checkpoint, and return that checkpoint."""
+def first_checkpoint(stage_dir: Path, running: Callable[[], bool]) -> Path:
+    """Wait for the stage's first checkpoint."""
     deadline = time.monotonic() + 120
     while not (found := list(stage_dir.glob("checkpoint-*/trainer_state.json"))):
-        assert process.poll() is None, process.communicate()[1]
+        assert running(), f"the run ended before {stage_dir} had a checkpoint"
         assert time.monotonic() < deadline, f"no checkpoint in {stage_dir}"
         time.sleep(0.003)
-    process.send_signal(number)
     return found[0].parent
 
 
@@ -385,22 +398,33 @@ def longer(recipe: Recipe) -> Recipe:
     """Steps enough that a signal sent at the first checkpoint comes before the end. Every checkpoint is kept."""
     keep = {"save_total_limit": 100}
     args = {**keep, "max_steps": 80, "save_steps": 8, "logging_steps": 4}
-    return replace(recipe, sft=args, reward=args, ppo={**keep, "max_steps": 6, "save_steps": 1, "eval_strategy": "no"})
+    return replace(recipe, sft=args, reward=args, ppo={**keep, "max_steps": 8, "save_steps": 1, "eval_strategy": "no"})
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(longer: Recipe, start: Start, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(longer: Recipe, tmp_path: Path) -> None:
+    # Forked from a server that has imported the package, a run starts at once. Signals reach it as any other process.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlhf_recipes.runner"])
+
+    def start(run_dir: Path) -> ForkServerProcess:
+        process = context.Process(target=run, args=(longer, run_dir), daemon=True)
+        process.start()
+        return process
+
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    uninterrupted = start(longer, whole)
+    uninterrupted = start(whole)
     checkpoints = {}
     for stage in runner.STAGES:
-        process = start(longer, killed)
-        checkpoint = stop_at_checkpoint(process, killed / stage, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process = start(killed)
+        checkpoint = first_checkpoint(killed / stage, process.is_alive)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert states(killed)[stage] == "running", f"the kill must land within {stage}"
         checkpoints[checkpoint] = (checkpoint / "trainer_state.json").stat().st_mtime_ns
-    process = start(longer, killed)
-    assert process.wait() == 0, process.communicate()[1]
-    assert uninterrupted.wait() == 0, uninterrupted.communicate()[1]
+    for process in (start(killed), uninterrupted):
+        process.join(timeout=120)
+        assert process.exitcode == 0
 
     assert set(states(killed).values()) == {"done"}
     for checkpoint, written in checkpoints.items():
@@ -412,7 +436,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(longer: Recipe, start: Start, tm
 
 def test_ctrl_c_says_how_to_go_on(longer: Recipe, start: Start, tmp_path: Path) -> None:
     process = start(longer, tmp_path / "run")
-    stop_at_checkpoint(process, tmp_path / "run" / "sft", signal.SIGINT)
+    first_checkpoint(tmp_path / "run" / "sft", lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run the same command again to resume" in errors and "Traceback" not in errors
@@ -477,6 +502,8 @@ def weightless(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Reci
         ({"sft": {"args": {"output_dir": "x"}}}, r"sft\.output_dir is set by the runner: --run-dir"),
         ({"reward": {"args": {"seed": 3}}}, r"reward\.seed is set by the runner"),
         ({"reward": {"data": "absent.jsonl"}}, r"reward\.data: .*absent\.jsonl"),
+        ({"ppo": {"heldout": 0.0}}, r"ppo\.data: no row of .*ppo\.jsonl is held out.* ppo\.heldout"),
+        ({"reward": {"heldout_limit": 0}}, r"reward\.heldout_limit above 0"),
         ({"gold": "gold"}, r"'gold' names no function\. Write module:function"),
         ({"gold": "absent_module:gold"}, r"there is no module 'absent_module'"),
         ({"ppo": {"reward_funcs": ("json:score",)}}, r"json has no function 'score'"),

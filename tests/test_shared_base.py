@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import ARCHITECTURES, make_tokenizer, save_model
 from torch import Tensor, nn
@@ -22,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_recipes import model as model_module
 from rlhf_recipes.data import stop_token_id
 from rlhf_recipes.model import (
     SharedBase,
+    cache_folder,
     fingerprint,
     load_base,
     load_tokenizer,
@@ -97,7 +98,7 @@ def save_adapter(base: Base, folder: Path, auto_class: type, task: str, seed: in
     for name, parameter in peft.named_parameters():
         if "lora_B" in name or (parameter.requires_grad and "score" in name):
             nn.init.normal_(parameter, std=0.2)
-    peft.save_pretrained(folder)
+    peft.save_pretrained(str(folder))
 
 
 def make_setup(folder: Path, architecture: str, dropout: float = 0.0, **base_fields: Any) -> Setup:
@@ -188,13 +189,13 @@ def shared_log_probs(setup: Setup, shared: SharedBase, role: str) -> tuple[Tenso
 
 
 def assert_same(setup: Setup, found: Tensor, expected: Tensor) -> None:
-    """Equal to 1e-5 in float32.
+    """Equal to 1e-5 in float32, and to a unit in the last place of bfloat16 (8 significant bits) in bfloat16.
 
-    A bfloat16 has 8 significant bits, and padding changes the order of its sums: each number goes through some ten
-    rounded matrix products, so a few of its last bits may differ.
+    There the stand-alone classifier rounds its scores to bfloat16, which the shared head does not, and where kernels
+    order the sums of padded rows differently, the log-probs are rounded differently too.
     """
     scale = 1 + expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=(2**-5 if setup.half else 1e-5) * scale)
+    torch.testing.assert_close(found, expected, rtol=0, atol=(2**-8 if setup.half else 1e-5) * scale)
 
 
 # --- The same numbers as stand-alone models ---------------------------------------------------------------------------
@@ -284,14 +285,15 @@ def stand_alone_gradients(setup: Setup) -> dict[str, dict[str, Tensor]]:
     policy = setup.causal(setup.sft, is_trainable=True).train()
     critic = setup.classifier(setup.reward, is_trainable=True).train()
     assert not policy.is_activation_checkpointing
-    disable_model_dropout(policy), disable_model_dropout(critic)
+    disable_model_dropout(policy)
+    disable_model_dropout(critic)
     with setup.autocast():
         logits = policy(**inputs).logits[:, 4:-1].float()
         hidden = critic(**inputs, output_hidden_states=True).hidden_states[-1]
     log_probs = (logits / TEMPERATURE).log_softmax(-1).gather(2, ids[:, 5:, None])[..., 0]
     (UPSTREAM * log_probs)[mask].sum().backward()
     (score,) = (p for name, p in critic.named_parameters() if p.requires_grad and "score" in name)
-    (UPSTREAM * (hidden.float() @ score[0])[:, 5:])[mask].sum().backward()
+    (UPSTREAM * (hidden.float() @ score[0].float())[:, 5:])[mask].sum().backward()
     return {"policy": gradients(policy, "default"), "critic": gradients(critic, "default")}
 
 
@@ -312,7 +314,7 @@ def gradients(model: nn.Module, adapter: str) -> dict[str, Tensor]:
                 if "score" in name or name.startswith("heads.")
                 else name.removeprefix("causal.").removeprefix("base_model.model.")
             )
-            found[key.replace(f".{adapter}.", ".")] = parameter.grad.clone()
+            found[key.replace(f".{adapter}.", ".")] = parameter.grad.float()
     return found
 
 
@@ -362,7 +364,7 @@ def test_gradients_equal_those_of_stand_alone_models(
     assert len(expected["critic"]) == len(expected["policy"]) + 1, "the same A and B, and the head"
     for role in ("policy", "critic"):
         assert all(gradient.abs().max() > 0 for gradient in found[role].values())
-        assert relative_error(found[role], expected[role]) < (2**-6 if setup.half else 1e-5)
+        assert relative_error(found[role], expected[role]) < (2**-8 if setup.half else 1e-5)
 
 
 def test_under_checkpointing_a_backward_outside_its_role_is_wrong_and_raises_nothing(llama: Setup) -> None:
@@ -471,6 +473,11 @@ def test_roles_nest_and_come_back_after_an_exception(llama: Setup) -> None:
         assert shared.active == "critic"
 
 
+def test_a_role_that_does_not_exist_is_not_the_base(llama: Setup) -> None:
+    with pytest.raises(AssertionError, match="there is no role 'polcy'"), llama.shared().role("polcy"):
+        pass
+
+
 def test_switching_leaves_requires_grad_alone(llama: Setup) -> None:
     shared = llama.shared()
     before = {name: parameter.requires_grad for name, parameter in shared.named_parameters()}
@@ -501,33 +508,33 @@ def test_dropout_is_off_for_every_role(tmp_path: Path, name: tuple[str, str]) ->
 
 # --- Generation -------------------------------------------------------------------------------------------------------
 
-GREEDY = GenerationConfig(do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=2)
+SAMPLED = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=8, pad_token_id=0, eos_token_id=2)
 
 
 def test_generation_is_from_the_active_role(each: Setup, each_shared: SharedBase) -> None:
-    ids, kept, _ = batch()
-    prompts, prompts_kept = ids[:, :5], kept[:, :5]
+    ids, kept = (values[:, :5] for values in batch()[:2])
+
+    def sampled(role: str) -> Tensor:
+        torch.manual_seed(0)
+        with each.autocast(), each_shared.role(role):
+            return each_shared.generate(ids, kept, SAMPLED)
+
+    alone = each.causal(each.sft).eval()
+    torch.manual_seed(0)
     with each.autocast():
-        with each_shared.role("policy"):
-            policy = each_shared.generate(prompts, prompts_kept, GREEDY)
-        with each_shared.role("base"):
-            base = each_shared.generate(prompts, prompts_kept, GREEDY)
-        with each_shared.role("reference"):
-            reference = each_shared.generate(prompts, prompts_kept, GREEDY)
-        inputs = {"input_ids": prompts, "attention_mask": prompts_kept}
-        alone = each.causal(each.sft).eval().generate(**inputs, generation_config=GREEDY)[:, 5:]
-    assert torch.equal(policy, reference) and torch.equal(policy, alone)
-    assert policy.shape != base.shape or not torch.equal(policy, base)
+        expected = alone.generate(input_ids=ids, attention_mask=kept, generation_config=SAMPLED)[:, 5:]
+    assert torch.equal(sampled("policy"), expected) and torch.equal(sampled("reference"), expected)
+    assert sampled("base").tolist() != expected.tolist()
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_generation_gives_the_training_mode_back(llama: Setup, training: bool) -> None:
     shared = llama.shared().train(training)
     ids, kept, _ = batch()
-    shared.generate(ids[:, :5], kept[:, :5], GREEDY)
+    shared.generate(ids[:, :5], kept[:, :5], SAMPLED)
     assert {module.training for module in shared.modules()} == {training}
-    with pytest.raises(TypeError):
-        shared.generate(None, None, "no configuration")  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        shared.generate(ids, kept, "no configuration")  # type: ignore[arg-type]
     assert {module.training for module in shared.modules()} == {training}
 
 
@@ -554,7 +561,7 @@ def test_the_models_own_generation_config_does_not_warp_the_samples(tmp_path: Pa
     shared.add_role("policy")
     # The expected distance is at most sqrt(V / (2 pi N)) = 0.05 for V = 64 tokens and N samples.
     assert distance(lambda ids, kept: shared.generate(ids, kept, config)) < 0.07
-    bare = load_base(base)
+    bare: Any = load_base(base)
     assert distance(lambda ids, kept: bare.generate(ids, attention_mask=kept, generation_config=config)) > 0.2
 
 
@@ -697,14 +704,9 @@ def test_padding_never_ends_a_response(tmp_path: Path, change: Callable[[PreTrai
     change(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(Base(str(tmp_path)))
-    size = len(loaded)
-    ends = {
-        loaded.eos_token_id,
-        stop_token_id(loaded, conversational=True),
-        stop_token_id(loaded, conversational=False),
-    }
+    ends = [loaded.eos_token_id, *(stop_token_id(loaded, conversational) for conversational in (True, False))]
     assert loaded.pad_token_id is not None and loaded.pad_token_id not in ends
-    assert loaded.pad_token_id < size == len(tokenizer), "no token was added: the base has no embedding for it"
+    assert len(loaded) == len(tokenizer), "no token was added: the base has no embedding for it"
     assert loaded.padding_side == "left"
 
 
@@ -794,6 +796,6 @@ def test_a_builder_that_fails_leaves_nothing_behind(builder: Path) -> None:
 
 def test_the_cache_is_beside_the_hugging_face_cache_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_RECIPES_CACHE", "~/somewhere")
-    assert model_module.cache_folder() == Path.home() / "somewhere"
+    assert cache_folder() == Path.home() / "somewhere"
     monkeypatch.delenv("RLHF_RECIPES_CACHE")
-    assert model_module.cache_folder() == Path(model_module.HF_HOME).parent / "rlhf_recipes"
+    assert cache_folder() == Path(HF_HOME).parent / "rlhf_recipes"
