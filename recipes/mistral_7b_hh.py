@@ -28,7 +28,7 @@ recipe = replace(
         "gradient_accumulation_steps": 32,  # 2 x 32 = 64, as the parent
     },
     ppo={
-        "total_episodes": 25_600,  # half of the parent's, for the sake of time: 50 updates
+        "limit": 25_600,  # half of the parent's, for the sake of time: 47 updates
         "per_device_train_batch_size": 2,  # [M]
         "gradient_accumulation_steps": 32,  # 2 x 32 = 64 episodes an optimizer step, as the parent
         "rollout_micro_batch_size": 32,  # [M]

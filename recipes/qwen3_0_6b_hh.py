@@ -63,8 +63,9 @@ recipe = Recipe(
     ),
     ppo=PPOStage(
         data=HH,  # only the prompts
+        limit=51_200,  # each prompt once, a fifth of [I]'s 256k episodes: 95 updates
         args=dict(
-            total_episodes=51_200,  # a fifth of [I]'s 256k: 100 updates
+            num_train_epochs=1,
             learning_rate=3e-5,  # [N] 3e-6, times ten [L]
             critic_learning_rate=9e-5,  # [I] 9e-6 for its value function, times ten [L]
             lr_scheduler_type="constant_with_warmup",  # [I]

@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -91,13 +92,19 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """A user's error is one line without a traceback; an interrupted run says how to go on."""
+    """A user's error is one line without a traceback; an interrupted run says how to go on.
+
+    A ValueError that a library or a user's own function raised keeps its traceback: that is where to look.
+    """
     # What libraries say about themselves, and no user can act on, would bury that line.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     try:
         yield
     except ValueError as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(raised_in).is_relative_to(Path(__file__).parent):
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:

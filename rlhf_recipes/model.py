@@ -28,7 +28,7 @@ from transformers import (
 )
 from trl.trainer.utils import disable_dropout_in_model
 
-from .data import set_chat_template, stop_token_id
+from .chat import set_chat_template, stop_token_id
 from .objectives import token_log_probs
 from .recipe import Base, Lora, function, is_function
 
@@ -326,6 +326,11 @@ class SharedBase(nn.Module):
         """
         return (self.hidden(input_ids, attention_mask).float() * self.head_weight(self.active)).sum(-1)
 
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The active role's head (B,) at the last token of each row, whatever side the padding is on."""
+        last = attention_mask.shape[1] - 1 - attention_mask.int().flip(1).argmax(1)  # (B,)
+        return self.head_outputs(input_ids, attention_mask).gather(1, last[:, None])[:, 0]
+
     def head_weight(self, name: str) -> Tensor:
         """The weight (1, H) of a role's scalar head."""
         head = self.heads[name]
@@ -338,9 +343,7 @@ class SharedBase(nn.Module):
         training = self.training
         self.eval()  # gradient checkpointing would switch the KV cache off in training mode
         try:
-            output = self.causal.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=config, use_cache=True
-            )
+            output = self.causal.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
         finally:
             self.train(training)
         return output[:, input_ids.shape[1] :]
@@ -386,9 +389,9 @@ class SharedBase(nn.Module):
                 f"The adapter in {folder} does not fit the role {name!r}: {', '.join(odd)} are in only one of the two, "
                 "or of another shape."
             )
+        if name in self.heads and score is None:
+            raise ValueError(f"The adapter in {folder} has no score head: it is not a reward model.")
         set_peft_model_state_dict(self.peft, state, adapter_name=name)
         if name in self.heads:
-            if score is None:
-                raise ValueError(f"The adapter in {folder} has no score head: it is not a reward model.")
             with torch.no_grad():
                 self.head_weight(name).copy_(score)

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from trl.trainer.utils import get_callable_name, identity
 
 from . import objectives
+from .memory import peak_memory_mib
 from .model import SharedBase, load_base
 from .recipe import function
 from .reward import check_probes
@@ -59,7 +60,8 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Subtracted from the score of a response without EOS."}
     )
     rollout_micro_batch_size: int = field(
-        default=64, metadata={"help": "Rows that are sampled, or scored, at once. The results do not depend on it."}
+        default=64,
+        metadata={"help": "Rows sampled or scored at once: memory and speed, and which numbers are drawn."},
     )
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass."})
@@ -365,8 +367,7 @@ class PPOTrainer(Trainer):
             logs |= {name: sum(values) / len(values) for name, values in self._sums.items()}
             logs |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
             logs["episode"] = self.state.global_step * self.config.rollout_size
-            if self.model.device.type == "cuda":
-                logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            logs["memory/peak_mib"] = peak_memory_mib()
             self._sums.clear()
             self._seconds.clear()
         super().log(logs, start_time)

@@ -42,7 +42,7 @@ def train(job: "Job") -> dict[str, float]:
     )
     job.watch(trainer)
     job.train(trainer)
-    metrics = trainer.evaluate()
+    loss = trainer.evaluate()["eval_loss"]
     model.save_pretrained(str(job.folder))
     job.tokenizer.save_pretrained(job.folder)
     write_fingerprint(job.folder, job.fingerprint)
@@ -52,7 +52,9 @@ def train(job: "Job") -> dict[str, float]:
     shared = SharedBase(load_base(job.recipe.base), job.recipe.lora, job.fingerprint)
     shared.add_role("reward", job.folder, head=True)
     check_probes(shared, job.folder)
-    return {"heldout_accuracy": metrics["eval_accuracy"], "heldout_loss": metrics["eval_loss"]}
+    # Not TRL's figure, which is a mean over batches of unequal size.
+    chosen, rejected = (score(shared, job.data.heldout[f"{side}_ids"]) for side in ("chosen", "rejected"))
+    return {"heldout_accuracy": (chosen > rejected).float().mean().item(), "heldout_loss": loss}
 
 
 def start_from(model: PeftModel, folder: Path, fingerprint: dict) -> None:
@@ -69,8 +71,7 @@ def start_from(model: PeftModel, folder: Path, fingerprint: dict) -> None:
 
 def write_probes(trainer: RewardTrainer, job: "Job") -> None:
     """Score a few held-out rows with the trained model and keep rows and scores beside the adapter."""
-    rows = (job.data.heldout or job.data.train).to_list()[:PROBE_ROWS]
-    rows = [row["chosen_ids"] for row in rows]
+    rows = job.data.heldout["chosen_ids"][:PROBE_ROWS]
     model: Any = trainer.model
     ids, kept = pad_right(rows, model.config.pad_token_id, trainer.args.device)
     model.eval()
@@ -82,19 +83,26 @@ def write_probes(trainer: RewardTrainer, job: "Job") -> None:
 def check_probes(shared: SharedBase, folder: Path) -> None:
     """Score the probe rows with the `reward` role. Raises RuntimeError where they differ from what training wrote."""
     probes = json.loads((folder / PROBES).read_text())
-    ids, kept = pad_right(probes["input_ids"], 0, shared.device)
-    # bfloat16 keeps 8 bits: a score is a sum of hidden_size products, each rounded once.
-    half = shared.causal.dtype == torch.bfloat16
-    with torch.no_grad(), shared.role("reward"), torch.autocast(shared.device.type, torch.bfloat16, enabled=half):
-        outputs = shared.head_outputs(ids, kept)
-    scores = outputs.gather(1, kept.sum(1, keepdim=True) - 1)[:, 0].cpu()
+    scores = score(shared, probes["input_ids"])
     trained = torch.tensor(probes["scores"])
     error, scale = (scores - trained).abs().max().item(), 1 + trained.abs().max().item()
-    if not error < (0.05 if half else 1e-3) * scale:
+    # bfloat16 keeps 8 bits, and the classifier rounds its score to them.
+    if not error < (0.05 if shared.causal.dtype == torch.bfloat16 else 1e-3) * scale:
         raise RuntimeError(
             f"The reward model in {folder} scores its probe rows differently after loading: {scores.tolist()}, "
             f"in training {trained.tolist()}. Its adapter, its head or its base is not the one that was trained."
         )
+
+
+@torch.no_grad()
+def score(shared: SharedBase, rows: list[list[int]], batch_size: int = 8) -> torch.Tensor:
+    """The `reward` role's scores (N,), on the CPU, of N rows of token ids, each prompt + response + stop token."""
+    half = shared.causal.dtype == torch.bfloat16
+    scores = []
+    with shared.role("reward"), torch.autocast(shared.device.type, torch.bfloat16, enabled=half):
+        for start in range(0, len(rows), batch_size):
+            scores.append(shared.scores(*pad_right(rows[start : start + batch_size], 0, shared.device)).cpu())
+    return torch.cat(scores)
 
 
 def pad_right(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

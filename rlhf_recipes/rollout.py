@@ -104,6 +104,7 @@ class Sampler:
             max_new_tokens=response_length,
             eos_token_id=self.stop_token_ids,
             pad_token_id=self.pad_token_id,
+            use_cache=True,
         )
 
     def _chunks(self, rows: int) -> Iterator[slice]:
@@ -161,9 +162,7 @@ class Sampler:
         with self.model.role("reward"), self.autocast():
             for rows in self._chunks(len(samples.input_ids)):
                 part = samples.rows(rows)
-                outputs = self.model.head_outputs(part.input_ids, part.attention_mask)
-                last = outputs.shape[1] - part.response_mask.shape[1] + part.lengths - 1  # (B,)
-                scores.append(outputs.gather(1, last[:, None])[:, 0])
+                scores.append(self.model.scores(part.input_ids, part.attention_mask))
         return torch.cat(scores)
 
     def texts(self, samples: Samples) -> list[str]:
@@ -189,7 +188,7 @@ def call_reward_func(
     Returns:
         (B,), with 0 where the function returned None, as in TRL.
     Raises:
-        ValueError: naming the function, if it does not return one number a row.
+        ValueError: naming the function, if it does not return one finite number (or None) a row.
     """
     prompts = [row["prompt"] for row in rows]
     conversational = is_conversational({"prompt": prompts[0]})
@@ -203,7 +202,12 @@ def call_reward_func(
     if inspect.iscoroutine(result):
         with ThreadPoolExecutor(1) as thread:  # in a notebook this thread has an event loop already
             result = thread.submit(asyncio.run, result).result()
-    if len(result) != len(rows):
-        name = get_callable_name(reward_func)
-        raise ValueError(f"The reward function {name!r} returned {len(result)} rewards for {len(rows)} responses.")
-    return torch.tensor([0.0 if value is None else float(value) for value in result])
+    name = get_callable_name(reward_func)
+    if result is None or len(result) != len(rows):
+        count = "nothing" if result is None else f"{len(result)} rewards"
+        raise ValueError(f"The reward function {name!r} returned {count} for {len(rows)} responses.")
+    scores = torch.tensor([0.0 if value is None else float(value) for value in result])
+    if not scores.isfinite().all():
+        row = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(f"The reward function {name!r} returned {result[row]} for the response {texts[row]!r}.")
+    return scores

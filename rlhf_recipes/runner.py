@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import netrc
 import os
@@ -35,6 +36,7 @@ from transformers import (
 from trl import RewardConfig, SFTConfig
 
 from . import __version__, data, model, ppo, reward, sft, summary
+from .memory import peak_memory_mib, reset_peak_memory
 from .recipe import STAGES, Recipe, check_args, function, suggestion, to_dict
 
 CONFIGS: dict[str, type[TrainingArguments]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": ppo.PPOConfig}
@@ -68,6 +70,10 @@ class Job:
 
     def train(self, trainer: Trainer) -> None:
         """Train from the stage's last checkpoint, if there is one, to the end."""
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                # TRL makes the adapters of a quantized base bfloat16, where a step of 1e-5 on a weight is lost.
+                parameter.data = parameter.data.float()
         if self.resume is not None:
             state = TrainerState.load_from_json(str(Path(self.resume, "trainer_state.json")))
             if state.global_step >= state.max_steps:
@@ -131,6 +137,8 @@ def check(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
 
     Raises ValueError naming the key and the nearest right one.
     """
+    if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
+        raise ValueError(f"tracker={recipe.tracker} needs a package: pip install {recipe.tracker}.")
     configs = {}
     for stage in _stages(recipe, None):
         section = getattr(recipe, stage)
@@ -164,7 +172,10 @@ def _config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
         "use_cpu": model.device().type == "cpu",
         "disable_tqdm": True,
     }
-    return CONFIGS[stage](**{**defaults, **getattr(recipe, stage).args, **owned})
+    try:
+        return CONFIGS[stage](**{**defaults, **getattr(recipe, stage).args, **owned})
+    except ValueError as error:
+        raise ValueError(f"{stage}: {error}") from error
 
 
 def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
@@ -206,6 +217,10 @@ def _prepare(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedToken
     base = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=recipe.base.trust_remote_code)
     context = getattr(base.get_text_config(), "max_position_embeddings", None)
     if context is not None:
+        if spare >= context:
+            raise ValueError(
+                f"ppo.response_length={spare} leaves no room for a prompt in the context of {context} tokens."
+            )
         limit = min(limit or context, context - spare)
     prepared = data.prepare(stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
     if len(prepared.heldout) == 0:
@@ -391,23 +406,3 @@ def _wandb_mode() -> Any:
     except FileNotFoundError:
         key = None
     return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-
-
-def reset_peak_memory() -> None:
-    """Start measuring a stage's peak memory."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the resident high-water mark to now
-
-
-def peak_memory_mib() -> float:
-    """Peak since `reset_peak_memory`: allocated on the GPU, else the process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    if Path("/proc/self/status").exists():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes

@@ -1,4 +1,4 @@
-"""Story openings and Python rewards for them: PPO without a reward model, for any model that tells children's stories."""
+"""Openings of children's stories and Python rewards for how they go on: PPO without a reward model."""
 
 import itertools
 import re

@@ -18,7 +18,8 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from rlhf_recipes.data import prepare, set_chat_template, stop_token_id, tokenize_pair, tokenize_prompt
+from rlhf_recipes.chat import set_chat_template, stop_token_id, tokenize_pair, tokenize_prompt
+from rlhf_recipes.data import prepare
 from rlhf_recipes.recipe import Stage
 
 SHARED = Path(__file__).parents[2] / "shared"

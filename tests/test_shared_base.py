@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_recipes.data import stop_token_id
+from rlhf_recipes.chat import stop_token_id
 from rlhf_recipes.model import (
     SharedBase,
     cache_folder,

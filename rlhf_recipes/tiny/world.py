@@ -273,7 +273,7 @@ def _wrong(rng: Random, request: Request) -> list[str]:
 
 # How the demonstrators write: correctly, and each to their own taste.
 STYLES = {"plain": 0.22, "sentence": 0.26, "polite": 0.12, "polite sentence": 0.16, "wordy": 0.16, "long-winded": 0.08}
-FAULTS = {"wrong": 0.34, "rude": 0.2, "evasive": 0.2, "rambling": 0.26}
+FAULTS = {"wrong": 0.15, "rude": 0.23, "evasive": 0.25, "rambling": 0.37}
 
 
 def _choose(rng: Random, weights: dict[str, float]) -> str:
@@ -300,7 +300,7 @@ def internet(rng: Random) -> tuple[str, str]:
     Rambling texts mostly lack the end token and run into another request, so that a base model often does not stop.
     """
     request = draw_request(rng)
-    behaviour = _choose(rng, STYLES if rng.random() < 0.5 else {**FAULTS, "servile": 0.1})
+    behaviour = _choose(rng, STYLES if rng.random() < 0.4 else {**FAULTS, "servile": 0.1})
     answer = draw_answer(rng, request, behaviour)
     if behaviour == "rambling" and rng.random() < 0.6:
         return _head(request), f" {answer}\n{_head(draw_request(rng))}"
