@@ -22,16 +22,19 @@ recipe = replace(
         "max_grad_norm": 0.3,  # [Q]
         "per_device_train_batch_size": 4,  # [M]
         "gradient_accumulation_steps": 4,  # 4 x 4 = 16 [Q]
+        "gradient_checkpointing": True,  # [M]
     },
     reward={
         "per_device_train_batch_size": 2,  # [M]
         "gradient_accumulation_steps": 32,  # 2 x 32 = 64, as the parent
+        "gradient_checkpointing": True,  # [M]
     },
     ppo={
         "limit": 25_600,  # half of the parent's, for the sake of time: 47 updates
         "per_device_train_batch_size": 2,  # [M]
         "gradient_accumulation_steps": 32,  # 2 x 32 = 64 episodes an optimizer step, as the parent
         "rollout_micro_batch_size": 32,  # [M]
+        "gradient_checkpointing": True,  # [M]
     },
 )
 

@@ -33,9 +33,10 @@ recipe = Recipe(
             lr_scheduler_type="cosine_with_min_lr",  # [I]: cosine down to 10 % of the first value, no warm-up
             lr_scheduler_kwargs={"min_lr_rate": 0.1},  # [I]
             num_train_epochs=1,  # [I]: the validation loss overfits after one epoch
-            per_device_train_batch_size=8,  # [M]
-            gradient_accumulation_steps=4,  # 8 x 4 = 32 [I]
-            max_length=768,  # PPO's prompt and response together: the reward model never scores a longer text
+            per_device_train_batch_size=4,  # [M]
+            gradient_accumulation_steps=8,  # 4 x 8 = 32 [I]
+            max_length=384,  # PPO's prompt and response together: the reward model never scores a longer text
+            gradient_checkpointing=False,  # [M]: a small base keeps its activations
             logging_steps=10,
             eval_strategy="steps",
             eval_steps=500,
@@ -50,10 +51,11 @@ recipe = Recipe(
             lr_scheduler_type="cosine_with_min_lr",  # [I]
             lr_scheduler_kwargs={"min_lr_rate": 0.1},  # [I]
             num_train_epochs=1,  # [I], [N]
-            per_device_train_batch_size=8,  # [M]
-            gradient_accumulation_steps=8,  # 8 x 8 = 64 [I], [N]
-            max_length=768,
+            per_device_train_batch_size=4,  # [M]
+            gradient_accumulation_steps=16,  # 4 x 16 = 64 [I], [N]
+            max_length=384,
             center_rewards_coefficient=0.01,  # arXiv:2312.09244; the value that TRL recommends
+            gradient_checkpointing=False,  # [M]: a small base keeps its activations
             logging_steps=10,
             eval_strategy="steps",
             eval_steps=250,
@@ -70,13 +72,13 @@ recipe = Recipe(
             critic_learning_rate=9e-5,  # [I] 9e-6 for its value function, times ten [L]
             lr_scheduler_type="constant_with_warmup",  # [I]
             warmup_steps=10,  # [I]: the first 10 updates
-            per_device_train_batch_size=8,  # [M]
-            gradient_accumulation_steps=8,  # 8 x 8 = 64 episodes an optimizer step [I]
+            per_device_train_batch_size=4,  # [M]
+            gradient_accumulation_steps=16,  # 4 x 16 = 64 episodes an optimizer step [I]
             num_mini_batches=8,  # 64 x 8 = 512 episodes a rollout [I], [N]
             num_ppo_epochs=1,  # [I]
-            rollout_micro_batch_size=64,  # [M]
-            max_prompt_length=512,  # 98 % of HH's prompts are shorter (below 2,048 characters)
-            response_length=256,  # 99 % of HH's preferred replies are shorter (below 1,024 characters)
+            rollout_micro_batch_size=128,  # [M]
+            max_prompt_length=256,  # 86 % of HH's prompts are shorter (below 1,024 characters)
+            response_length=128,  # 92 % of HH's preferred replies are shorter (below 512 characters)
             temperature=1.0,  # [I]
             kl_coef=0.05,  # [N]
             kl_estimator="k1",  # [I], [N]
@@ -87,6 +89,7 @@ recipe = Recipe(
             lam=0.95,  # [N]
             whiten_rewards=False,  # TRL's default; the advantages are whitened anyway
             missing_eos_penalty=1.0,  # [N] scores a response without an end -1; TRL's examples subtract 1
+            gradient_checkpointing=False,  # [M]
             logging_steps=1,
             eval_strategy="steps",
             eval_steps=10,

@@ -247,6 +247,7 @@ class PPOTrainer(Trainer):
         The two never share a graph, because a backward must run under the role of its forward.
         """
         tokens = rollout.response_mask[rows].sum()
+        rows = rows[rollout.attention_mask[rows].sum(1).argsort()]  # rows of like length share a micro-batch
         totals: dict[str, float] = defaultdict(float)
         for role, loss_of in (("policy", self.policy_loss), ("critic", self.value_loss)):
             with self.model.role(role):

@@ -5,7 +5,7 @@ B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -42,7 +42,7 @@ class Samples:
         response = self.input_ids[:, -self.response_mask.shape[1] :]
         return [row[keep].tolist() for row, keep in zip(response, self.response_mask, strict=True)]
 
-    def rows(self: S, index: Tensor | slice) -> S:
+    def rows(self: S, index: Tensor) -> S:
         """Some of the rows, without the columns that are padding in all of them."""
         picked = {f.name: getattr(self, f.name)[index] for f in fields(self)}
         length = self.response_mask.shape[1]
@@ -107,16 +107,19 @@ class Sampler:
             use_cache=True,
         )
 
-    def _chunks(self, rows: int) -> Iterator[slice]:
-        return (slice(start, start + self.batch_size) for start in range(0, rows, self.batch_size))
+    def _chunks(self, lengths: Tensor) -> Iterable[Tensor]:
+        """Indices of rows to take at once, rows of like length together: little of a chunk is padding."""
+        return lengths.argsort(stable=True).split(self.batch_size)
 
     def sample(self, role: str, prompts: list[list[int]]) -> Samples:
         """Sample a response to each prompt (token ids) from a role."""
         device = self.model.device
-        responses: list[Tensor] = []
+        responses: list[Tensor] = [torch.empty(0)] * len(prompts)
         with self.model.role(role):
-            for rows in self._chunks(len(prompts)):
-                responses += self.model.generate(*self._pad_left(prompts[rows]), self.generation)
+            for rows in self._chunks(torch.tensor([len(prompt) for prompt in prompts])):
+                inputs = self._pad_left([prompts[row] for row in rows])
+                for row, response in zip(rows, self.model.generate(*inputs, self.generation), strict=True):
+                    responses[row] = response
         response = pad(responses, padding_value=self.pad_token_id, padding_side="right")  # (B, T)
         # Lengths come from the stop tokens and nothing else: padding may equal EOS, and a model may sample padding.
         stops = torch.isin(response, torch.tensor(self.stop_token_ids, device=device))
@@ -137,7 +140,7 @@ class Sampler:
         """Log-probabilities and entropies (B, T) of a role on the responses, from the same forward that trains."""
         log_probs, entropy = torch.zeros(2, *samples.response_mask.shape, device=self.model.device)
         with self.model.role(role), self.autocast():
-            for rows in self._chunks(len(log_probs)):
+            for rows in self._chunks(samples.attention_mask.sum(1)):
                 part = samples.rows(rows)
                 width = part.response_mask.shape[1]
                 log_probs[rows, :width], entropy[rows, :width] = self.model.log_probs(
@@ -150,7 +153,7 @@ class Sampler:
         """The critic's values (B, T) of the states before the response tokens, zero outside the mask."""
         values = torch.zeros(samples.response_mask.shape, device=self.model.device)
         with self.model.role("critic"), self.autocast():
-            for rows in self._chunks(len(values)):
+            for rows in self._chunks(samples.attention_mask.sum(1)):
                 part = samples.rows(rows)
                 values[rows, : part.response_mask.shape[1]] = state_values(self.model, part)
         return values
@@ -158,12 +161,12 @@ class Sampler:
     @torch.no_grad()
     def reward_scores(self, samples: Samples) -> Tensor:
         """The reward role's scores (B,): its head at the last token of each response."""
-        scores = []
+        scores = torch.zeros(len(samples.input_ids), device=self.model.device)
         with self.model.role("reward"), self.autocast():
-            for rows in self._chunks(len(samples.input_ids)):
+            for rows in self._chunks(samples.attention_mask.sum(1)):
                 part = samples.rows(rows)
-                scores.append(self.model.scores(part.input_ids, part.attention_mask))
-        return torch.cat(scores)
+                scores[rows] = self.model.scores(part.input_ids, part.attention_mask)
+        return scores
 
     def texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens."""

@@ -120,14 +120,20 @@ class Scripted(SharedBase):
         return self.script[: len(input_ids)]
 
 
+def in_sampling_order(responses: list[list[int]], prompts: list[list[int]]) -> Tensor:
+    """The sampler takes prompts of like length together, the shortest first."""
+    return torch.tensor(responses)[torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)]
+
+
 def scripted(
     folder: Path, responses: list[list[int]], prompts: list[list[int]] | None = None, **changes: Any
 ) -> Samples:
     """Samples of the given responses, all of one width."""
     model = shared_base(folder, Scripted)
     assert isinstance(model, Scripted)
-    model.script = torch.tensor(responses)
-    return sampler(model, **changes).sample("policy", prompts or PROMPTS[: len(responses)])
+    prompts = prompts or PROMPTS[: len(responses)]
+    model.script = in_sampling_order(responses, prompts)
+    return sampler(model, **changes).sample("policy", prompts)
 
 
 # Sampling
@@ -246,7 +252,8 @@ def test_the_reward_is_the_head_at_the_last_response_token(folder: Path, stop_to
 def test_the_reward_where_padding_is_eos_and_where_padding_was_sampled(folder: Path) -> None:
     model = shared_base(folder, Scripted)
     assert isinstance(model, Scripted)
-    model.script = torch.tensor([[5, EOS, EOS, EOS], [5, 6, 7, EOS], [5, 6, 7, 8], [EOS] * 4, [0, 0, 5, 0]])
+    responses = [[5, EOS, EOS, EOS], [5, 6, 7, EOS], [5, 6, 7, 8], [EOS] * 4, [0, 0, 5, 0]]
+    model.script = in_sampling_order(responses, PROMPTS[:5])
     scorer = sampler(model, tokenizer=make_tokenizer("<eos>"), stop_token_ids=[])
     samples = scorer.sample("policy", PROMPTS[:5])
     wanted = [[5, EOS], [5, 6, 7, EOS], [5, 6, 7, 8], [EOS], [0, 0, 5, 0]]
@@ -813,11 +820,22 @@ def test_responses_of_one_token_train(make: Make) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_training(make: Make) -> None:
-    def broken(prompts: list[str], **kwargs: Any) -> list[float]:
-        return [math.inf] * len(prompts)
-
+    trainer = make()
+    trainer.model.head_weight("critic").data.fill_(math.nan)
     with pytest.raises(RuntimeError, match=r"at update 1"):
-        make(reward_funcs=broken).train()
+        trainer.train()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_reward_that_is_no_finite_number_is_refused_before_the_update(make: Make, value: float) -> None:
+    def broken(prompts: list[str], **kwargs: Any) -> list[float]:
+        return [value] * len(prompts)
+
+    trainer = make(reward_funcs=broken)
+    before = [p.clone() for p in trainer.model.parameters_of("policy")]
+    with pytest.raises(ValueError, match=r"'broken' returned (inf|nan) for the response"):
+        trainer.train()
+    assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters_of("policy"), before, strict=True))
 
 
 def test_a_four_bit_base_trains_policy_and_critic_only(folder: Path, make: Make) -> None:
