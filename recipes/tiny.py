@@ -60,7 +60,7 @@ recipe = Recipe(
             kl_coef=0.1,  # [T]: at 0.05 the reward model begins to be gamed, at 0.02 gold falls
             gradient_checkpointing=False,  # [M]
             eval_strategy="steps",
-            eval_steps=10,
+            eval_steps=20,
             eval_on_start=True,
             save_steps=10,
         ),
