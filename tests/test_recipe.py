@@ -232,7 +232,7 @@ def test_hh_batches_are_the_papers() -> None:
         }
         assert batch == {"sft": 32 if name.startswith("qwen") else 16, "reward": 64, "ppo": 64}
         rollout = batch["ppo"] * recipe.ppo.args["num_mini_batches"]
-        assert rollout == 512 and recipe.ppo.args["total_episodes"] % rollout == 0
+        assert rollout == 512 and recipe.ppo.limit is not None and recipe.ppo.limit % rollout == 0
         longest = recipe.ppo.args["max_prompt_length"] + recipe.ppo.args["response_length"]
         assert longest == recipe.reward.args["max_length"] == recipe.sft.args["max_length"]
 

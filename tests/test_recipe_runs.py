@@ -1,6 +1,7 @@
 """Every shipped recipe is run, in a small setting: on the tiny world, and on a real pretrained story model."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,6 @@ def test_the_hh_recipes_run_whole_on_real_comparisons(name: str, tmp_path: Path)
     )
     summary = run(recipe, tmp_path)
     logged = [value for row in rows(tmp_path, "metrics.jsonl") for value in row.values() if isinstance(value, float)]
-    assert all(abs(value) < 1e6 for value in logged), "NaN and infinity fail this too"
+    assert all(math.isfinite(value) for value in logged)
     assert set(summary["reward_score"]) == {"base", "sft", "ppo"}
     assert summary["win_rate_vs_sft"] is None, "no gold is known here, and none is made up"

@@ -1,5 +1,6 @@
 """A whole run: what its folder holds, and how it is skipped, resumed, refused and tracked."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -281,7 +282,15 @@ def test_a_changed_recipe_is_refused_in_an_old_folder(recipe: Recipe, copied: Pa
 def test_another_tracker_is_the_same_recipe(
     recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
-    assert run(replace(recipe, tracker="tensorboard"), copied) == finished[1]
+    assert run(replace(recipe, tracker="wandb"), copied) == finished[1]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
+    if importlib.util.find_spec("trackio") is not None:
+        pytest.skip("trackio is installed here")
+    with pytest.raises(ValueError, match="pip install trackio"):
+        run(replace(recipe, tracker="trackio"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_in_the_data_can_be_corrected_in_the_same_folder(recipe: Recipe, tmp_path: Path) -> None:
@@ -373,7 +382,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         file.write_text(f"from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage\n\nrecipe = {recipe!r}\n")
         command = [sys.executable, "-m", "rlhf_recipes.cli", "run", str(file), "--run-dir", str(run_dir)]
         none, pipe, variables = subprocess.DEVNULL, subprocess.PIPE, os.environ | environment
+        # A shell starts background jobs with SIGINT ignored, which a child would inherit.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(command, cwd=ROOT, env=variables, stdin=none, stdout=none, stderr=pipe, text=True)
+        signal.signal(signal.SIGINT, before)
         processes.append(process)
         return process
 
