@@ -2,23 +2,26 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Base, Lora, PPOStage, Recipe, Stage, load, replace
+from .recipe import Base, DPOStage, Lora, PPOStage, Recipe, Source, Stage, load, replace
 
 if TYPE_CHECKING:
     from .cli import main
+    from .config import PPOConfig
     from .model import SharedBase
-    from .ppo import PPOConfig, PPOTrainer
+    from .ppo import PPOTrainer
     from .runner import run
 
 __version__ = "0.1.0"
 __all__ = [
     "Base",
+    "DPOStage",
     "Lora",
     "PPOConfig",
     "PPOStage",
     "PPOTrainer",
     "Recipe",
     "SharedBase",
+    "Source",
     "Stage",
     "load",
     "main",
@@ -27,7 +30,7 @@ __all__ = [
 ]
 
 # Imported on first use: a recipe file must load in milliseconds, and these import torch and trl.
-_LAZY = {"main": "cli", "run": "runner", "SharedBase": "model", "PPOConfig": "ppo", "PPOTrainer": "ppo"}
+_LAZY = {"main": "cli", "run": "runner", "SharedBase": "model", "PPOConfig": "config", "PPOTrainer": "ppo"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,13 @@ A source has one of TRL's formats (https://huggingface.co/docs/trl/dataset_forma
     prompt + completion
     [prompt +] chosen + rejected  without a prompt, it is the shared beginning; SFT takes `chosen` as its completion
     prompt
+    text                          of pretraining, for PPO-ptx
+
+or, for the reward model, one of ours:
+
+    prompt + responses + ranking  K = 2 to 9 responses and a rank for each, 1 for the best, equal ranks for ties
+
+Comparisons may have a `margin`, a `weight` (the trust in their labeler) and a `source` (a name to report by) each.
 
 Transcripts of Anthropic's HH kind ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages.
 """
@@ -25,7 +32,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -48,25 +55,29 @@ from .chat import (
     render_prompt,
     response_end,
 )
-from .recipe import Stage, function, is_function, suggestion
+from .recipe import Source, function, is_function, suggestion
 
-StageName = Literal["sft", "reward", "ppo"]
+StageName = Literal["sft", "reward", "ppo", "dpo", "ptx"]
 
 # What a stage takes, in order of preference. `messages` come first and the whole preference row before its prompt alone
 # in every stage, so that a source with several formats gives all stages the same prompt.
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("messages",), ("prompt", "completion"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")),
-    "reward": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "reward": (("prompt", "responses", "ranking"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "ppo": (("messages",), ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt",)),
+    "dpo": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "ptx": (("text",),),
 }
 COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected", "margin")
+COLUMNS += ("responses", "ranking", "weight", "source", "text")  # the first four are ours
+MOST_RESPONSES = 9  # InstructGPT ranked 4 to 9
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # arguments of reward functions, and our column
 
 
 # --- Sources ----------------------------------------------------------------------------------------------------------
 
 
-def _read(name: str, stage: Stage) -> Iterator[tuple[int, Any]]:
+def _read(name: str, stage: Source) -> Iterator[tuple[int, Any]]:
     """The rows of a stage's source with their numbers, from 1: lines of a JSONL file, data rows of all others."""
     path = Path(stage.data)
     if is_function(stage.data):
@@ -148,7 +159,7 @@ def _decode(cell: Any) -> Any:
     return cell
 
 
-def _read_hub(name: str, stage: Stage) -> Iterable[Any]:
+def _read_hub(name: str, stage: Source) -> Iterable[Any]:
     try:
         dataset = datasets.load_dataset(stage.data, name=stage.subset, split=stage.split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -183,7 +194,7 @@ class _Row:
     ids: dict[str, Ids] = field(default_factory=dict)  # the completions tokenized, with the stop token
 
 
-def _rename(name: str, stage: Stage, numbered: list[tuple[int, Any]]) -> list[_Row]:
+def _rename(name: str, stage: Source, numbered: list[tuple[int, Any]]) -> list[_Row]:
     """Apply `stage.columns`. Raises ValueError for a name that TRL or the source does not have."""
     found = list(dict.fromkeys(str(column) for _, row in numbered if isinstance(row, dict) for column in row))
     for ours, theirs in stage.columns.items():
@@ -200,7 +211,7 @@ def _rename(name: str, stage: Stage, numbered: list[tuple[int, Any]]) -> list[_R
     return rows
 
 
-def _choose_format(name: str, stage: Stage, rows: list[_Row]) -> tuple[str, ...]:
+def _choose_format(name: str, stage: Source, rows: list[_Row]) -> tuple[str, ...]:
     """The source's format: the first that at least half as many rows have as have the most frequent one.
 
     A few rows without a prompt must not make all of them rows with an implicit one, nor a stray column decide for all.
@@ -260,12 +271,18 @@ def _normalize(row: _Row, columns: tuple[str, ...], name: str) -> None:
     if None in row.columns:  # the csv module's key for what has no column
         raise _BadRow("wrong type", "row", "it has more cells than the header")
     values: dict[str, Any] = {column: row.columns.get(column) for column in columns}
+    if "ranking" in values:
+        values = _unfold_ranking(row, values)
     for column, value in values.items():
         _check_text(column, value)
     if "messages" in values:
         prompt, completions = _split_messages(values["messages"], name)
     elif "chosen" in values:
         prompt, completions = _split_preference(values, name)
+    elif "text" in values:
+        if not isinstance(values["text"], str):
+            raise _BadRow("wrong type", "text", "messages, not text")
+        prompt, completions = values["text"], {}
     else:
         prompt, completions = _split_transcript(values.pop("prompt"), values)
     if _is_empty(prompt):
@@ -274,10 +291,11 @@ def _normalize(row: _Row, columns: tuple[str, ...], name: str) -> None:
         raise _BadRow("no answer can follow", "prompt", "it ends with an assistant's message")
     row.prompt = prompt
     if name != "ppo":
-        wanted = {"sft": ("completion", "chosen"), "reward": ("chosen", "rejected")}[name]
-        row.completions = {column: value for column, value in completions.items() if column in wanted}
+        row.completions = {key: value for key, value in completions.items() if (name, key) != ("sft", "rejected")}
     for column, value in row.completions.items():
         _check_completion(prompt, column, value)
+    if "ranking" in columns:
+        _check_ranking(list(row.completions.values()), row.columns["ranking"])
 
 
 def _check_completion(prompt: Text, column: str, value: Text) -> None:
@@ -291,6 +309,38 @@ def _check_completion(prompt: Text, column: str, value: Text) -> None:
         raise _BadRow("not one assistant message", column, f"after the prompt there is: {roles}")
 
 
+def _unfold_ranking(row: _Row, values: dict[str, Any]) -> dict[str, Any]:
+    """The prompt, and each response as a value of its own, once the two lists fit each other. Raises _BadRow."""
+    for column in ("responses", "ranking"):
+        if isinstance(values[column], str):  # a CSV cell
+            try:
+                values[column] = json.loads(values[column])
+            except json.JSONDecodeError as error:
+                raise _BadRow("wrong type", column, f"{values[column]!r} is no JSON list") from error
+        if values[column] is None:
+            raise _BadRow("missing field", column)
+        if not isinstance(values[column], list):
+            raise _BadRow("wrong type", column, f"{type(values[column]).__name__}, not a list")
+    responses, ranking = values["responses"], values["ranking"]
+    if not 2 <= len(responses) <= MOST_RESPONSES:
+        raise _BadRow("number of responses", "responses", f"{len(responses)}, not 2 to {MOST_RESPONSES}")
+    if len(ranking) != len(responses):
+        raise _BadRow("lengths differ", "ranking", f"{len(ranking)} ranks for {len(responses)} responses")
+    if any(isinstance(rank, bool) or rank not in range(1, len(ranking) + 1) for rank in ranking):
+        raise _BadRow("wrong ranks", "ranking", f"{ranking}, not whole numbers from 1, the best, to {len(ranking)}")
+    row.columns["ranking"] = [int(rank) for rank in ranking]
+    numbered = {f"responses[{i}]": [x] if isinstance(x, dict) else x for i, x in enumerate(responses)}
+    return {"prompt": values["prompt"], **numbered}
+
+
+def _check_ranking(responses: list[Text], ranking: list[int]) -> None:
+    if len(set(ranking)) == 1:
+        raise _BadRow("all tied", "ranking", f"{ranking} prefers nothing")
+    for (one, above), (other, below) in combinations(zip(responses, ranking, strict=True), 2):
+        if one == other and above != below:
+            raise _BadRow("equal texts ranked differently", "responses", f"ranks {above} and {below}")
+
+
 def _split_messages(messages: Messages, name: str) -> tuple[Text, dict[str, Text]]:
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if answers:
@@ -301,7 +351,7 @@ def _split_messages(messages: Messages, name: str) -> tuple[Text, dict[str, Text
 
 
 def _split_preference(values: dict[str, Any], name: str) -> tuple[Text, dict[str, Text]]:
-    if name == "reward" and values["chosen"] == values["rejected"]:
+    if name in ("reward", "dpo") and values["chosen"] == values["rejected"]:
         raise _BadRow("chosen equals rejected", "chosen")
     pair: dict[str, Any] = {column: _transcript(values[column]) or values[column] for column in ("chosen", "rejected")}
     # Whole conversations hold their prompt, and win over a prompt beside them (which is often its text alone).
@@ -340,7 +390,9 @@ def _split_transcript(prompt: Text, completions: dict[str, Text]) -> tuple[Text,
 class Prepared:
     """A stage's tokenized data. Every list of ids has its row's own length; nothing is padded.
 
-    sft: input_ids, labels (-100 on the prompt). reward: chosen_ids, rejected_ids and, where the source has it, margin.
+    sft: input_ids, labels (-100 on the prompt). reward: chosen_ids, rejected_ids, or responses_ids (K lists) and
+    ranking (K ranks); prompt_length, and margin, weight (of mean 1 on the training side) and source where given.
+    dpo: prompt_ids, chosen_ids and rejected_ids, without the prompt in the last two.
     ppo: prompt_ids, prompt, and every other column of the source, for reward functions. `report` holds source, rows,
     used, train, heldout, heldout_prompts (numbers of), dropped (reason -> number) and examples (the first bad rows).
     """
@@ -353,7 +405,7 @@ class Prepared:
 
 
 def prepare(
-    name: StageName, stage: Stage, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int = 0
+    name: StageName, stage: Source, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int = 0
 ) -> Prepared:
     """Read, check, tokenize and split the data of a stage.
 
@@ -361,7 +413,7 @@ def prepare(
         name: which stage's columns to make; also the first word of the keys that messages name.
         stage: its source, columns, limits and held-out share.
         tokenizer: with its chat template set (`set_chat_template`).
-        max_length: longest row in tokens: prompt + completion for sft and reward, the prompt alone for ppo. None: any.
+        max_length: longest row in tokens: prompt + completion, or for ppo the prompt alone. None: any.
         seed: of the held-out split. The same prompt falls on the same side in every stage with this seed, save that a
             split never leaves either side empty.
     Raises:
@@ -381,11 +433,15 @@ def prepare(
     rows = _sift(rows, lambda row: _normalize(row, columns, name), bad)
     conversational = bool(rows) and _sides(rows).most_common(1)[0][0]
     rows = _sift(rows, lambda row: _check_side(row, conversational), bad)
-    if name == "reward" and any("margin" in row.columns for row in rows):
-        rows = _sift(rows, _check_margin, bad)
+    for column in ("margin", "weight") if name == "reward" else ():
+        if any(column in row.columns for row in rows):
+            rows = _sift(rows, lambda row, column=column: _check_number(row, column), bad)
     end, stop = response_end(tokenizer, conversational)
     rows = _sift(rows, lambda row: _render_row(tokenizer, row, end), bad)
     _tokenize(tokenizer, rows, conversational, stop)
+    if name == "ptx":
+        for row in rows:
+            row.prompt_ids = np.append(row.prompt_ids, np.int32(stop))
     rows = _sift(rows, lambda row: _check_length(row, max_length), bad)
     report = {"source": stage.data, "rows": total, "used": len(rows)}
     dropped = _report_bad(name, stage, bad, total)
@@ -396,6 +452,10 @@ def prepare(
     heldout = sorted(heldout, key=lambda row: _position(row.prompt, seed))[: stage.heldout_limit]
     prompts = len({_position(row.prompt, seed) for row in heldout})
     report |= {"train": len(train), "heldout": len(heldout), "heldout_prompts": prompts, **dropped}
+    if name == "reward" and "weight" in train[0].columns:
+        mean = math.fsum(row.columns["weight"] for row in train) / len(train)
+        for row in rows:
+            row.columns["weight"] /= mean
     # One table for both sides gives them the same types. Held-out rows, which may be none, come first, because an
     # empty range must still begin inside the table.
     table = _table(name, stage, [*heldout, *train])
@@ -426,16 +486,18 @@ def _check_side(row: _Row, conversational: bool) -> None:
         raise _BadRow("mixed formats", "prompt", "this row is {}, most are {}".format(*kinds))
 
 
-def _check_margin(row: _Row) -> None:
-    margin = row.columns.get("margin")
-    if margin is None:
-        raise _BadRow("missing field", "margin")
+def _check_number(row: _Row, column: str) -> None:
+    cell = row.columns.get(column)
+    if cell is None:
+        raise _BadRow("missing field", column)
     try:
-        row.columns["margin"] = float(margin)  # a CSV cell is text
+        row.columns[column] = float(cell)  # a CSV cell is text
     except (TypeError, ValueError):
-        row.columns["margin"] = math.nan
-    if not math.isfinite(row.columns["margin"]):
-        raise _BadRow("wrong type", "margin", f"{margin!r} is no finite number")
+        row.columns[column] = math.nan
+    if not math.isfinite(row.columns[column]):
+        raise _BadRow("wrong type", column, f"{cell!r} is no finite number")
+    if column == "weight" and row.columns[column] <= 0:
+        raise _BadRow("not above 0", column, f"{cell!r}")
 
 
 def _render_row(tokenizer: PreTrainedTokenizerBase, row: _Row, end: str) -> None:
@@ -452,10 +514,12 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], conversation
     prompt_ids = prompt_token_ids(tokenizer, prompt_texts, conversational)
     for row, ids in zip(rows, prompt_ids, strict=True):
         row.prompt_ids = ids
-    for column in rows[0].texts if rows else ():
-        texts = [row.texts[column] for row in rows]
-        batch = completion_token_ids(tokenizer, prompt_texts, prompt_ids, texts, conversational, stop)
-        for row, ids in zip(rows, batch, strict=True):
+    for column in dict.fromkeys(column for row in rows for column in row.texts):
+        having = [row for row in rows if column in row.texts]  # of a ranking's responses not all rows have each
+        texts, prompts = [row.texts[column] for row in having], [row.prompt_text for row in having]
+        before = [row.prompt_ids for row in having]
+        batch = completion_token_ids(tokenizer, prompts, before, texts, conversational, stop)
+        for row, ids in zip(having, batch, strict=True):
             row.ids[column] = ids
 
 
@@ -466,7 +530,7 @@ def _check_length(row: _Row, limit: int | None) -> None:
             raise _BadRow("too long", column, f"{length} tokens, limit {limit}")
 
 
-def _report_bad(name: str, stage: Stage, bad: list[tuple[int, _BadRow]], total: int) -> dict[str, Any]:
+def _report_bad(name: str, stage: Source, bad: list[tuple[int, _BadRow]], total: int) -> dict[str, Any]:
     """What the report says of bad rows. Raises ValueError if they are refused, or are all there is."""
     bad = sorted(bad, key=lambda item: item[0])
     dropped = dict(Counter(error.reason for _, error in bad).most_common())
@@ -498,7 +562,7 @@ def _split(rows: list[_Row], share: float, seed: int) -> tuple[list[_Row], list[
     return [row for row, at in sides if at >= threshold], [row for row, at in sides if at < threshold]
 
 
-def _table(name: str, stage: Stage, rows: list[_Row]) -> datasets.Dataset:
+def _table(name: str, stage: Source, rows: list[_Row]) -> datasets.Dataset:
     """The rows in the columns that the stage's trainer takes as they are."""
     columns: dict[str, list[Any]]
     if name == "sft":
@@ -508,11 +572,24 @@ def _table(name: str, stage: Stage, rows: list[_Row]) -> datasets.Dataset:
             "labels": [np.append(np.full_like(prompt, -100), ids) for prompt, ids in pairs],
         }
     elif name == "reward":
-        columns = {
-            f"{side}_ids": [np.append(row.prompt_ids, row.ids[side]) for row in rows] for side in ("chosen", "rejected")
-        }
-        if "margin" in rows[0].columns:
-            columns["margin"] = [row.columns["margin"] for row in rows]
+        wholes = [{key: np.append(row.prompt_ids, ids) for key, ids in row.ids.items()} for row in rows]
+        if "chosen" in rows[0].ids:
+            columns = {f"{side}_ids": [whole[side] for whole in wholes] for side in ("chosen", "rejected")}
+        else:
+            columns = {"responses_ids": [list(whole.values()) for whole in wholes]}
+            columns["ranking"] = [row.columns["ranking"] for row in rows]
+        columns["prompt_length"] = [len(row.prompt_ids) for row in rows]
+        for column in ("margin", "weight"):
+            if column in rows[0].columns:
+                columns[column] = [row.columns[column] for row in rows]
+        if any(row.columns.get("source") is not None for row in rows):
+            sources = [row.columns.get("source") for row in rows]
+            columns["source"] = [None if source is None else str(source) for source in sources]
+    elif name == "ptx":
+        columns = {"input_ids": [row.prompt_ids for row in rows]}
+    elif name == "dpo":
+        columns = {f"{side}_ids": [row.ids[side] for row in rows] for side in ("chosen", "rejected")}
+        columns["prompt_ids"] = [row.prompt_ids for row in rows]
     else:
         others = dict.fromkeys(column for row in rows for column in row.columns if column != "prompt")
         for clash in sorted(set(others) & set(RESERVED)):

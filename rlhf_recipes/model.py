@@ -33,6 +33,7 @@ from .objectives import token_log_probs
 from .recipe import Base, Lora, function, is_function
 
 FINGERPRINT = "base.json"  # beside each saved adapter
+BIAS = "score_bias.json"  # beside a reward adapter: what is added to its score (see `reward`)
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
 
 
@@ -212,6 +213,9 @@ class SharedBase(nn.Module):
         model.generation_config = GenerationConfig()
         self.peft: PeftModel | None = None
         self.heads = nn.ModuleDict()
+        self.biases: dict[str, float] = {}  # role -> constant added to its head's output
+        self._borrowed: dict[str, str] = {}  # role without an adapter of its own -> role whose features its head reads
+        self._active = "base"
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         self._tuner_layers: list[BaseTunerLayer] = []
 
@@ -238,6 +242,8 @@ class SharedBase(nn.Module):
             self.peft.add_adapter(name, config)
         if head:
             self.add_head(name)
+            if folder is not None and (folder / BIAS).is_file():
+                self.biases[name] = json.loads((folder / BIAS).read_text())["bias"]
         if folder is not None:
             self.load_role(name, folder)
         disable_dropout_in_model(self)
@@ -249,11 +255,23 @@ class SharedBase(nn.Module):
             parameter.requires_grad_(trainable)
             parameter.data = parameter.data.float()
 
-    def add_head(self, name: str) -> None:
-        """Give a role a trainable scalar head that is zero at first."""
+    def add_head(self, name: str, on: str | None = None) -> None:
+        """Give a role a trainable scalar head that is zero at first.
+
+        Args:
+            on: make `name` a role of this head alone, on the adapter of that role, which the head does not train.
+        """
+        if on is not None:
+            self._borrowed[name] = on
         self.heads[name] = nn.Linear(self.causal.config.get_text_config().hidden_size, 1, bias=False)
         self.heads.to(self.device)
         nn.init.zeros_(self.head_weight(name))
+
+    @torch.no_grad()
+    def copy_role(self, source: str, target: str, weight: float = 1.0) -> None:
+        """Move a role's adapter a share `weight` of the way to another's: 1 copies it."""
+        for ours, theirs in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
+            ours.lerp_(theirs, weight)
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The adapter weights of a role, and its head."""
@@ -268,21 +286,23 @@ class SharedBase(nn.Module):
         and freeze the others, and takes 60 times as long.
         """
         # PEFT's layers pass over an adapter that they do not have, and would compute the bare base.
-        assert name == "base" or (self.peft and name in self.peft.peft_config), f"there is no role {name!r}"
-        before = [layer._active_adapter for layer in self._tuner_layers]
+        adapter = self._borrowed.get(name, name)
+        assert name == "base" or (self.peft and adapter in self.peft.peft_config), f"there is no role {name!r}"
+        before = self._active, [layer._active_adapter for layer in self._tuner_layers]
         try:
+            self._active = name
             for layer in self._tuner_layers:
-                layer._active_adapter = [] if name == "base" else [name]
+                layer._active_adapter = [] if name == "base" else [adapter]
             yield
         finally:
-            for layer, adapter in zip(self._tuner_layers, before, strict=True):
-                layer._active_adapter = adapter
+            self._active = before[0]
+            for layer, adapters in zip(self._tuner_layers, before[1], strict=True):
+                layer._active_adapter = adapters
 
     @property
     def active(self) -> str:
         """Name of the active role."""
-        adapters = self._tuner_layers[0].active_adapters
-        return adapters[0] if adapters else "base"
+        return self._active
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The active role's final hidden states (B, L, H), normalized as the language-model head takes them."""
@@ -320,11 +340,13 @@ class SharedBase(nn.Module):
         return empty.masked_scatter(response_mask, log_probs), empty.masked_scatter(response_mask, entropy)
 
     def head_outputs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The active role's head at every position: (B, L) float32.
+        """The active role's head, and its bias, at every position: (B, L) float32.
 
         The product is written out so that autocast leaves it in float32.
         """
-        return (self.hidden(input_ids, attention_mask).float() * self.head_weight(self.active)).sum(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.active not in self._borrowed):
+            hidden = self.hidden(input_ids, attention_mask)
+        return (hidden.float() * self.head_weight(self.active)).sum(-1) + self.biases.get(self.active, 0.0)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The active role's head (B,) at the last token of each row, whatever side the padding is on."""
@@ -359,20 +381,26 @@ class SharedBase(nn.Module):
     def role_state(self, name: str) -> dict[str, Tensor]:
         """The role's weights under the names PEFT saves them by, with the head under `HEAD`."""
         assert self.peft is not None
-        state = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False)
+        adapter = self._borrowed.get(name, name)
+        state = get_peft_model_state_dict(self.peft, adapter_name=adapter, save_embedding_layers=False)
         return {**state, HEAD: self.head_weight(name)} if name in self.heads else state
 
     def save_role(self, name: str, folder: Path) -> None:
-        """Write the role as a standard PEFT folder: a SEQ_CLS adapter if it has a head, a CAUSAL_LM one otherwise."""
+        """Write the role as a standard PEFT folder: a SEQ_CLS adapter if it has a head, a CAUSAL_LM one otherwise.
+
+        A role that borrows its adapter is written with it. A bias has no place in that format and stands beside it.
+        """
         assert self.peft is not None
         folder.mkdir(parents=True, exist_ok=True)
-        config = copy.deepcopy(self.peft.peft_config[name])
+        config = copy.deepcopy(self.peft.peft_config[self._borrowed.get(name, name)])
         config.inference_mode = True
         if name in self.heads:
             config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["classifier", "score"]
         config.save_pretrained(str(folder))
         state = {key: value.detach().cpu().contiguous() for key, value in self.role_state(name).items()}
         safetensors.torch.save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        if name in self.biases:
+            (folder / BIAS).write_text(json.dumps({"bias": self.biases[name]}) + "\n")
         if self.fingerprint is not None:
             write_fingerprint(folder, self.fingerprint)
 
@@ -391,7 +419,7 @@ class SharedBase(nn.Module):
             )
         if name in self.heads and score is None:
             raise ValueError(f"The adapter in {folder} has no score head: it is not a reward model.")
-        set_peft_model_state_dict(self.peft, state, adapter_name=name)
+        set_peft_model_state_dict(self.peft, state, adapter_name=self._borrowed.get(name, name))
         if name in self.heads:
             with torch.no_grad():
                 self.head_weight(name).copy_(score)

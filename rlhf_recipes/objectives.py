@@ -103,6 +103,42 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Discounted sum (B, T) of the rewards from each token on, zero outside the mask: REINFORCE's return."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def leave_one_out(returns: Tensor, group: int) -> Tensor:
+    """Each return less the mean of the others of its prompt (RLOO, Ahmadian et al. 2024, arXiv:2402.14740, equation 8).
+
+    Args:
+        returns: (B,), the `group` >= 2 responses to a prompt side by side.
+    """
+    grouped = returns.view(-1, group)
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
+    return (grouped - others).flatten()
+
+
+def group_normalized(scores: Tensor, group: int) -> Tensor:
+    """Each score less its prompt's mean, over its standard deviation (GRPO, Shao et al. 2024, arXiv:2402.03300, 4.1.2).
+
+    Args:
+        scores: (B,), the `group` >= 2 responses to a prompt side by side. Where all are alike the result is 0.
+    """
+    grouped = scores.view(-1, group)
+    # The constant is TRL's: groups that hardly differ are not blown up.
+    return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target_kl: float, episodes: int, horizon: int) -> float:
+    """The KL coefficient after a rollout of `episodes` responses with a mean KL of `kl` nats.
+
+    It moves in proportion to the relative error, clipped to 20 % (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+    """
+    error = min(max(kl / target_kl - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Scale `values` to unit variance over the mask, and to mean zero unless `shift_mean` is False."""
     mean = masked_mean(values, mask)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo")
 
 # Keys of TRL's and transformers' arguments that the runner sets itself: a recipe that set them too would be ignored.
 OWNED = {
@@ -63,11 +63,11 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage: its data, and the arguments of its trainer.
+class Source:
+    """Where rows come from.
 
     `data` is a Hub dataset id, a local JSONL, JSON, CSV or Parquet file (also .gz), or `module:function`, a function
-    without arguments that returns rows. `args` goes verbatim to SFTConfig, RewardConfig or PPOConfig.
+    without arguments that returns rows.
     """
 
     data: str
@@ -78,23 +78,45 @@ class Stage:
     heldout: float = 0.05  # share of the prompts that are kept from training
     heldout_limit: int = 256  # evaluate on at most so many held-out rows
     bad_rows: Literal["drop", "refuse"] = "drop"  # rows that cannot be used: drop and report them, or stop
+
+
+@dataclass(frozen=True)
+class Stage(Source):
+    """One stage: its data, and the arguments of its trainer.
+
+    `args` goes verbatim to SFTConfig, RewardConfig, PPOConfig or DPOConfig.
+    """
+
     args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PPOStage(Stage):
-    """The PPO stage. Its reward is the shared `reward` role or, where `reward_funcs` are named, the sum of those.
+    """The PPO stage.
 
-    A reward function is `module:function` or `file.py:function` and has TRL's signature:
-    `function(prompts, completions, completion_ids, **columns) -> list[float]`.
+    Its reward is the weighted sum (`reward_weights` of PPOConfig) of the sources in `reward_funcs`:
+
+    - `reward`, the shared reward role (an ensemble, if the reward stage trained one); the default where there is one
+    - `module:function` or `file.py:function`, a function of TRL's signature, sync or async:
+      `function(prompts, completions, completion_ids, **columns) -> list[float]`
+    - a Hub id or a folder of a sequence-classification model, which has its own tokenizer and chat template
     """
 
     reward_funcs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
+class DPOStage(Stage):
+    """The DPO stage. It compares the models on the held-out prompts of `prompts`, or else of its own data."""
+
+    prompts: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Supervised fine-tuning, a reward model and PPO on one base. A stage that is None is left out.
+    """Supervised fine-tuning, a reward model, PPO and DPO on one base. A stage that is None is left out.
+
+    `ptx` holds the pretraining texts (rows with `text`) that `ppo.ptx_coef` mixes into PPO.
 
     `gold` names a function like those in `PPOStage.reward_funcs`. It measures true quality where that is known, is
     never trained on, and gives the win rate in the final table.
@@ -105,13 +127,23 @@ class Recipe:
     sft: Stage | None = None
     reward: Stage | None = None
     ppo: PPOStage | None = None
+    dpo: DPOStage | None = None
+    ptx: Source | None = None
     lora: Lora = Lora()
     gold: str | None = None
     seed: int = 0
     tracker: Literal["wandb", "trackio", "tensorboard", "none"] = "wandb"
 
 
-SECTIONS: dict[str, type] = {"base": Base, "lora": Lora, "sft": Stage, "reward": Stage, "ppo": PPOStage}
+SECTIONS: dict[str, type] = {
+    "base": Base,
+    "lora": Lora,
+    "sft": Stage,
+    "reward": Stage,
+    "ppo": PPOStage,
+    "dpo": DPOStage,
+    "ptx": Source,
+}
 
 
 def replace(recipe: Recipe, **changes: Any) -> Recipe:
@@ -142,7 +174,7 @@ def _replace_section(recipe: Recipe, name: str, change: Mapping[str, Any]) -> An
             raise ValueError(f"{name}.{key} is set by the runner: {OWNED[key]}.")
     if section is None:
         if "data" not in typed:
-            raise ValueError(f"Recipe {recipe.name!r} has no stage {name!r}: to add it, set {name}.data as well.")
+            raise ValueError(f"Recipe {recipe.name!r} has no section {name!r}: to add it, set {name}.data as well.")
         section = kind(data=typed["data"])
     if passed:
         typed["args"] = {**section.args, **typed.get("args", {}), **passed}

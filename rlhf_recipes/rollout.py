@@ -3,10 +3,7 @@
 B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 """
 
-import asyncio
-import inspect
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -14,12 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
-from trl.trainer.utils import get_callable_name, pad
+from trl.trainer.utils import pad
 
 from .model import SharedBase
 
-RewardFunc = Callable[..., Any]
 S = TypeVar("S", bound="Samples")
 
 
@@ -44,7 +39,8 @@ class Samples:
 
     def rows(self: S, index: Tensor) -> S:
         """Some of the rows, without the columns that are padding in all of them."""
-        picked = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked = {name: tensor[index] for name, tensor in found.items() if tensor is not None}
         length = self.response_mask.shape[1]
         prompt = self.input_ids.shape[1] - length
         left = prompt - int(picked["attention_mask"][:, :prompt].sum(1).max())
@@ -53,7 +49,7 @@ class Samples:
             if tensor.ndim == 2:
                 whole = name in ("input_ids", "attention_mask")
                 picked[name] = tensor[:, left if whole else 0 : tensor.shape[1] - right]
-        return type(self)(**picked)
+        return type(self)(**found | picked)
 
 
 @dataclass
@@ -63,10 +59,10 @@ class Rollout(Samples):
     log_probs: Tensor  # (B, T) of the policy that sampled
     ref_log_probs: Tensor  # (B, T)
     entropy: Tensor  # (B, T)
-    values: Tensor  # (B, T) of the state before each token
     scores: Tensor  # (B,)
     advantages: Tensor  # (B, T)
-    returns: Tensor  # (B, T)
+    values: Tensor | None  # (B, T) of the state before each token; None without a critic
+    returns: Tensor | None  # (B, T)
 
 
 class Sampler:
@@ -159,14 +155,24 @@ class Sampler:
         return values
 
     @torch.no_grad()
-    def reward_scores(self, samples: Samples) -> Tensor:
-        """The reward role's scores (B,): its head at the last token of each response."""
+    def reward_scores(self, samples: Samples, role: str = "reward") -> Tensor:
+        """A reward role's scores (B,): its head at the last token of each response."""
         scores = torch.zeros(len(samples.input_ids), device=self.model.device)
-        with self.model.role("reward"), self.autocast():
+        with self.model.role(role), self.autocast():
             for rows in self._chunks(samples.attention_mask.sum(1)):
                 part = samples.rows(rows)
                 scores[rows] = self.model.scores(part.input_ids, part.attention_mask)
         return scores
+
+    @torch.no_grad()
+    def text_loss(self, role: str, texts: list[list[int]]) -> float:
+        """A role's mean negative log-likelihood in nats per token of texts (token ids), the first tokens aside."""
+        total, count = 0.0, 0
+        with self.model.role(role), self.autocast():
+            for rows in self._chunks(torch.tensor([len(text) for text in texts])):
+                loss, tokens = text_loss(self.model, [texts[row] for row in rows])
+                total, count = total + loss.item(), count + tokens
+        return total / count
 
     def texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens."""
@@ -179,38 +185,15 @@ def state_values(model: SharedBase, samples: Samples) -> Tensor:
     return outputs[:, -samples.response_mask.shape[1] - 1 : -1] * samples.response_mask
 
 
-def call_reward_func(
-    reward_func: RewardFunc, rows: list[dict[str, Any]], completion_ids: list[list[int]], texts: list[str], state: Any
-) -> Tensor:
-    """Call a function of TRL's `reward_funcs` signature, synchronous or not.
+def text_loss(model: SharedBase, texts: list[list[int]]) -> tuple[Tensor, int]:
+    """The active role's negative log-likelihood of texts (token ids), summed, and how many tokens that are."""
+    ids, kept = pad_right(texts, 0, model.device)
+    log_probs, _ = model.log_probs(ids, kept, kept[:, 1:].bool())
+    return -log_probs.sum(), int(kept[:, 1:].sum())
 
-    Args:
-        rows: the data rows; `prompt` goes as `prompts`, every other column but `prompt_ids` under its own name.
-        texts: the responses; to conversational prompts they go as messages.
-        state: the TrainerState, as `trainer_state`.
-    Returns:
-        (B,), with 0 where the function returned None, as in TRL.
-    Raises:
-        ValueError: naming the function, if it does not return one finite number (or None) a row.
-    """
-    prompts = [row["prompt"] for row in rows]
-    conversational = is_conversational({"prompt": prompts[0]})
-    result = reward_func(
-        prompts=prompts,
-        completions=[[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
-        completion_ids=completion_ids,
-        trainer_state=state,
-        **{key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "prompt_ids")},
-    )
-    if inspect.iscoroutine(result):
-        with ThreadPoolExecutor(1) as thread:  # in a notebook this thread has an event loop already
-            result = thread.submit(asyncio.run, result).result()
-    name = get_callable_name(reward_func)
-    if result is None or len(result) != len(rows):
-        count = "nothing" if result is None else f"{len(result)} rewards"
-        raise ValueError(f"The reward function {name!r} returned {count} for {len(rows)} responses.")
-    scores = torch.tensor([0.0 if value is None else float(value) for value in result])
-    if not scores.isfinite().all():
-        row = int((~scores.isfinite()).nonzero()[0])
-        raise ValueError(f"The reward function {name!r} returned {result[row]} for the response {texts[row]!r}.")
-    return scores
+
+def pad_right(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, L) padded at the right, and their attention mask from the rows' lengths."""
+    ids = pad([torch.tensor(row) for row in rows], padding_value=pad_token_id, padding_side="right")
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)

@@ -1,5 +1,7 @@
 """`run(recipe)`: the run folder, the stages in order, skip and resume, W&B, progress and the final table."""
 
+import copy
+import dataclasses
 import gc
 import importlib.metadata
 import importlib.util
@@ -11,8 +13,8 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlparse
@@ -33,13 +35,19 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import RewardConfig, SFTConfig
+from trl import SFTConfig
 
-from . import __version__, data, model, ppo, reward, sft, summary
+from . import __version__, data, dpo, model, ppo, reward, rewards, sft, summary
+from .config import DPOConfig, PPOConfig, RewardConfig
 from .memory import peak_memory_mib, reset_peak_memory
-from .recipe import STAGES, Recipe, check_args, function, suggestion, to_dict
+from .recipe import STAGES, Recipe, Source, check_args, function, suggestion, to_dict
 
-CONFIGS: dict[str, type[TrainingArguments]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": ppo.PPOConfig}
+CONFIGS: dict[str, type[TrainingArguments]] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "dpo": DPOConfig,
+}
 VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "wandb")
 
 
@@ -50,7 +58,8 @@ class Job:
     recipe: Recipe
     stage: str
     run_dir: Path
-    config: Any  # SFTConfig, RewardConfig or PPOConfig
+    config: Any  # one of CONFIGS
+    others: dict[str, data.Prepared]  # see _prepare_others
     data: data.Prepared
     tokenizer: PreTrainedTokenizerBase
     fingerprint: dict[str, Any]
@@ -58,10 +67,32 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return self.run_dir / self.stage
+        return Path(self.config.output_dir)
+
+    def member(self, index: int) -> "Job":
+        """The job of an ensemble's adapter: from number 1 on with a folder, a seed, a W&B run and a name of its own."""
+        if index == 0:
+            return self
+        config = copy.copy(self.config)
+        config.output_dir = str(self.folder / f"member-{index}")
+        config.run_name += f"-{index}"
+        config.seed += index
+        config.data_seed = None if config.data_seed is None else config.data_seed + index
+        resume = last_checkpoint(Path(config.output_dir))
+        return dataclasses.replace(self, stage=f"{self.stage}-{index}", config=config, resume=resume)
+
+    def tracked(self) -> AbstractContextManager[None]:
+        """The W&B run of an ensemble's further adapter."""
+        return _tracked(self)
 
     def watch(self, trainer: Trainer) -> "Recorder":
-        """Log the trainer to the run folder and the terminal, in place of transformers' own printing."""
+        """Log the trainer to the run folder and the terminal, in place of transformers' own printing.
+
+        Rows that an earlier attempt wrote after the checkpoint are dropped: they come again.
+        """
+        step = 0 if self.resume is None else _step(self.resume)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _forget(self.run_dir / name, self.stage, step)
         trainer.remove_callback(PrinterCallback)
         recorder = Recorder(self, trainer)
         trainer.add_callback(recorder)
@@ -92,7 +123,7 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
     Run again, it skips the stages that are finished and resumes an unfinished one from its last checkpoint.
 
     Args:
-        stages: only these, of `sft`, `reward`, `ppo`; what they build on must be finished in `run_dir`.
+        stages: only these, of `sft`, `reward`, `ppo`, `dpo`; what they build on must be finished in `run_dir`.
     Raises:
         ValueError: anything wrong with the recipe, its data or the folder, before a weight is loaded.
     """
@@ -107,6 +138,7 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
         tokenizer = model.load_tokenizer(recipe.base)
         manifest["base"] = model.fingerprint(recipe.base, tokenizer)
         prepared = {stage: _prepare(recipe, stage, configs[stage], tokenizer) for stage in todo}
+        others = {stage: _prepare_others(recipe, stage, configs, tokenizer) for stage in todo}
         _same_format(prepared)
         # Not before: a recipe whose data were refused may be corrected and run in the same folder.
         write_json(run_dir / "recipe.json", to_dict(recipe))
@@ -114,11 +146,12 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
             console.print(Text(f"{stage}: {_data_line(prepared[stage].report)}", style="bold"))
             config = configs[stage]
             resume = last_checkpoint(run_dir / stage)
-            job = Job(recipe, stage, run_dir, config, prepared[stage], tokenizer, manifest["base"], resume)
+            of_stage = others[stage], prepared[stage], tokenizer
+            job = Job(recipe, stage, run_dir, config, *of_stage, manifest["base"], resume)
             _run_stage(job, manifest)
     result = summary.summarize(manifest)
     write_json(run_dir / "summary.json", result)
-    if result["reward_score"]:
+    if result["models"]:
         console.print(summary.table(result))
     console.print(Text(f"{summary.footnote(result)}. Run folder: {run_dir}"))
     return result
@@ -145,11 +178,26 @@ def check(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
         check_args(stage, section, CONFIGS[stage])
         configs[stage] = _config(recipe, stage, run_dir)
     if recipe.ppo is not None:
-        if recipe.reward is None and not recipe.ppo.reward_funcs:
-            raise ValueError(f"Recipe {recipe.name!r} has no reward: add a `reward` stage or set ppo.reward_funcs.")
-        for name in (*recipe.ppo.reward_funcs, *([recipe.gold] if recipe.gold else [])):
-            function(name)
+        _check_ppo(recipe, configs["ppo"])
+    if recipe.gold:
+        function(recipe.gold)
     return configs
+
+
+def _check_ppo(recipe: Recipe, config: PPOConfig) -> None:
+    """What of the PPO stage depends on the rest of the recipe."""
+    if recipe.reward is None and not recipe.ppo.reward_funcs:
+        raise ValueError(f"Recipe {recipe.name!r} has no reward: add a `reward` stage or set ppo.reward_funcs.")
+    sources = recipe.ppo.reward_funcs or (rewards.ROLE,)
+    for name in sources:
+        rewards.check_source(name, recipe.reward is not None)
+    rewards.check_weights(config.reward_weights, sources)
+    if config.critic == "reward" and recipe.reward is None:
+        raise ValueError(
+            "ppo.critic=reward copies a reward model, and the recipe has no reward stage: set sft or head."
+        )
+    if config.ptx_coef and recipe.ptx is None:
+        raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")
 
 
 def _stages(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
@@ -193,7 +241,9 @@ def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
     if (run_dir / "manifest.json").is_file():
         manifest = json.loads((run_dir / "manifest.json").read_text())
     for stage in wanted:
-        for earlier in _stages(recipe, None)[: _stages(recipe, None).index(stage)]:
+        # DPO takes the place of PPO, and builds on the reward model no more than on PPO.
+        before = [earlier for earlier in STAGES[: STAGES.index(stage)] if stage != "dpo" or earlier == "sft"]
+        for earlier in (earlier for earlier in before if getattr(recipe, earlier) is not None):
             if earlier not in wanted and manifest["stages"].get(earlier, {}).get("state") != "done":
                 raise ValueError(f"Stage {stage!r} builds on {earlier!r}, which is not finished in {run_dir}.")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -212,21 +262,56 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def _prepare(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> data.Prepared:
     """A stage's data. No row may be longer than the stage's limit, or than the model's context."""
-    limit, spare = (config.max_prompt_length, config.response_length) if stage == "ppo" else (config.max_length, 0)
+    if stage == "ppo":
+        limit = _context(recipe, config.max_prompt_length, stage, config.response_length)
+    else:
+        limit = _context(recipe, config.max_length)
+    return _held_out(stage, stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+
+
+def _prepare_others(
+    recipe: Recipe, stage: str, configs: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, data.Prepared]:
+    """What a stage takes beside its data.
+
+    reward: the SFT stage's `demonstrations`, which set its bias. ppo: the texts of `ptx`. dpo: the `prompts` on which
+    models are compared.
+    """
+    if stage == "reward" and recipe.sft is not None:
+        return {"demonstrations": _prepare(recipe, "sft", configs["sft"], tokenizer)}
+    if stage == "ppo" and recipe.ptx is not None:
+        return {"ptx": _held_out("ptx", "ptx", recipe.ptx, tokenizer, None, recipe.seed)}
+    if stage == "dpo":
+        own = {f.name: getattr(recipe.dpo, f.name) for f in fields(Source)}
+        source = Source(**own | ({"data": recipe.dpo.prompts, "columns": {}} if recipe.dpo.prompts else {}))
+        limit = _context(recipe, None, stage, configs["dpo"].response_length)
+        return {"prompts": _held_out("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)}
+    return {}
+
+
+def _context(recipe: Recipe, limit: int | None, stage: str = "", spare: int = 0) -> int | None:
+    """The longest row, in tokens: `limit`, or what the model's context leaves beside `spare` tokens of response."""
     path, revision = model.model_path(recipe.base), recipe.base.revision
     base = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=recipe.base.trust_remote_code)
     context = getattr(base.get_text_config(), "max_position_embeddings", None)
     if context is not None:
         if spare >= context:
             raise ValueError(
-                f"ppo.response_length={spare} leaves no room for a prompt in the context of {context} tokens."
+                f"{stage}.response_length={spare} leaves no room for a prompt in the context of {context} tokens."
             )
         limit = min(limit or context, context - spare)
-    prepared = data.prepare(stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+    return limit
+
+
+def _held_out(
+    kind: Any, key: str, source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None, seed: int
+) -> data.Prepared:
+    """`data.prepare` of a source of which some rows must be held out."""
+    prepared = data.prepare(kind, source, tokenizer, limit, seed)
     if len(prepared.heldout) == 0:
         raise ValueError(
-            f"{stage}.data: no row of {getattr(recipe, stage).data} is held out to evaluate on. It needs two prompts "
-            f"or more, with {stage}.heldout and {stage}.heldout_limit above 0."
+            f"{key}.data: no row of {source.data} is held out to evaluate on. It needs two prompts "
+            f"or more, with {key}.heldout and {key}.heldout_limit above 0."
         )
     return prepared
 
@@ -251,11 +336,8 @@ def _run_stage(job: Job, manifest: dict[str, Any]) -> None:
     record |= {"state": "running", "data": job.data.report}
     write_json(job.run_dir / "manifest.json", manifest)
     job.folder.mkdir(exist_ok=True)
-    step = 0 if job.resume is None else json.loads(Path(job.resume, "trainer_state.json").read_text())["global_step"]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        _forget(job.run_dir / name, job.stage, step)
     set_seed(job.recipe.seed)
-    module = {"sft": sft, "reward": reward, "ppo": ppo}[job.stage]
+    module = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo}[job.stage]
     start, before = time.perf_counter(), record["seconds"]
     reset_peak_memory()
     try:
@@ -281,6 +363,10 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return str(checkpoint)
     return None
+
+
+def _step(checkpoint: str) -> int:
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
 
 
 def _forget(path: Path, stage: str, step: int) -> None:
@@ -391,6 +477,7 @@ def _tracked(job: Job) -> Iterator[None]:
         dir=job.run_dir,
         config={"recipe": to_dict(job.recipe), "base": job.fingerprint},
         mode=_wandb_mode(),
+        reinit="finish_previous",  # an ensemble has a run for each adapter
     )
     try:
         yield

@@ -1,28 +1,87 @@
 """What a run achieved: the models compared on held-out prompts, with intervals, and the table at the end."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .ppo import PPOTrainer
-
-# Names of the roles' models in results: the reference is what PPO started from.
-MODELS = {"base": "base", "reference": "sft", "policy": "ppo"}
+    from .rewards import RewardFunc, Rewards
+    from .rollout import Sampler
 
 
-def compare(trainer: "PPOTrainer") -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Sample every held-out prompt from the base, the SFT model and the policy.
+class Evaluator:
+    """Samples roles on prompts, always with the same random numbers, and scores what they say."""
 
-    Returns the results (means by model, and the win rates of PPO against SFT) and the samples, each with its model.
+    def __init__(
+        self,
+        sampler: "Sampler",
+        rewards: "Rewards",
+        gold: "RewardFunc | None" = None,
+        seed: int = 0,
+        texts: Sequence[list[int]] = (),
+    ) -> None:
+        """
+        Args:
+            rewards: may have no source; samples then have no score.
+            gold: a function of TRL's signature that measures true quality.
+            texts: token ids of texts on which to measure perplexity.
+        """
+        self.sampler, self.rewards, self.gold, self.seed, self.texts = sampler, rewards, gold, seed, list(texts)
+
+    def __call__(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Sample one response to each row's prompt from a role.
+
+        Returns a dict a row: prompt, completion, response_length (tokens), ended, kl (nats, to the reference, summed
+        over the response) and, where they are known, score (the sources' weighted sum) and gold.
+        """
+        model = self.sampler.model
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            samples = self.sampler.sample(role, [row["prompt_ids"] for row in rows])
+        kl = (self.sampler.log_probs(role, samples)[0] - self.sampler.log_probs("reference", samples)[0]).sum(1)
+        columns: dict[str, list[Any]] = {
+            "prompt": [row["prompt"] for row in rows],
+            "completion": self.sampler.texts(samples),
+            "response_length": samples.lengths.tolist(),
+            "ended": samples.ended.tolist(),
+            "kl": kl.tolist(),
+        }
+        if self.rewards.sources:
+            columns["score"] = self.rewards.plain(rows, samples).tolist()
+        if self.gold is not None:
+            columns["gold"] = self.rewards.judge(self.gold, rows, samples).tolist()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def means(self, role: str, samples: list[dict[str, Any]]) -> dict[str, float]:
+        """Means of a role's samples, and its perplexity on `texts`."""
+        result = means(samples)
+        if self.texts:
+            result["perplexity"] = math.exp(self.sampler.text_loss(role, self.texts))
+        return result
+
+
+def compare(
+    evaluate: Evaluator, rows: list[dict[str, Any]], models: dict[str, str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Sample every held-out prompt from several roles.
+
+    Args:
+        models: role -> name of its model in the results. The last is compared with `sft`, what it started from.
+    Returns:
+        the results (means by model, and the win rates of the last one) and the samples, each with its model.
     """
-    rows = trainer.eval_dataset.to_list()
-    samples = {model: trainer.evaluate_role(role, rows) for role, model in MODELS.items()}
-    results: dict[str, Any] = {"models": {model: means(of_model) for model, of_model in samples.items()}}
+    samples = {model: evaluate(role, rows) for role, model in models.items()}
+    results: dict[str, Any] = {
+        "models": {model: evaluate.means(role, samples[model]) for role, model in models.items()}
+    }
+    last = samples[list(models.values())[-1]]
     for key, name in (("gold", "win_rate_vs_sft"), ("score", "reward_win_rate_vs_sft")):
-        if key in samples["ppo"][0]:
-            results[name] = win_rate([s[key] for s in samples["ppo"]], [s[key] for s in samples["sft"]])
+        if key in last[0]:
+            results[name] = win_rate([s[key] for s in last], [s[key] for s in samples["sft"]])
     return results, [{"model": model, **sample} for model, of_model in samples.items() for sample in of_model]
 
 
@@ -47,18 +106,28 @@ def win_rate(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`summary.json` from the results that the finished stages left in the manifest."""
+    """`summary.json` from the results that the finished stages left in the manifest.
+
+    Win rates and KL are PPO's or, without PPO, DPO's; `models` holds each model's own.
+    """
     stages = manifest["stages"]
     results = {stage: record.get("results", {}) for stage, record in stages.items()}
-    models = results.get("ppo", {}).get("models", {})
-    summary: dict[str, Any] = {
-        "win_rate_vs_sft": results.get("ppo", {}).get("win_rate_vs_sft"),
-        "reward_win_rate_vs_sft": results.get("ppo", {}).get("reward_win_rate_vs_sft"),
+    models: dict[str, dict[str, Any]] = {}
+    wins = ("win_rate_vs_sft", "reward_win_rate_vs_sft")
+    trained = [stage for stage in ("dpo", "ppo") if "models" in results.get(stage, {})]
+    for stage in trained:
+        models |= results[stage]["models"]
+        models[stage] = models[stage] | {name: results[stage][name] for name in wins if name in results[stage]}
+    models = {name: models[name] for name in ("base", "sft", "ppo", "dpo") if name in models}
+    main = models[trained[-1]] if trained else {}
+    summary = {
+        **{name: main.get(name) for name in wins},
         "sft_heldout_loss": results.get("sft", {}).get("heldout_loss"),
         "reward_model_accuracy": results.get("reward", {}).get("heldout_accuracy"),
-        "kl": models.get("ppo", {}).get("kl"),
+        "kl": main.get("kl"),
         "seconds": {stage: record["seconds"] for stage, record in stages.items()},
         "peak_memory_mib": {stage: record["peak_memory_mib"] for stage, record in stages.items()},
+        "models": models,
     }
     names = {"gold_score": "gold", "reward_score": "score", "response_length": "response_length"}
     for name, key in {**names, "without_eos": "without_eos"}.items():
@@ -67,22 +136,26 @@ def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """The final table of a run, for the terminal."""
-    result = Table()
-    gold = bool(summary["gold_score"])
-    columns = ["model", *(["gold", "wins vs SFT (95 %)"] if gold else []), "reward", "KL", "tokens", "no EOS"]
-    for column in columns:
-        result.add_column(column, justify="left" if column == "model" else "right")
-    for model in summary["reward_score"]:
-        wins = summary["win_rate_vs_sft"] if model == "ppo" else None
-        result.add_row(
-            {"base": "base", "sft": "SFT", "ppo": "PPO"}[model],
-            *([f"{summary['gold_score'][model]:.2f}", _percent(wins) if wins else ""] if gold else []),
-            f"{summary['reward_score'][model]:.2f}",
-            f"{summary['kl']:.2f}" if model == "ppo" else "",
-            f"{summary['response_length'][model]:.1f}",
-            f"{summary['without_eos'][model]:.1%}",
-        )
+    """The final table of a run, for the terminal. A column that no model has a value for is left out."""
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "gold": ("gold", "{:.2f}".format),
+        "wins vs SFT (95 %)": ("win_rate_vs_sft", _percent),
+        "reward": ("score", "{:.2f}".format),
+        "KL": ("kl", "{:.2f}".format),
+        "tokens": ("response_length", "{:.1f}".format),
+        "no EOS": ("without_eos", "{:.1%}".format),
+        "perplexity": ("perplexity", "{:.2f}".format),
+    }
+    models = summary["models"]
+    columns = {label: of for label, of in columns.items() if any(of[0] in values for values in models.values())}
+    result = Table("model")
+    for label in columns:
+        result.add_column(label, justify="right")
+    for model, values in models.items():
+        # What the base and the SFT model have of KL says nothing about training against the penalty.
+        shown = {key: value for key, value in values.items() if key != "kl" or model not in ("base", "sft")}
+        cells = [write(shown[key]) if key in shown else "" for key, write in columns.values()]
+        result.add_row("base" if model == "base" else model.upper(), *cells)
     return result
 
 

@@ -362,6 +362,7 @@ def test_all_stages_see_the_same_tokens_of_a_conversation(
     assert reward == {
         "chosen_ids": prompt + chosen,
         "rejected_ids": prompt + tokenize_pair(tokenizer, DIALOGUE, [assistant("no")])[1],
+        "prompt_length": len(prompt),
     }
     assert ppo["prompt_ids"] == prompt == tokenize_prompt(tokenizer, DIALOGUE)
     assert ppo["prompt"] == DIALOGUE

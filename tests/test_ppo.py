@@ -5,10 +5,12 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tiny_models import make_tokenizer, save_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from rlhf_recipes import objectives, runner
 from rlhf_recipes.model import SharedBase, device, load_base, load_tokenizer
@@ -48,12 +50,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def shared_base(folder: Path, kind: type[SharedBase] = SharedBase, policy_seed: int = 1, **base: Any) -> SharedBase:
-    """The four roles with random adapters and heads. The policy equals the reference unless it has another seed."""
+def shared_base(
+    folder: Path,
+    kind: type[SharedBase] = SharedBase,
+    policy_seed: int = 1,
+    roles: tuple[str, ...] = ("reference", "policy", "reward", "critic"),
+    **base: Any,
+) -> SharedBase:
+    """The roles with random adapters and heads. The policy equals the reference unless it has another seed."""
     loaded = load_base(Base(str(folder), **({"dtype": "float32"} | base)))
     model = kind(loaded if base else loaded.to("cpu"), Lora(r=4, alpha=8))
     seeds = {"reference": 1, "policy": policy_seed, "reward": 3, "critic": 4}
-    for role, seed in seeds.items():
+    for role, seed in ((role, seeds[role]) for role in seeds if role in roles):
         model.add_role(role, trainable=role in ("policy", "critic"), head=role in ("reward", "critic"))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters_of(role):
@@ -73,6 +81,7 @@ def make(folder: Path, tmp_path: Path) -> Make:
         model: SharedBase | None = None, prompts: list[list[int]] = PROMPTS, tokenizer: Any = None, **arguments: Any
     ) -> PPOTrainer:
         names = ("train_dataset", "eval_dataset", "reward_funcs", "gold", "stop_token_ids", "callbacks")
+        names += ("ptx_dataset", "ptx_eval_dataset")
         given = {name: arguments.pop(name) for name in names if name in arguments}
         return PPOTrainer(
             model if model is not None else shared_base(folder),
@@ -510,31 +519,305 @@ def after_one_update(folder: Path, make: Make, options: dict[str, Any]) -> dict[
     return {role: weights(trainer, role) for role in ("policy", "critic")}
 
 
+BOTH = {"policy", "critic"}
+TEXTS = Dataset.from_list([{"input_ids": [5 + i, *range(20, 26 + 2 * i), EOS]} for i in range(6)])
+# option -> a value, what both runs have beside it, and the roles that it changes
+EFFECTS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
+    "learning_rate": (0.05, {}, BOTH),
+    "critic_learning_rate": (0.01, {}, {"critic"}),
+    "num_ppo_epochs": (3, {}, BOTH),
+    "num_mini_batches": (2, {}, BOTH),
+    "response_length": (3, {}, BOTH),
+    "temperature": (0.5, {}, BOTH),
+    "stop_token_id": (33, {"stop_token_ids": (), "response_length": 30}, BOTH),
+    "num_generations": (2, {}, BOTH),
+    "rollout_micro_batch_size": (2, {}, BOTH),
+    "reward_weights": ([2.0], {}, BOTH),
+    "reward_normalization": ("sft", {}, BOTH),
+    "reward_clip": (0.05, {}, BOTH),
+    "missing_eos_penalty": (1.0, {}, BOTH),
+    "length_penalty": (0.1, {}, BOTH),
+    "whiten_rewards": (True, {}, BOTH),
+    "kl_coef": (0.5, {}, BOTH),
+    "kl_estimator": ("k3", {}, BOTH),
+    "target_kl": (0.01, {"kl_horizon": 100, "total_episodes": 12}, BOTH),
+    "kl_horizon": (100, {"target_kl": 0.01, "total_episodes": 12}, BOTH),
+    "max_kl": (1e-3, {}, BOTH),
+    "advantage_estimator": ("reinforce++", {}, BOTH),
+    "gamma": (0.9, {}, BOTH),
+    "lam": (0.5, {}, BOTH),
+    "cliprange": (1e-4, {}, {"policy"}),
+    "critic_warmup_steps": (1, {}, {"policy"}),
+    "cliprange_value": (1e-4, {}, {"critic"}),
+    "vf_coef": (0.5, {}, {"critic"}),
+    "ptx_coef": (1.0, {"ptx_dataset": TEXTS}, {"policy"}),
+    "ptx_batch_size": (1, {"ptx_dataset": TEXTS, "ptx_coef": 1.0}, {"policy"}),
+    "ptx_max_length": (3, {"ptx_dataset": TEXTS, "ptx_coef": 1.0}, {"policy"}),
+}
+# Options that show elsewhere than in the weights after an update, with the test that shows it.
+SHOWN_BY = {
+    "logging_steps": "test_logging_steps_count_updates",
+    "gradient_checkpointing": "test_gradient_checkpointing_changes_no_update",
+    "total_episodes": "test_total_episodes_count_prompts_and_may_repeat_them",
+    "max_prompt_length": "test_longer_prompts_than_max_prompt_length_are_bad_rows",
+    "ensemble_aggregation": "test_an_ensemble_changes_the_score",
+    "uncertainty_coef": "test_an_ensemble_changes_the_score",
+    "critic": "test_run.test_a_critic_starts_where_it_is_told",
+    "ema_decay": "test_the_moving_average_is_what_is_evaluated",
+}
+
+
+def test_no_option_of_ours_is_without_effect() -> None:
+    inherited = {f.name: f.default for f in fields(TrainingArguments)}
+    ours = {f.name for f in fields(PPOConfig) if inherited.get(f.name, ...) != f.default}
+    assert ours == EFFECTS.keys() | SHOWN_BY.keys() and not EFFECTS.keys() & SHOWN_BY.keys()
+    for test in SHOWN_BY.values():
+        module, _, name = test.rpartition(".")
+        assert f"\ndef {name}(" in Path(__file__).with_name(f"{module or 'test_ppo'}.py").read_text()
+
+
+@pytest.mark.parametrize("option", EFFECTS)
+def test_an_option_changes_the_roles_that_it_is_about(folder: Path, make: Make, option: str) -> None:
+    value, beside, changed = EFFECTS[option]
+    default = after_one_update(folder, make, beside)
+    other = after_one_update(folder, make, {**beside, option: value})
+    assert {role for role in default if (default[role] - other[role]).abs().max() > 1e-7} == changed
+
+
+def test_logging_steps_count_updates(make: Make) -> None:
+    trainer = make(total_episodes=24, logging_steps=3, response_length=1)
+    trainer.train()
+    assert [row["episode"] for row in trainer.state.log_history if "episode" in row] == [12, 24]
+
+
+def test_an_ensemble_changes_the_score(folder: Path, make: Make) -> None:
+    found = {}
+    for name, options in {
+        "mean": {},
+        "worst": {"ensemble_aggregation": "worst_case"},
+        "uncertain": {"ensemble_aggregation": "uncertainty", "uncertainty_coef": 2.0},
+    }.items():
+        model = shared_base(folder)
+        model.add_role("reward_1", head=True)
+        for parameter in model.parameters_of("reward_1"):
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+        trainer = make(model, **options)
+        torch.manual_seed(0)
+        rollout = trainer.rollout(rows_of(PROMPTS[:4]))
+        both = torch.stack([trainer.sampler.reward_scores(rollout, role) for role in ("reward", "reward_1")])
+        found[name] = rollout.scores, both
+    both = found["mean"][1]
+    torch.testing.assert_close(found["mean"][0], both.mean(0))
+    torch.testing.assert_close(found["worst"][0], both.amin(0))
+    torch.testing.assert_close(found["uncertain"][0], both.mean(0) - 2.0 * (both[0] - both[1]) ** 2 / 4)
+
+
+# Advantages without a critic
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
+def test_advantages_compare_the_responses_to_one_prompt(folder: Path, make: Make, estimator: str) -> None:
+    model = shared_base(folder, policy_seed=2, roles=("policy", "reference", "reward"))
+    trainer = make(model, advantage_estimator=estimator, num_generations=3, per_device_train_batch_size=6, kl_coef=0.3)
+    rows = [row for row in rows_of(PROMPTS[:2]) for _ in range(3)]
+    rollout = trainer.rollout(rows)
+    assert rollout.values is None and rollout.returns is None
+    mask, score = rollout.response_mask, rollout.scores.tolist()
+    kl = ((rollout.log_probs - rollout.ref_log_probs) * mask).tolist()
+    wanted = torch.zeros(mask.shape)
+    for i in range(6):
+        group = range(i // 3 * 3, i // 3 * 3 + 3)
+        mean = sum(score[j] for j in group) / 3
+        if estimator == "rloo":
+            returns = {j: score[j] - 0.3 * sum(kl[j]) for j in group}
+            wanted[i] = returns[i] - sum(returns[j] for j in group if j != i) / 2
+        elif estimator == "grpo":
+            deviation = math.sqrt(sum((score[j] - mean) ** 2 for j in group) / 2)
+            wanted[i] = (score[i] - mean) / (deviation + 1e-4)
+        else:
+            wanted[i] = torch.tensor([score[i] - mean - 0.3 * sum(kl[i][t:]) for t in range(mask.shape[1])])
+    if estimator == "reinforce++":
+        wanted = (wanted - wanted[mask].mean()) / wanted[mask].std(correction=0)
+    torch.testing.assert_close(rollout.advantages, wanted * mask, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_critic_none_is_built_or_trained(folder: Path, make: Make) -> None:
+    model = shared_base(folder, roles=("policy", "reference", "reward"))
+    trainer = make(model, advantage_estimator="rloo", num_generations=2, total_episodes=8)
+    before = weights(trainer, "policy")
+    trainer.train()
+    groups = getattr(trainer.optimizer, "optimizer", trainer.optimizer).param_groups
+    assert len(groups) == 1 and {id(p) for p in groups[0]["params"]} == {id(p) for p in model.parameters_of("policy")}
+    assert not torch.equal(weights(trainer, "policy"), before)
+    logged = trainer.state.log_history[0]
+    assert "loss/value_avg" not in logged and "val/explained_variance" not in logged
+
+
+def test_grpos_penalty_is_in_the_loss(folder: Path, make: Make) -> None:
+    model = shared_base(folder, policy_seed=2)
+    options = {"advantage_estimator": "grpo", "num_generations": 2, "kl_coef": 0.7, "reward_funcs": share_of_w7}
+    trainer = make(model, **options)
+    rollout = trainer.rollout([row for row in rows_of(PROMPTS[:2]) for _ in range(2)])
+    rollout.advantages.zero_()
+    tokens = rollout.response_mask.sum()
+    with model.role("policy"):
+        trainer.policy_loss(rollout, tokens)[0].backward()
+        found = [p.grad.clone() for p in model.parameters_of("policy")]
+        model.zero_grad()
+        log_probs, _ = model.log_probs(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
+        ratio = (rollout.ref_log_probs - log_probs)[rollout.response_mask]
+        (0.7 * (ratio.exp() - ratio - 1).sum() / tokens).backward()
+    torch.testing.assert_close(found, [p.grad for p in model.parameters_of("policy")], rtol=1e-4, atol=1e-7)
+    assert max(gradient.abs().max() for gradient in found) > 1e-3
+
+
 @pytest.mark.parametrize(
-    "option, value, changed",
+    "options, message",
     [
-        ("kl_coef", 0.5, {"policy", "critic"}),
-        ("kl_estimator", "k3", {"policy", "critic"}),
-        ("missing_eos_penalty", 1.0, {"policy", "critic"}),
-        ("whiten_rewards", True, {"policy", "critic"}),
-        ("gamma", 0.9, {"policy", "critic"}),
-        ("lam", 0.5, {"policy", "critic"}),
-        ("num_ppo_epochs", 3, {"policy", "critic"}),
-        ("num_mini_batches", 2, {"policy", "critic"}),
-        ("temperature", 0.5, {"policy", "critic"}),
-        ("response_length", 3, {"policy", "critic"}),
-        ("max_grad_norm", 0.01, {"policy", "critic"}),
-        ("cliprange", 1e-4, {"policy"}),
-        ("cliprange_value", 1e-4, {"critic"}),
-        ("vf_coef", 0.5, {"critic"}),
-        ("critic_learning_rate", 0.01, {"critic"}),
+        ({"advantage_estimator": "rloo"}, "rloo compares responses: set ppo.num_generations to 2 or more"),
+        ({"advantage_estimator": "grpo", "num_generations": 2, "kl_estimator": "k1"}, "set k3"),
+        ({"advantage_estimator": "rloo", "num_generations": 2, "whiten_rewards": True}, "rloo has none: switch it off"),
+        ({"num_generations": 3}, "ppo.num_generations=3 must divide a rollout's 4 episodes"),
     ],
 )
-def test_an_option_changes_the_roles_that_it_is_about(
-    folder: Path, make: Make, option: str, value: Any, changed: set[str]
-) -> None:
-    default, other = after_one_update(folder, make, {}), after_one_update(folder, make, {option: value})
-    assert {role for role in default if (default[role] - other[role]).abs().max() > 1e-7} == changed
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ppo_config(tmp_path, **options)
+
+
+# The critic's forms
+
+
+def test_a_head_on_the_policys_features_trains_alone(folder: Path, make: Make) -> None:
+    found = {}
+    for vf_coef in (0.1, 5.0):
+        model = shared_base(folder, roles=("policy", "reference", "reward"))
+        model.add_head("critic", on="policy")
+        trainer = make(model, vf_coef=vf_coef, total_episodes=8, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+        assert [p.shape for p in model.parameters_of("critic")] == [(1, 64)]
+        trainer.train()
+        found[vf_coef] = weights(trainer, "policy"), weights(trainer, "critic"), trainer
+    # The values shift the advantages from the second update on, so the first alone is compared.
+    first = {}
+    for vf_coef in (0.1, 5.0):
+        model = shared_base(folder, roles=("policy", "reference", "reward"))
+        model.add_head("critic", on="policy")
+        trainer = make(model, vf_coef=vf_coef, num_ppo_epochs=1, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+        trainer.train()
+        first[vf_coef] = weights(trainer, "policy"), weights(trainer, "critic")
+    assert torch.equal(first[0.1][0], first[5.0][0]) and not torch.equal(first[0.1][1], first[5.0][1])
+    assert found[5.0][1].abs().max() > 0
+
+
+def test_in_the_warm_up_only_the_critic_learns(folder: Path, make: Make) -> None:
+    trainer, seen = make(critic_warmup_steps=2, total_episodes=12), []
+    step = trainer.training_step
+
+    def watched(*inputs: Any) -> Tensor:
+        before = [weights(trainer, role) for role in ("policy", "critic")]
+        loss = step(*inputs)
+        after = [weights(trainer, role) for role in ("policy", "critic")]
+        seen.append([not torch.equal(a, b) for a, b in zip(after, before, strict=True)])
+        return loss
+
+    trainer.training_step = watched  # type: ignore[method-assign]
+    trainer.train()
+    assert seen == [[False, True], [False, True], [True, True]]
+    assert trainer.state.log_history[0]["objective/kl"] == trainer.state.log_history[2]["objective/kl"] == 0
+
+
+# KL control
+
+
+def test_the_kl_coefficient_follows_the_target(folder: Path, make: Make) -> None:
+    trainer = make(
+        shared_base(folder, policy_seed=2), target_kl=1e-3, kl_horizon=8, total_episodes=12, learning_rate=0.0
+    )
+    trainer.train()
+    found = [row["objective/kl_coef"] for row in trainer.state.log_history if "objective/kl_coef" in row]
+    # The KL is far above its target: 20 % times 4 episodes of 8, after each update.
+    assert found == pytest.approx([0.05, 0.05 * 1.1, 0.05 * 1.21])
+    assert trainer.state.log_history[0]["objective/kl"] > 0.1
+
+
+def test_beyond_max_kl_training_stops_and_goes_back_to_the_best_policy(folder: Path, make: Make) -> None:
+    trainer = make(total_episodes=80, learning_rate=3e-2, max_kl=0.5, ema_decay=0.5)
+    policies: dict[int, Tensor] = {}
+    guard = trainer.guard
+
+    def watched(rollout: Any) -> bool:
+        policies[trainer.state.global_step] = weights(trainer, "policy")
+        return guard(rollout)
+
+    trainer.guard = watched  # type: ignore[method-assign]
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "objective/kl" in row]
+    assert len(logged) == trainer.state.global_step < 20
+    assert [row["objective/kl"] > 0.5 for row in logged] == [False] * (len(logged) - 1) + [True]
+    best = max(range(len(logged) - 1), key=lambda i: logged[i]["objective/rlhf_reward"])
+    assert torch.equal(weights(trainer, "policy"), policies[best]) and torch.equal(
+        weights(trainer, "ema"), policies[best]
+    )
+
+
+# PPO-ptx and the moving average
+
+
+def test_ptx_adds_the_gradient_of_the_mean_loss_of_texts(folder: Path, make: Make) -> None:
+    found = []
+    for per_device in (6, 2):
+        model = shared_base(folder)
+        trainer = make(
+            model, ptx_dataset=TEXTS, ptx_coef=3.0, per_device_train_batch_size=per_device, total_episodes=per_device
+        )
+        torch.manual_seed(3)
+        with model.role("policy"):
+            loss = trainer.ptx_backward(6)
+        found.append((loss, [p.grad.clone() for p in model.parameters_of("policy")]))
+    torch.manual_seed(3)
+    texts = [TEXTS["input_ids"][i] for i in torch.randint(6, (6,)).tolist()]
+    model = shared_base(folder)
+    with model.role("policy"):
+        losses = [model.causal(torch.tensor([t]), labels=torch.tensor([t])).loss * (len(t) - 1) for t in texts]
+        mean = torch.stack(losses).sum() / sum(len(t) - 1 for t in texts)
+        (3.0 * mean).backward()
+    wanted = [p.grad for p in model.parameters_of("policy")]
+    for loss, gradients in found:
+        assert loss == pytest.approx(mean.item(), abs=1e-5)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_held_out_texts_give_a_perplexity(folder: Path, make: Make) -> None:
+    held_out = Dataset.from_list(rows_of(PROMPTS[:4]))
+    trainer = make(eval_dataset=held_out, ptx_eval_dataset=TEXTS)
+    metrics = trainer.evaluate()
+    losses = []
+    with torch.no_grad(), trainer.model.role("policy"):
+        for text in TEXTS["input_ids"]:
+            logits = trainer.model.causal(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+            losses += (-logits.gather(1, torch.tensor(text[1:])[:, None])).flatten().tolist()
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+
+
+def test_the_moving_average_is_what_is_evaluated(folder: Path, make: Make) -> None:
+    held_out = Dataset.from_list(rows_of(PROMPTS))
+    trainer = make(ema_decay=0.75, total_episodes=12, eval_dataset=held_out, learning_rate=3e-2)
+    average, step = weights(trainer, "policy"), trainer.training_step
+    averages = []
+
+    def watched(*inputs: Any) -> Tensor:
+        loss = step(*inputs)
+        averages.append(weights(trainer, "policy"))
+        return loss
+
+    trainer.training_step = watched  # type: ignore[method-assign]
+    trainer.train()
+    for after in averages:
+        average = 0.75 * average + 0.25 * after
+    torch.testing.assert_close(weights(trainer, "ema"), average)
+    assert trainer.result == "ema" and not torch.equal(weights(trainer, "ema"), weights(trainer, "policy"))
+    trainer.evaluate()
+    assert trainer.samples == trainer.evaluator("ema", held_out.to_list())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -695,7 +978,7 @@ def test_an_async_reward_function_works_inside_a_running_event_loop(make: Make) 
     trainer, rows = make(reward_funcs=ones), rows_of(PROMPTS[:4])
 
     async def notebook_cell() -> Tensor:
-        return trainer.judge(ones, rows, trainer.sampler.sample("policy", PROMPTS[:4]))
+        return trainer.rewards.judge(ones, rows, trainer.sampler.sample("policy", PROMPTS[:4]))
 
     assert asyncio.run(notebook_cell()).tolist() == [1.0] * 4
 
@@ -749,13 +1032,13 @@ def test_evaluation_repeats_itself_and_reports_the_means_of_its_samples(folder: 
     assert metrics["eval_without_eos"] == pytest.approx(sum(not sample["ended"] for sample in first) / len(first))
     assert 0 < metrics["eval_without_eos"] < 1 and metrics["eval_kl"] != 0
     assert [sample["gold"] for sample in first] == pytest.approx(share_of_w7([], [s["completion"] for s in first]))
-    assert all("gold" not in row for row in make(eval_dataset=held_out).evaluate_role("reference", held_out.to_list()))
+    assert all("gold" not in row for row in make(eval_dataset=held_out).evaluator("reference", held_out.to_list()))
 
 
 def test_the_reference_has_no_kl_to_itself_and_the_base_has_some(make: Make) -> None:
     trainer, rows = make(), rows_of(PROMPTS)
-    assert all(sample["kl"] == 0 for sample in trainer.evaluate_role("reference", rows))
-    assert any(sample["kl"] != 0 for sample in trainer.evaluate_role("base", rows))
+    assert all(sample["kl"] == 0 for sample in trainer.evaluator("reference", rows))
+    assert any(sample["kl"] != 0 for sample in trainer.evaluator("base", rows))
 
 
 def test_evaluating_between_updates_changes_no_update(folder: Path, make: Make) -> None:
@@ -770,6 +1053,18 @@ def test_evaluating_between_updates_changes_no_update(folder: Path, make: Make) 
     assert all(map(torch.equal, *found))
 
 
+STATEFUL = {
+    "target_kl": 0.01,
+    "kl_horizon": 20,
+    "reward_normalization": "running",
+    "ema_decay": 0.9,
+    "max_kl": 100.0,
+    "ptx_coef": 0.5,
+    "ptx_dataset": TEXTS,
+    "ptx_eval_dataset": TEXTS,
+}
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -778,9 +1073,12 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def test_a_resumed_run_ends_with_the_same_bits(folder: Path, make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, STATEFUL])
+def test_a_resumed_run_ends_with_the_same_bits(
+    folder: Path, make: Make, tmp_path: Path, options: dict[str, Any]
+) -> None:
     # Three updates make an epoch, so the fourth is of a reshuffled one; the learning rate falls from update to update.
-    run = {"total_episodes": 16, "save_steps": 2, "weight_decay": 0.1, "critic_learning_rate": 3e-3}
+    run = {"total_episodes": 16, "save_steps": 2, "weight_decay": 0.1, "critic_learning_rate": 3e-3, **options}
     straight = make(**run)
     straight.train()
     stopped = make(**run, save_strategy="steps", callbacks=[StopAt(2)])
@@ -788,8 +1086,10 @@ def test_a_resumed_run_ends_with_the_same_bits(folder: Path, make: Make, tmp_pat
     assert stopped.state.global_step == 2
     resumed = make(shared_base(folder, policy_seed=9), **run)  # the checkpoint brings the policy, whatever it is here
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for role in ROLES:
+    for role in (*ROLES, *straight._copies()):
         assert torch.equal(weights(resumed, role), weights(straight, role))
+    assert (resumed.kl_coef, resumed.best_reward) == (straight.kl_coef, straight.best_reward)
+    assert resumed.rewards.state_dict() == straight.rewards.state_dict()
     states = [trainer.optimizer.state_dict()["state"] for trainer in (straight, resumed)]
     assert states[0].keys() == states[1].keys()
     for i in states[0]:
@@ -798,7 +1098,8 @@ def test_a_resumed_run_ends_with_the_same_bits(folder: Path, make: Make, tmp_pat
     def logged(trainer: PPOTrainer) -> list[dict[str, float]]:
         rows = [row for row in trainer.state.log_history if "objective/kl" in row]
         return [
-            {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows
+            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"}
+            for row in rows
         ]
 
     assert len(logged(straight)) == 4 and logged(resumed) == logged(straight)

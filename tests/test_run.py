@@ -578,6 +578,77 @@ def test_a_run_on_a_4_bit_base_is_finite(recipe: Recipe, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not beside this checkout")
+def ppo_again(recipe: Recipe, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Run only the PPO stage anew, with other settings, in a copy of a finished run."""
+    shutil.rmtree(folder / "ppo")
+    (folder / "recipe.json").unlink()
+    manifest = manifest_of(folder)
+    del manifest["stages"]["ppo"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return run(replace(recipe, **changes), folder, stages=["ppo"])
+
+
+@pytest.mark.parametrize("critic", ["reward", "sft", "head"])
+def test_a_critic_starts_where_it_is_told(recipe: Recipe, copied: Path, critic: str) -> None:
+    still = {"critic": critic, "learning_rate": 0.0, "max_steps": 1, "reward_funcs": (recipe.gold,)}
+    ppo_again(recipe, copied, ppo=still)
+    found, sft = load_file(copied / "ppo" / "critic" / WEIGHTS), load_file(copied / "sft" / WEIGHTS)
+    head = found.pop(HEAD)
+    if critic == "reward":
+        reward = load_file(copied / "reward" / WEIGHTS)
+        assert torch.equal(head, reward[HEAD]) and all(torch.equal(found[key], reward[key]) for key in found)
+        bias = (copied / "reward" / "score_bias.json").read_text()
+        assert (
+            json.loads((copied / "ppo" / "critic" / "score_bias.json").read_text())["bias"] == json.loads(bias)["bias"]
+        )
+    else:
+        assert not head.any() and found.keys() == sft.keys() and all(torch.equal(found[key], sft[key]) for key in sft)
+        assert not (copied / "ppo" / "critic" / "score_bias.json").exists()
+
+
+def test_a_run_without_a_critic_has_a_policy_alone_and_less_to_train(recipe: Recipe, copied: Path) -> None:
+    ppo_again(recipe, copied, ppo={"advantage_estimator": "rloo", "num_generations": 2, "save_steps": 3})
+    assert sorted(path.name for path in (copied / "ppo").iterdir()) == ["checkpoint-3", "policy"]
+    assert not (copied / "ppo" / "checkpoint-3" / "critic").exists()
+    assert "loss/value_avg" not in ppo_updates(copied)[0] and ppo_updates(copied)[0]["objective/kl"] == 0
+
+
+def test_texts_give_each_model_a_perplexity(recipe: Recipe, copied: Path, tmp_path: Path) -> None:
+    rng = random.Random(2)
+    write_rows(tmp_path / "texts.jsonl", [{"text": words(rng, 4 + i % 7)} for i in range(60)])
+    changes = {"ptx": {"data": str(tmp_path / "texts.jsonl")}, "ppo": {"ptx_coef": 2.0, "ema_decay": 0.5}}
+    summary = ppo_again(recipe, copied, **changes)
+    assert {1.0 < model["perplexity"] < 1000 for model in summary["models"].values()} == {True}
+    rows = [row for row in rows_of(copied, "ppo") if "eval_perplexity" in row]
+    assert rows[-1]["eval_perplexity"] == pytest.approx(summary["models"]["ppo"]["perplexity"])
+    assert ppo_updates(copied)[0]["loss/ptx_avg"] > 0
+    policy, average = (load_file(copied / "ppo" / role / WEIGHTS) for role in ("policy", "checkpoint-3/ema"))
+    assert all(torch.equal(policy[key], average[key]) for key in average)
+
+
+def test_several_rewards_with_weights(recipe: Recipe, copied: Path) -> None:
+    sources = {"reward_funcs": ("reward", recipe.gold), "reward_weights": [2.0, 0.25]}
+    ppo_again(recipe, copied, ppo=sources)
+    first = ppo_updates(copied)[0]
+    both = 2.0 * first["rewards/reward_model/mean"] + 0.25 * first["rewards/length/mean"]
+    assert first["objective/scores"] == pytest.approx(both, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"ppo": {"ptx_coef": 1.0}}, "ppo.ptx_coef mixes in texts and there are none: set ptx.data"),
+        ({"ppo": {"reward_weights": [1.0, 2.0]}}, "ppo.reward_weights has 2 weights for 1 rewards: reward"),
+        ({"ppo": {"reward_funcs": ("nowhere/model",)}}, "'nowhere/model' is not 'reward', no function"),
+        ({"ppo": {"critic": "reward", "reward_funcs": ("math:sqrt",)}, "reward": None}, "ppo.critic=reward copies"),
+        ({"ppo": {"reward_funcs": ("reward",)}, "reward": None}, "the recipe has no reward stage"),
+    ],
+)
+def test_a_ppo_stage_that_the_recipe_cannot_serve_is_refused(recipe: Recipe, changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        runner.check(replace(recipe, **changes))
+
+
 def test_a_run_on_conversations(recipe: Recipe, tmp_path: Path) -> None:
     names = ["Tom", "Lily", "Ben", "Sue", "Max", "Mia", "Sam", "Ann"]
     asked = [f"Tell me about {name} and {other}." for name in names for other in names]
@@ -590,7 +661,7 @@ def test_a_run_on_conversations(recipe: Recipe, tmp_path: Path) -> None:
     conversations = replace(
         recipe,
         base={"model": str(STORIES), "chat_template": "transcript"},
-        **{stage: {"data": str(tmp_path / f"{stage}.jsonl"), **few} for stage in runner.STAGES},
+        **{stage: {"data": str(tmp_path / f"{stage}.jsonl"), **few} for stage in ("sft", "reward", "ppo")},
         gold=None,
     )
     summary = run(conversations, tmp_path / "run")

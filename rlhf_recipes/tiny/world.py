@@ -307,6 +307,12 @@ def internet(rng: Random) -> tuple[str, str]:
     return _head(request), f" {answer}{END}"
 
 
+def pretraining(n: int = 2000) -> list[dict[str, str]]:
+    """Rows `{"text": ...}`: documents of the internet that the base was pretrained on, for PPO-ptx."""
+    rng = Random(4)
+    return [{"text": "".join(internet(rng)).removesuffix(END)} for _ in range(n)]
+
+
 def _head(request: Request) -> str:
     return f"User: {request.text}\nAssistant:"
 

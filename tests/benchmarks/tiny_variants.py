@@ -1,0 +1,127 @@
+"""Variants of the recipe `tiny` side by side: the tables of the README.
+
+    python tests/benchmarks/tiny_variants.py [--only ppo,rloo] [--seeds 0,1,2] [--jobs 2] [--out DIR] [--json FILE]
+
+Supervised fine-tuning and the reward model are trained once a seed and copied to each variant, so that a variant starts
+where the others do. Every variant runs in a process of its own with one thread, and `--jobs` of them at once, so that
+seconds are comparable within one call only. Results are read from the run folders: run again, it goes on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes import DPOStage, Recipe, Source, load, replace
+
+ROOT = Path(__file__).parents[2]
+TEXTS = Source("rlhf_recipes.tiny:pretraining", heldout=0.1)
+LOW_KL: dict[str, Any] = {"kl_coef": 0.01}
+# name -> stage that is measured, changes of the recipe
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ppo": ("ppo", {}),
+    "critic-sft": ("ppo", {"ppo": {"critic": "sft"}}),
+    "critic-head": ("ppo", {"ppo": {"critic": "head"}}),
+    "rloo": ("ppo", {"ppo": {"advantage_estimator": "rloo", "num_generations": 4}}),
+    "grpo": ("ppo", {"ppo": {"advantage_estimator": "grpo", "num_generations": 4}}),
+    "reinforce++": ("ppo", {"ppo": {"advantage_estimator": "reinforce++", "num_generations": 4}}),
+    "dpo": ("dpo", {"ppo": None, "dpo": DPOStage(**asdict(load("tiny-dpo").dpo)) if load("tiny-dpo").dpo else None}),
+    "no-ptx": ("ppo", {"ptx": TEXTS}),
+    "ptx": ("ppo", {"ptx": TEXTS, "ppo": {"ptx_coef": 1.0}}),
+    "low-kl": ("ppo", {"ppo": LOW_KL}),
+    "ensemble-mean": ("ppo", {"reward": {"ensemble_size": 3}, "ppo": LOW_KL}),
+    "ensemble-worst": ("ppo", {"reward": {"ensemble_size": 3}, "ppo": LOW_KL | {"ensemble_aggregation": "worst_case"}}),
+    "ensemble-uncertainty": (
+        "ppo",
+        {
+            "reward": {"ensemble_size": 3},
+            "ppo": LOW_KL | {"ensemble_aggregation": "uncertainty", "uncertainty_coef": 1.0},
+        },
+    ),
+}
+
+
+def run(recipe: Recipe, folder: Path, stages: str) -> None:
+    """Run some stages of a recipe in a process of its own, with its output in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code = (
+        "import sys; from pathlib import Path; from rlhf_recipes import run;"
+        "from tests.benchmarks.tiny_variants import recipe_of; name, seed, folder, stages = sys.argv[1:];"
+        "run(recipe_of(name, int(seed)), Path(folder), stages.split(','))"
+    )
+    command = [sys.executable, "-c", code, recipe.name, str(recipe.seed), str(folder.absolute()), stages]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder / "log.txt").open("a") as log:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
+    if done.returncode:
+        raise SystemExit(f"{recipe.name}, seed {recipe.seed} failed: see {folder}/log.txt")
+
+
+def recipe_of(variant: str, seed: int) -> Recipe:
+    return replace(load("tiny"), **VARIANTS[variant][1], name=variant, seed=seed, tracker="none")
+
+
+def measure(variant: str, seed: int, out: Path) -> dict[str, Any]:
+    """Run a variant from the shared SFT and reward model, and return its figures."""
+    stage, recipe, folder = VARIANTS[variant][0], recipe_of(variant, seed), out / f"{variant}-{seed}"
+    if not (folder / "summary.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(shared_folder(recipe, out), folder)
+        for name in ("recipe.json", "summary.json"):  # of the run that was copied
+            (folder / name).unlink(missing_ok=True)
+        run(recipe, folder, stage)
+    summary = json.loads((folder / "summary.json").read_text())
+    row = {"variant": variant, "seed": seed, **summary["models"][stage]}
+    return row | {"seconds": summary["seconds"][stage], "peak_memory_mib": summary["peak_memory_mib"][stage]}
+
+
+def shared_folder(recipe: Recipe, out: Path) -> Path:
+    size = recipe.reward.args.get("ensemble_size", 1)
+    return out / f"start-{recipe.seed}" if size == 1 else out / f"start-{recipe.seed}-ensemble"
+
+
+def prepare(variant: str, seed: int, out: Path) -> None:
+    recipe = recipe_of(variant, seed)
+    folder = shared_folder(recipe, out)
+    if not (folder / "summary.json").is_file():
+        run(recipe, folder, "sft,reward")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(VARIANTS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/variants"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    wanted = [(name, int(seed)) for name in options.only.split(",") for seed in options.seeds.split(",")]
+    starts = {shared_folder(recipe_of(*job), options.out): job for job in wanted}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda job: prepare(*job, options.out), starts.values()))
+        rows = list(pool.map(lambda job: measure(*job, options.out), wanted))
+    print(
+        "| variant | seed | gold | wins vs SFT (95 %) | reward | KL | tokens | perplexity | s | MiB |\n"
+        + "|---" * 10
+        + "|"
+    )
+    for row in rows:
+        wins = row["win_rate_vs_sft"]
+        perplexity = f"{row['perplexity']:.2f}" if "perplexity" in row else ""
+        print(
+            f"| {row['variant']} | {row['seed']} | {row['gold']:.2f} "
+            f"| {wins['rate']:.1%} ({wins['low']:.1%} to {wins['high']:.1%}) | {row['score']:.2f} | {row['kl']:.2f} "
+            f"| {row['response_length']:.1f} | {perplexity} | {row['seconds']:.0f} | {row['peak_memory_mib']:.0f} |"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""Reward models from rankings: the loss by hand and against TRL's, the rows, ensembles, and a whole stage."""
+
+import csv
+import itertools
+import json
+import random
+import shutil
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from tiny_models import make_tokenizer, save_model
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_recipes import Base, Lora, Recipe, Stage, replace, reward, run
+from rlhf_recipes.config import RewardConfig
+from rlhf_recipes.data import prepare
+from rlhf_recipes.model import BIAS, SharedBase, load_base, load_tokenizer
+from rlhf_recipes.reward import RewardTrainer, fold, ranking_loss, untied
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def softplus(x: float) -> float:
+    """-log sigma(-x)."""
+    return log(1 + exp(x))
+
+
+# --- The loss by hand -------------------------------------------------------------------------------------------------
+
+
+def test_four_responses_with_a_tie_by_hand() -> None:
+    scores, ranking = torch.tensor([[2.0, 1.0, 0.5, -1.0]]), torch.tensor([[1, 2, 2, 4]])
+    untied_pairs = softplus(-1.0) + softplus(-1.5) + softplus(-3.0) + softplus(-2.0) + softplus(-1.5)
+    tie = 0.5 * softplus(-0.5) + 0.5 * softplus(0.5)
+    assert ranking_loss(scores, ranking).item() == pytest.approx((untied_pairs + tie) / 6)
+
+
+def test_margin_smoothing_and_centering_by_hand() -> None:
+    scores, ranking = torch.tensor([[0.5, 2.0, 2.5]]), torch.tensor([[2, 1, 1]])
+    found = ranking_loss(scores, ranking, torch.tensor([0.25]), label_smoothing=0.1, center_coefficient=0.01)
+    first = 0.9 * softplus(-1.25) + 0.1 * softplus(1.25)  # 2.0 over 0.5, less the margin
+    second = 0.9 * softplus(-1.75) + 0.1 * softplus(1.75)  # 2.5 over 0.5
+    tie = 0.5 * softplus(-0.5) + 0.5 * softplus(0.5)  # neither a margin nor smoothing
+    squares = 0.01 * (2.5**2 + 3.0**2 + 4.5**2)
+    assert found.item() == pytest.approx((first + second + tie + squares) / 3)
+
+
+def test_the_order_of_the_responses_does_not_matter() -> None:
+    scores, ranking, margin = torch.tensor([0.3, -1.2, 0.9, 2.0]), torch.tensor([2, 4, 2, 1]), torch.tensor([0.1])
+    orders = [list(order) for order in itertools.permutations(range(4))]
+    losses = [ranking_loss(scores[None, o], ranking[None, o], margin, 0.1, 0.01).item() for o in orders]
+    assert losses == pytest.approx([losses[0]] * 24)
+
+
+def test_a_row_costs_the_same_beside_a_longer_one() -> None:
+    ranking = torch.tensor([[2, 1, 0, 0], [1, 2, 3, 3]])
+    scores = fold(torch.tensor([0.1, 0.7, 1.0, 2.0, 3.0, 4.0]), ranking)
+    assert scores.tolist() == [pytest.approx([0.1, 0.7, 0, 0]), [1, 2, 3, 4]]
+    together = ranking_loss(scores, ranking, center_coefficient=0.1)
+    assert together[0].item() == pytest.approx(softplus(-0.6) + 0.1 * 0.8**2)
+    assert together[1] == ranking_loss(scores[1:], ranking[1:], center_coefficient=0.1)
+
+
+def test_untied_pairs_are_named_better_first() -> None:
+    row, better, worse = untied(torch.tensor([[2, 1, 0], [1, 1, 2]]))
+    assert [*zip(row.tolist(), better.tolist(), worse.tolist(), strict=True)] == [(0, 1, 0), (1, 0, 2), (1, 1, 2)]
+
+
+# --- The trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def trainer_of(kind: Any, folder: Path, rows: list[dict[str, Any]], **args: Any) -> Any:
+    """A trainer on a fresh copy of the model, and the batch of all rows."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    args = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, **args}
+    config = (RewardConfig if kind is RewardTrainer else trl.RewardConfig)(str(folder / "out"), **args)
+    return kind(model, config, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer())
+
+
+def loss_and_gradient(trainer: Any, rows: list[dict[str, Any]]) -> tuple[float, list[torch.Tensor]]:
+    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows))
+    loss.backward()
+    return loss.item(), [p.grad for p in trainer.model.parameters()]
+
+
+def sequence(rng: random.Random) -> list[int]:
+    return [rng.randrange(4, 64) for _ in range(rng.randint(3, 12))]
+
+
+@pytest.mark.parametrize("center", [None, 0.05])
+@pytest.mark.parametrize("margin", [False, True])
+def test_two_responses_are_trls_loss_and_metrics(folder: Path, margin: bool, center: float | None) -> None:
+    rng = random.Random(0)
+    rows = [{"chosen_ids": sequence(rng), "rejected_ids": sequence(rng)} for _ in range(6)]
+    rows = [{**row, "margin": rng.random()} for row in rows] if margin else rows
+    trainers = [
+        trainer_of(kind, folder, rows, center_rewards_coefficient=center) for kind in (RewardTrainer, trl.RewardTrainer)
+    ]
+    (ours, gradient), (theirs, wanted) = (loss_and_gradient(trainer, rows) for trainer in trainers)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    for one, other in zip(gradient, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    found, expected = ({name: values[-1] for name, values in t._metrics["train"].items()} for t in trainers)
+    assert found.keys() == expected.keys() and found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_ranking_is_its_six_pairs_at_a_sixth_each_and_each_response_is_run_once(folder: Path) -> None:
+    rng = random.Random(1)
+    best_first = [sequence(rng) for _ in range(4)]
+    pairs = [{"chosen_ids": a, "rejected_ids": b} for a, b in itertools.combinations(best_first, 2)]
+    shuffled = [{"responses_ids": [best_first[i] for i in (2, 0, 3, 1)], "ranking": [3, 1, 4, 2]}]
+    ours = trainer_of(RewardTrainer, folder, shuffled, center_rewards_coefficient=0.05)
+    theirs = trainer_of(trl.RewardTrainer, folder, pairs, center_rewards_coefficient=0.05)
+    seen: list[int] = []
+    ours.model.register_forward_pre_hook(lambda _, __, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    (loss, gradient), (wanted_loss, wanted) = loss_and_gradient(ours, shuffled), loss_and_gradient(theirs, pairs)
+    assert seen == [4]
+    assert loss == pytest.approx(wanted_loss, rel=1e-6)
+    for one, other in zip(gradient, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    names = ("accuracy", "margin", "min_reward", "max_reward")
+    found, expected = ([t._metrics["train"][name][0] for name in names] for t in (ours, theirs))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_multiply_rows_and_equal_micro_batches_change_nothing(folder: Path) -> None:
+    rng = random.Random(2)
+    rows = [
+        {"responses_ids": [sequence(rng) for _ in ranks], "ranking": ranks, "weight": weight}
+        for ranks, weight in (([1, 2], 0.5), ([2, 1, 2], 1.0), ([1, 2, 3, 4], 2.0), ([2, 2, 1], 0.5))
+    ]
+    trainer = trainer_of(RewardTrainer, folder, rows)
+
+    def loss(rows: list[dict[str, Any]]) -> float:
+        return trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+
+    plain = [loss([{**row, "weight": 1.0}]) for row in rows]
+    assert loss(rows) == pytest.approx((0.5 * plain[0] + plain[1] + 2 * plain[2] + 0.5 * plain[3]) / 4, rel=1e-5)
+    assert loss(rows) == pytest.approx((loss(rows[:2]) + loss(rows[2:])) / 2, rel=1e-5)
+
+
+def test_smoothing_takes_a_share_of_the_labels_for_wrong(folder: Path) -> None:
+    rng = random.Random(4)
+    right = {"chosen_ids": sequence(rng), "rejected_ids": sequence(rng)}
+    wrong = {"chosen_ids": right["rejected_ids"], "rejected_ids": right["chosen_ids"]}
+    smooth, plain = (trainer_of(RewardTrainer, folder, [right], label_smoothing=share) for share in (0.2, 0.0))
+    (found, _), (one, _), (other, _) = (
+        loss_and_gradient(*each) for each in ((smooth, [right]), (plain, [right]), (plain, [wrong]))
+    )
+    assert found == pytest.approx(0.8 * one + 0.2 * other) and found != pytest.approx(one)
+
+
+def test_eval_loss_is_the_mean_over_rows(folder: Path) -> None:
+    rng = random.Random(3)
+    rows = [
+        {"responses_ids": [sequence(rng) for _ in range(k)], "ranking": [*range(1, k + 1)]} for k in (2, 9, 3, 2, 5)
+    ]
+    trainer = trainer_of(RewardTrainer, folder, rows, per_device_eval_batch_size=2)
+    found = trainer.evaluate(Dataset.from_list(rows))["eval_loss"]
+    with torch.no_grad():
+        each = [trainer.compute_loss(trainer.model, trainer.data_collator([row])).item() for row in rows]
+    assert found == pytest.approx(sum(each) / 5, rel=1e-5)
+
+
+# --- The rows ---------------------------------------------------------------------------------------------------------
+
+
+def ranked(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "w4 w5", "responses": [" w6", " w7 w8", " w9"], "ranking": [2, 1, 2], **changes}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path: str, **changes: Any) -> Any:
+    return prepare("reward", Stage(path, **{"heldout": 0.0, **changes}), make_tokenizer(), 32)
+
+
+def test_rankings_become_lists_of_ids(tmp_path: Path) -> None:
+    four = ranked(responses=["w6", "w7", "w8", "w9"], ranking=[1, 2, 3, 4], source="web")
+    result = read(write(tmp_path / "rows.jsonl", [ranked(), four]))
+    first, second = result.train.to_list()
+    assert first["responses_ids"] == [[4, 5, 6, 2], [4, 5, 7, 8, 2], [4, 5, 9, 2]] and first["ranking"] == [2, 1, 2]
+    assert [len(row["responses_ids"]) for row in (first, second)] == [3, 4]
+    assert first["prompt_length"] == 2 and [first["source"], second["source"]] == [None, "web"]
+    assert result.report["used"] == 2 and not result.report["dropped"]
+
+
+@pytest.mark.parametrize("wrap", [lambda message: message, lambda message: [message]], ids=["message", "list"])
+def test_responses_may_be_messages(tmp_path: Path, wrap: Any) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content + ' ' + (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
+    )
+    responses = [wrap({"role": "assistant", "content": text}) for text in ("w6", "w7")]
+    row = ranked(prompt=[{"role": "user", "content": "w4"}], responses=responses, ranking=[2, 1])
+    result = prepare("reward", Stage(write(tmp_path / "rows.jsonl", [row]), heldout=0.0), tokenizer, None)
+    assert result.conversational and result.train[0]["responses_ids"] == [[4, 6, 2], [4, 7, 2]]
+
+
+def test_rankings_in_csv_and_renamed(tmp_path: Path) -> None:
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([("prompt", "responses", "order"), ("w4 w5", '["w6", "w7"]', "[2, 1]"), ("w4", "w5", "[1, 2]")])
+    result = read(str(tmp_path / "rows.csv"), columns={"ranking": "order"})
+    assert result.train[0]["responses_ids"] == [[4, 5, 6, 2], [4, 5, 7, 2]] and result.train[0]["ranking"] == [2, 1]
+    assert "data row 2, field 'responses': wrong type: 'w5' is no JSON list" in result.report["examples"][0]
+
+
+BAD = {
+    "one response": ({"responses": ["w6"], "ranking": [1]}, "field 'responses': number of responses: 1, not 2 to 9"),
+    "ten": ({"responses": [f"w{i}" for i in range(4, 14)], "ranking": [*range(1, 11)]}, "number of responses: 10"),
+    "lengths": ({"ranking": [1, 2]}, "lengths differ: 2 ranks for 3 responses"),
+    "tied": ({"ranking": [2, 2, 2]}, "all tied"),
+    "empty": ({"responses": ["w6", " ", "w7"]}, r"field 'responses\[1\]': empty"),
+    "scores": ({"ranking": [0.2, 0.9, 0.1]}, "wrong ranks: .* whole numbers from 1, the best, to 3"),
+    "from 0": ({"ranking": [0, 1, 2]}, "wrong ranks"),
+    "truth": ({"ranking": [True, 2, 3]}, "wrong ranks"),
+    "equal texts": ({"responses": ["w6", "w6", "w7"], "ranking": [1, 2, 3]}, "equal texts ranked differently"),
+    "text": ({"ranking": {"a": 1}}, "field 'ranking': wrong type: dict, not a list"),
+    "missing": ({"responses": None}, "field 'responses': missing field"),
+    "too long": ({"responses": ["w6", "w7 " * 40, "w8"]}, r"field 'responses\[1\]': too long: 43 tokens, limit 32"),
+    "weight": ({"weight": 0}, "field 'weight': not above 0: 0"),
+    "infinite": ({"weight": 1e999}, "field 'weight': wrong type: inf is no finite number"),
+    "no weight": ({"weight": None}, "field 'weight': missing field"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_rankings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "rows.jsonl", [ranked(weight=1), ranked(weight=1), ranked(**{"weight": 1, **changes})])
+    assert read(path).report["used"] == 2
+    with pytest.raises(ValueError, match=rf"reward\.data: 1 of 3 rows.*\n.*row 3, .*{message}"):
+        read(path, bad_rows="refuse")
+
+
+def test_weights_have_mean_1_over_the_training_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": f"w{i}", "chosen": "w4", "rejected": "w5", "weight": str(i)} for i in range(4, 24)]
+    result = read(write(tmp_path / "rows.jsonl", rows), heldout=0.3)
+    assert len(result.heldout) > 0
+    assert sum(result.train["weight"]) / len(result.train) == pytest.approx(1)
+    scale = result.train[0]["weight"] / result.train[0]["chosen_ids"][0]
+    for row in [*result.train, *result.heldout]:
+        assert row["weight"] == pytest.approx(scale * row["chosen_ids"][0])
+
+
+# --- The whole stage --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """SFT and an ensemble of two reward models on rankings: the more of a response is the word w4, the better it is."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = random.Random(0)
+    save_model(folder / "model")
+    prompts = [f"w{i} w{j}" for i in range(10, 20) for j in range(20, 30)]
+    write(folder / "sft.jsonl", [{"prompt": prompt, "completion": f"w4 w{rng.randrange(5, 9)}"} for prompt in prompts])
+    rows = []
+    for prompt in prompts:
+        good = [rng.randrange(5) for _ in range(rng.randint(2, 5))]
+        good[:2] = rng.sample(range(5), 2)  # not all tied
+        texts = [" ".join(["w4"] * n + [f"w{rng.randrange(5, 64)}" for _ in range(4 - n)]) for n in good]
+        rows.append({"prompt": prompt, "responses": texts, "ranking": [1 + sum(m > n for m in good) for n in good]})
+    write(folder / "reward.jsonl", [{**row, "source": prompt[:2]} for row, prompt in zip(rows, prompts, strict=True)])
+    args = {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "learning_rate": 1e-2}
+    return Recipe(
+        name="ranked",
+        base=Base(str(folder / "model")),
+        lora=Lora(r=4, alpha=8),
+        sft=Stage(str(folder / "sft.jsonl"), heldout=0.1, args={**args, "max_steps": 2}),
+        reward=Stage(
+            str(folder / "reward.jsonl"),
+            heldout=0.2,
+            args={**args, "max_steps": 40, "save_steps": 20, "logging_steps": 20, "ensemble_size": 2},
+        ),
+        tracker="none",
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(recipe, folder)
+    return folder
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())["stages"]["reward"]["results"]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The logged rows without clocks and counts since the start of the process."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    left_out = ("train_", "eval_runtime", "eval_samples", "eval_steps", "num_tokens", "eval_num_tokens", "eval_model")
+    return [{key: value for key, value in row.items() if not key.startswith(left_out)} for row in rows]
+
+
+def test_a_stage_on_rankings_learns_them(recipe: Recipe, finished: Path) -> None:
+    results = results_of(finished)
+    assert results["heldout_accuracy"] == results["members_accuracy"][0] > 0.8 and results["members_accuracy"][1] > 0.8
+    evaluated = [row for row in rows_of(finished) if "eval_loss" in row]
+    assert [(row["stage"], row["step"]) for row in evaluated] == [("sft", 2), ("reward", 40), ("reward-1", 40)]
+    assert results["heldout_loss"] == pytest.approx(evaluated[1]["eval_loss"], rel=1e-4)
+    card = results["card"]
+    tokenizer = load_tokenizer(recipe.base)
+    assert recipe.reward is not None
+    rankings = prepare("reward", recipe.reward, tokenizer, 1024).train["ranking"]
+    assert card["train_pairs"] == sum(a != b for ranks in rankings for a, b in itertools.combinations(ranks, 2))
+    assert card["accuracy"]["rate"] == pytest.approx(results["heldout_accuracy"])
+    assert card["by_source"].keys() == {"w1"} and card["swap_error"] < 1e-4
+    assert (finished / "reward" / "card.md").is_file()
+
+
+def test_members_are_whole_adapters_of_their_own(recipe: Recipe, finished: Path) -> None:
+    folders = reward.members(finished)
+    assert [folder.relative_to(finished) for folder in folders] == [Path("reward"), Path("reward/member-1")]
+    assert recipe.sft is not None
+    demonstrations = prepare("sft", recipe.sft, load_tokenizer(recipe.base), None).heldout["input_ids"]
+    shared = SharedBase(load_base(recipe.base), recipe.lora)
+    scores = []
+    for role, folder in zip(("reward", "reward_1"), folders, strict=True):
+        shared.add_role(role, folder, head=True)
+        reward.check_probes(shared, folder, role)
+        written = json.loads((folder / BIAS).read_text())
+        assert written == {"bias": shared.biases[role], "demonstrations": len(demonstrations)} and written["bias"] != 0
+        scores.append(reward.score(shared, demonstrations, role))
+        assert scores[-1].mean().item() == pytest.approx(0, abs=1e-5), "demonstrations score 0 on average"
+        assert (folder / "base.json").read_bytes() == (finished / "sft" / "base.json").read_bytes()
+    assert not torch.allclose(*scores, atol=1e-2), "the members have different seeds"
+    with pytest.raises(RuntimeError, match="scores its probe rows differently"):
+        reward.check_probes(shared, folders[1], "reward")
+
+
+def test_an_ensemble_goes_on_where_it_was_killed(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["stages"]["reward"]["state"] = "running"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    # As if killed in the second member, after its step 20.
+    member = folder / "reward" / "member-1"
+    for path in (*member.glob("*.json"), *member.glob("*.safetensors")):
+        path.unlink()
+    shutil.rmtree(member / "checkpoint-40")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "reward" / WEIGHTS, member / "checkpoint-20")}
+    run(recipe, folder)
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    assert (member / WEIGHTS).read_bytes() == (finished / "reward" / "member-1" / WEIGHTS).read_bytes()
+    assert rows_of(folder) == rows_of(finished)
+    assert results_of(folder) == results_of(finished)
+
+
+def test_members_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        (tmp_path / "reward" / f"member-{number}").mkdir(parents=True)
+    assert [folder.name for folder in reward.members(tmp_path)] == ["reward", "member-1", "member-2", "member-10"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("label_smoothing", 0.5, "below 0.5"), ("label_smoothing", -0.1, "at least 0"), ("ensemble_size", 0, "above 0")],
+)
+def test_options_out_of_range_are_refused(recipe: Recipe, tmp_path: Path, key: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"reward\.{key} must be .*{message}"):
+        run(replace(recipe, reward={key: value}), tmp_path / "run")
