@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# TRL 1.12.0 needs a virtual environment of its own.
+PARITY := .venv-parity
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint parity clean
 
 demo: $(STAMP)  ## the whole pipeline on a tiny model, on a CPU
 	$(BIN)/rlhf-recipes run tiny
@@ -16,6 +18,21 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
+parity: $(PARITY)/.dumped $(STAMP)  ## our PPO against TRL 1.12.0's, number by number
+	$(BIN)/pytest -q tests/parity
+	@cat $(PARITY)/report.md
+
+$(PARITY)/.dumped: $(PARITY)/.installed tests/parity/trl112.py tests/parity/scenarios.py tests/tiny_models.py
+	$(PARITY)/bin/python tests/parity/trl112.py $(PARITY)/dump
+	@touch $@
+
+$(PARITY)/.installed:
+	$(PYTHON) -m venv $(PARITY)
+	@echo "Installing TRL 1.12.0 into $(PARITY) (once, some minutes)"
+	@$(PARITY)/bin/pip install --quiet --disable-pip-version-check \
+		'trl==1.12.0' 'peft>=0.21,<0.22' 'torch>=2.11,<2.14' 'transformers>=5.17,<6'
+	@touch $@
+
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/pip || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")' \
@@ -25,5 +42,5 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The command line: `rlhf-recipes list | show | run`, and `main(recipe)`, which a recipe file calls.
+"""The command line: `rlhf-recipes list | show | run | options`, and `main(recipe)`, which a recipe file calls.
 
 Neither torch nor trl is imported until a run starts or an override has to be checked, so list and show answer at once.
 """
@@ -35,7 +35,7 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
     """The `rlhf-recipes` command. Exits with 2 after a user's error and with 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="rlhf-recipes", description="RLHF on one GPU, from recipes.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | run")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | run | options")
     commands.add_parser("list", help="name the shipped recipes")
     for command, purpose in {"show": "print a recipe, every setting resolved", "run": "run or resume a recipe"}.items():
         subparser = commands.add_parser(command, help=purpose, description=purpose)
@@ -45,12 +45,18 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
             subparser.add_argument("--json", action="store_true", help="print JSON")
         else:
             _add_run_options(subparser)
+    subparser = commands.add_parser("options", help="list every option with its default, meaning and source")
+    subparser.add_argument("sections", nargs="*", metavar="SECTION", help="only of ppo, reward, base, ...")
     options = _parse(parser, argv)
     with _exit_codes():
         if options.command == "list":
             print(_table())
         elif options.command == "show":
             print(_show(options))
+        elif options.command == "options":
+            with redirect_stdout(sys.stderr):  # as in _show
+                from .reference import page
+            print(page(options.sections).rstrip())
         else:
             _run(load(options.recipe), options)
 

@@ -19,7 +19,7 @@ from .recipe import function
 from .reward import PROBES
 from .rewards import ROLE, Rewards, resolve
 from .rollout import Sampler
-from .summary import Evaluator, compare
+from .summary import Evaluator, compare, held_out_texts
 
 if TYPE_CHECKING:
     from .runner import Job
@@ -113,4 +113,5 @@ def evaluator(job: "Job") -> Evaluator:
             sources, args = (), {}
     config = PPOConfig(str(job.folder), use_cpu=job.config.use_cpu, report_to="none", **args)
     gold = function(recipe.gold) if recipe.gold is not None else None
-    return Evaluator(sampler, Rewards(sampler, config, resolve(sources)), gold, recipe.seed)
+    texts = held_out_texts(job.others.get("ptx"), config.ptx_max_length)
+    return Evaluator(sampler, Rewards(sampler, config, resolve(sources)), gold, recipe.seed, texts)

@@ -28,9 +28,10 @@ from .model import SharedBase, load_base
 from .recipe import function
 from .rewards import RewardFunc, Rewards
 from .rollout import Rollout, Sampler, state_values, text_loss
-from .summary import Evaluator, compare
+from .summary import Evaluator, compare, held_out_texts
 
 if TYPE_CHECKING:
+    from .data import Prepared
     from .runner import Job
 
 STATE = "ppo_state.json"  # in a checkpoint: what changes through training and is no weight
@@ -52,8 +53,7 @@ class PPOTrainer(Trainer):
         reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] = rewards.ROLE,
         gold: RewardFunc | None = None,
         stop_token_ids: Sequence[int] = (),
-        ptx_dataset: Dataset | None = None,
-        ptx_eval_dataset: Dataset | None = None,
+        ptx: "Prepared | None" = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         """
@@ -66,7 +66,7 @@ class PPOTrainer(Trainer):
             reward_funcs: sources of the score: functions with TRL's signature, and "reward" for the `reward` role.
             gold: a function of the same signature that measures true quality in evaluation, never trained on.
             stop_token_ids: tokens that end a response, beside the tokenizer's EOS.
-            ptx_dataset, ptx_eval_dataset: pretraining texts as `input_ids`, to mix in and to measure perplexity on.
+            ptx: pretraining texts (`data.prepare("ptx", ...)`) to mix in, and held-out ones to measure perplexity on.
         """
         self.config = args
         if args.world_size > 1 or args.n_gpu > 1:
@@ -80,9 +80,9 @@ class PPOTrainer(Trainer):
                 f"ppo.data has {len(train_dataset)} prompts to train on, fewer than one rollout's {prompts} "
                 "(ppo.per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches / num_generations)."
             )
-        if args.ptx_coef and ptx_dataset is None:
+        if args.ptx_coef and ptx is None:
             raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")
-        self.ptx: list[list[int]] = [] if ptx_dataset is None else ptx_dataset["input_ids"][:]
+        self.texts: list[list[int]] = [] if ptx is None else ptx.train["input_ids"][:]
         self.kl_coef = args.kl_coef  # which target_kl adapts
         self.best_reward = -math.inf  # of the role `best`
         self.trained = ("policy", "critic") if args.has_critic else ("policy",)
@@ -121,9 +121,7 @@ class PPOTrainer(Trainer):
         )
         sources = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else reward_funcs
         self.rewards = Rewards(self.sampler, args, sources, lambda: self.state)
-        texts = (
-            [] if ptx_eval_dataset is None else [ids[: args.ptx_max_length] for ids in ptx_eval_dataset["input_ids"]]
-        )
+        texts = held_out_texts(ptx, args.ptx_max_length)
         self.evaluator = Evaluator(self.sampler, self.rewards, gold, args.seed, texts)
 
     def _copies(self) -> list[str]:
@@ -301,8 +299,8 @@ class PPOTrainer(Trainer):
 
         Returns that mean, in nats.
         """
-        picked = torch.randint(len(self.ptx), (count,)).tolist()
-        texts = sorted((self.ptx[i][: self.config.ptx_max_length] for i in picked), key=len)
+        picked = torch.randint(len(self.texts), (count,)).tolist()
+        texts = sorted((self.texts[i][: self.config.ptx_max_length] for i in picked), key=len)
         tokens, total = sum(len(text) - 1 for text in texts), 0.0
         for start in range(0, count, self.config.per_device_train_batch_size):
             with self.accelerator.autocast():
@@ -423,7 +421,7 @@ def train(job: "Job") -> dict[str, Any]:
 
     Returns the comparison on the held-out prompts.
     """
-    recipe, texts = job.recipe, job.others.get("ptx")
+    recipe = job.recipe
     shared = SharedBase(load_base(recipe.base), recipe.lora, job.fingerprint)
     add_roles(shared, job)
     trainer = PPOTrainer(
@@ -435,8 +433,7 @@ def train(job: "Job") -> dict[str, Any]:
         reward_funcs=rewards.resolve(recipe.ppo.reward_funcs or (rewards.ROLE,)),
         gold=function(recipe.gold) if recipe.gold else None,
         stop_token_ids=[job.data.stop_token_id],
-        ptx_dataset=texts.train if texts else None,
-        ptx_eval_dataset=texts.heldout if texts else None,
+        ptx=job.others.get("ptx"),
     )
     recorder = job.watch(trainer)
     job.train(trainer)

@@ -43,23 +43,23 @@ class Base:
     given (`function(folder: Path) -> None`); its result is kept in the cache and built once.
     """
 
-    model: str
-    revision: str | None = None
+    model: str  # a Hub id, a local folder, or module:function
+    revision: str | None = None  # the Hub model's commit, branch or tag
     quantization: Literal["nf4", "int8"] | None = None  # nf4: 4-bit NormalFloat with double quantization (QLoRA)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: see `model.precision`
     attn_implementation: str | None = None  # None: what transformers chooses
     chat_template: str | None = None  # a name of `data.CHAT_TEMPLATES`, a .jinja file, or None for the tokenizer's own
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run code that comes with the model
 
 
 @dataclass(frozen=True)
 class Lora:
     """Shape of every adapter: all roles have the same, because the reward adapter starts as a copy of the SFT one."""
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
+    r: int = 16  # rank
+    alpha: int = 32  # the adapter's product is scaled by alpha / r
+    dropout: float = 0.0  # while SFT and the reward model train; PPO has none
+    target_modules: str | tuple[str, ...] = "all-linear"  # as in PEFT's LoraConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Source:
     without arguments that returns rows.
     """
 
-    data: str
+    data: str  # a Hub dataset id, a local file, or module:function
     subset: str | None = None  # the Hub dataset's configuration name
     split: str = "train"  # the Hub dataset's split; a local file is one split
     limit: int | None = None  # read only the first rows
@@ -87,7 +87,7 @@ class Stage(Source):
     `args` goes verbatim to SFTConfig, RewardConfig, PPOConfig or DPOConfig.
     """
 
-    args: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=dict)  # of the trainer
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class PPOStage(Stage):
     - a Hub id or a folder of a sequence-classification model, which has its own tokenizer and chat template
     """
 
-    reward_funcs: tuple[str, ...] = ()
+    reward_funcs: tuple[str, ...] = ()  # sources: reward, module:function, a model; none: reward
 
 
 @dataclass(frozen=True)
 class DPOStage(Stage):
     """The DPO stage. It compares the models on the held-out prompts of `prompts`, or else of its own data."""
 
-    prompts: str | None = None
+    prompts: str | None = None  # a source like `data`
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Recipe:
     never trained on, and gives the win rate in the final table.
     """
 
-    name: str
+    name: str  # of the run folder, unless --run-dir is given
     base: Base
     sft: Stage | None = None
     reward: Stage | None = None
@@ -130,9 +130,9 @@ class Recipe:
     dpo: DPOStage | None = None
     ptx: Source | None = None
     lora: Lora = Lora()
-    gold: str | None = None
-    seed: int = 0
-    tracker: Literal["wandb", "trackio", "tensorboard", "none"] = "wandb"
+    gold: str | None = None  # a reward function that measures true quality
+    seed: int = 0  # of weights, data order, held-out split and sampling
+    tracker: Literal["wandb", "trackio", "tensorboard", "none"] = "wandb"  # where curves go
 
 
 SECTIONS: dict[str, type] = {

@@ -24,6 +24,7 @@ from trl.trainer.utils import pad
 
 from . import card
 from .model import BIAS, HEAD, SharedBase, check_fingerprint, load_base, lora_config, write_fingerprint
+from .rollout import pad_right
 
 if TYPE_CHECKING:
     from .data import Prepared
@@ -320,10 +321,3 @@ def score(shared: SharedBase, rows: Sequence[list[int]], role: str = "reward", b
         for start in range(0, len(rows), batch_size):
             scores.append(shared.scores(*pad_right(rows[start : start + batch_size], 0, shared.device)).cpu())
     return torch.cat(scores)
-
-
-def pad_right(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, L) padded at the right, and their attention mask from the rows' lengths."""
-    ids = pad([torch.tensor(row) for row in rows], padding_value=pad_token_id, padding_side="right")
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)

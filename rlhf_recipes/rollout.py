@@ -192,7 +192,7 @@ def text_loss(model: SharedBase, texts: list[list[int]]) -> tuple[Tensor, int]:
     return -log_probs.sum(), int(kept[:, 1:].sum())
 
 
-def pad_right(rows: list[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_right(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids (B, L) padded at the right, and their attention mask from the rows' lengths."""
     ids = pad([torch.tensor(row) for row in rows], padding_value=pad_token_id, padding_side="right")
     lengths = torch.tensor([len(row) for row in rows])

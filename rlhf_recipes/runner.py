@@ -274,19 +274,20 @@ def _prepare_others(
 ) -> dict[str, data.Prepared]:
     """What a stage takes beside its data.
 
-    reward: the SFT stage's `demonstrations`, which set its bias. ppo: the texts of `ptx`. dpo: the `prompts` on which
-    models are compared.
+    reward: the SFT stage's `demonstrations`, which set its bias. ppo and dpo: the texts of `ptx`. dpo: the `prompts` on
+    which models are compared.
     """
+    others = {}
     if stage == "reward" and recipe.sft is not None:
-        return {"demonstrations": _prepare(recipe, "sft", configs["sft"], tokenizer)}
-    if stage == "ppo" and recipe.ptx is not None:
-        return {"ptx": _held_out("ptx", "ptx", recipe.ptx, tokenizer, None, recipe.seed)}
+        others["demonstrations"] = _prepare(recipe, "sft", configs["sft"], tokenizer)
+    if stage in ("ppo", "dpo") and recipe.ptx is not None:
+        others["ptx"] = _held_out("ptx", "ptx", recipe.ptx, tokenizer, None, recipe.seed)
     if stage == "dpo":
         own = {f.name: getattr(recipe.dpo, f.name) for f in fields(Source)}
         source = Source(**own | ({"data": recipe.dpo.prompts, "columns": {}} if recipe.dpo.prompts else {}))
         limit = _context(recipe, None, stage, configs["dpo"].response_length)
-        return {"prompts": _held_out("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)}
-    return {}
+        others["prompts"] = _held_out("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)
+    return others
 
 
 def _context(recipe: Recipe, limit: int | None, stage: str = "", spare: int = 0) -> int | None:

@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .data import Prepared
     from .rewards import RewardFunc, Rewards
     from .rollout import Sampler
 
@@ -62,6 +63,11 @@ class Evaluator:
         if self.texts:
             result["perplexity"] = math.exp(self.sampler.text_loss(role, self.texts))
         return result
+
+
+def held_out_texts(ptx: "Prepared | None", max_length: int) -> list[list[int]]:
+    """The held-out texts of `ptx`, cut to so many tokens; none where there is no `ptx`."""
+    return [] if ptx is None else [ids[:max_length] for ids in ptx.heldout["input_ids"]]
 
 
 def compare(

@@ -13,6 +13,7 @@ import pytest
 
 from rlhf_recipes import __version__, load
 from rlhf_recipes.cli import main, main_cli
+from rlhf_recipes.config import DPOConfig, PPOConfig, RewardConfig
 from rlhf_recipes.recipe import names, to_dict
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,18 @@ def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     assert exit.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
     return printed.err
+
+
+def test_the_page_of_options_is_what_the_code_says(capsys: pytest.CaptureFixture[str]) -> None:
+    main_cli(["options"])
+    printed = capsys.readouterr().out
+    assert printed == (ROOT / "recipes" / "OPTIONS.md").read_text(), "rlhf-recipes options > recipes/OPTIONS.md"
+    for config in (PPOConfig, RewardConfig, DPOConfig):
+        own = set(config.__annotations__)
+        assert own and all(f"| `{name}` |" in printed for name in own)
+    main_cli(["options", "reward", "lora"])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("## ")][1] == "## `lora`"
+    assert "Did you mean reward?" in error_of(capsys, ["options", "rewards"])
 
 
 def test_list_has_a_line_for_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_recipes import objectives
 from rlhf_recipes.objectives import (
+    adapted_kl_coef,
     explained_variance,
     gae,
+    group_normalized,
     kl_penalty,
+    leave_one_out,
     masked_mean,
     policy_loss,
+    returns_to_go,
     token_log_probs,
     token_rewards,
     value_loss,
@@ -336,3 +340,26 @@ def test_no_gradient_reaches_tokens_outside_the_mask(loss_of: Callable[..., Any]
     loss, _ = loss_of(new, spoil(old, mask), spoil(target, mask), mask, 0.2, mask.sum())
     (gradient,) = torch.autograd.grad(loss, new)
     assert (gradient[~mask] == 0).all() and gradient.isfinite().all()
+
+
+# --- Without a critic -------------------------------------------------------------------------------------------------
+
+
+def test_a_response_is_compared_with_the_others_of_its_prompt() -> None:
+    returns = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0])
+    assert leave_one_out(returns, 3).tolist() == [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0]
+    # The standard deviation of 1, 2, 6 with Bessel's correction is the root of 7.
+    expected = [(x - 3) / (math.sqrt(7) + 1e-4) for x in (1, 2, 6)]
+    assert group_normalized(returns, 3).tolist() == pytest.approx([*expected, 0, 0, 0], abs=1e-6)
+
+
+def test_returns_to_go_are_gae_with_no_critic_and_lambda_one() -> None:
+    rewards, mask = tensor([1, 2, 4, 9], [5, 9, 9, 9]), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    found = returns_to_go(rewards, mask, 0.5)
+    assert found.tolist() == [[1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4, 0], [5, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1 + 0.1 * 0.5), (60.0, 1 + 0.2 * 0.5), (0.0, 1 - 0.2 * 0.5)])
+def test_the_kl_coefficient_moves_with_the_relative_error_of_at_most_a_fifth(kl: float, factor: float) -> None:
+    found = adapted_kl_coef(0.1, kl, target_kl=6.0, episodes=50, horizon=100)
+    assert found == pytest.approx(0.1 * factor)

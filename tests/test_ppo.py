@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from rlhf_recipes import objectives, runner
+from rlhf_recipes.data import Prepared
 from rlhf_recipes.model import SharedBase, device, load_base, load_tokenizer
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
 from rlhf_recipes.recipe import Base, Lora, PPOStage, Recipe
@@ -81,7 +82,7 @@ def make(folder: Path, tmp_path: Path) -> Make:
         model: SharedBase | None = None, prompts: list[list[int]] = PROMPTS, tokenizer: Any = None, **arguments: Any
     ) -> PPOTrainer:
         names = ("train_dataset", "eval_dataset", "reward_funcs", "gold", "stop_token_ids", "callbacks")
-        names += ("ptx_dataset", "ptx_eval_dataset")
+        names += ("ptx",)
         given = {name: arguments.pop(name) for name in names if name in arguments}
         return PPOTrainer(
             model if model is not None else shared_base(folder),
@@ -520,7 +521,8 @@ def after_one_update(folder: Path, make: Make, options: dict[str, Any]) -> dict[
 
 
 BOTH = {"policy", "critic"}
-TEXTS = Dataset.from_list([{"input_ids": [5 + i, *range(20, 26 + 2 * i), EOS]} for i in range(6)])
+TEXT_IDS = [[5 + i, *range(20, 26 + 2 * i), EOS] for i in range(6)]
+TEXTS = Prepared(*(2 * [Dataset.from_dict({"input_ids": TEXT_IDS})]), False, EOS, {})
 # option -> a value, what both runs have beside it, and the roles that it changes
 EFFECTS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "learning_rate": (0.05, {}, BOTH),
@@ -550,9 +552,9 @@ EFFECTS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "critic_warmup_steps": (1, {}, {"policy"}),
     "cliprange_value": (1e-4, {}, {"critic"}),
     "vf_coef": (0.5, {}, {"critic"}),
-    "ptx_coef": (1.0, {"ptx_dataset": TEXTS}, {"policy"}),
-    "ptx_batch_size": (1, {"ptx_dataset": TEXTS, "ptx_coef": 1.0}, {"policy"}),
-    "ptx_max_length": (3, {"ptx_dataset": TEXTS, "ptx_coef": 1.0}, {"policy"}),
+    "ptx_coef": (1.0, {"ptx": TEXTS}, {"policy"}),
+    "ptx_batch_size": (1, {"ptx": TEXTS, "ptx_coef": 1.0}, {"policy"}),
+    "ptx_max_length": (3, {"ptx": TEXTS, "ptx_coef": 1.0}, {"policy"}),
 }
 # Options that show elsewhere than in the weights after an update, with the test that shows it.
 SHOWN_BY = {
@@ -768,14 +770,14 @@ def test_ptx_adds_the_gradient_of_the_mean_loss_of_texts(folder: Path, make: Mak
     for per_device in (6, 2):
         model = shared_base(folder)
         trainer = make(
-            model, ptx_dataset=TEXTS, ptx_coef=3.0, per_device_train_batch_size=per_device, total_episodes=per_device
+            model, ptx=TEXTS, ptx_coef=3.0, per_device_train_batch_size=per_device, total_episodes=per_device
         )
         torch.manual_seed(3)
         with model.role("policy"):
             loss = trainer.ptx_backward(6)
         found.append((loss, [p.grad.clone() for p in model.parameters_of("policy")]))
     torch.manual_seed(3)
-    texts = [TEXTS["input_ids"][i] for i in torch.randint(6, (6,)).tolist()]
+    texts = [TEXT_IDS[i] for i in torch.randint(6, (6,)).tolist()]
     model = shared_base(folder)
     with model.role("policy"):
         losses = [model.causal(torch.tensor([t]), labels=torch.tensor([t])).loss * (len(t) - 1) for t in texts]
@@ -789,11 +791,11 @@ def test_ptx_adds_the_gradient_of_the_mean_loss_of_texts(folder: Path, make: Mak
 
 def test_held_out_texts_give_a_perplexity(folder: Path, make: Make) -> None:
     held_out = Dataset.from_list(rows_of(PROMPTS[:4]))
-    trainer = make(eval_dataset=held_out, ptx_eval_dataset=TEXTS)
+    trainer = make(eval_dataset=held_out, ptx=TEXTS)
     metrics = trainer.evaluate()
     losses = []
     with torch.no_grad(), trainer.model.role("policy"):
-        for text in TEXTS["input_ids"]:
+        for text in TEXT_IDS:
             logits = trainer.model.causal(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
             losses += (-logits.gather(1, torch.tensor(text[1:])[:, None])).flatten().tolist()
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
@@ -1060,8 +1062,7 @@ STATEFUL = {
     "ema_decay": 0.9,
     "max_kl": 100.0,
     "ptx_coef": 0.5,
-    "ptx_dataset": TEXTS,
-    "ptx_eval_dataset": TEXTS,
+    "ptx": TEXTS,
 }
 
 

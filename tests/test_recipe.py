@@ -110,7 +110,7 @@ def test_a_stage_is_added_and_left_out(recipe: Recipe) -> None:
         ("sft=5", ["sft must be"]),
         ("ppo.output_dir=x", ["ppo.output_dir", "--run-dir"]),
         ("sft.seed=1", ["sft.seed", "`seed` of the recipe"]),
-        ("reward.learning_rate=1", ["no stage 'reward'", "reward.data"]),
+        ("reward.learning_rate=1", ["no section 'reward'", "reward.data"]),
     ],
 )
 def test_a_wrong_override_names_its_key_and_the_fix(recipe: Recipe, word: str, parts: list[str]) -> None:

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 ADAPTERS = ("sft", "reward", "ppo/policy", "ppo/critic")
 WEIGHTS = "adapter_model.safetensors"
+STAGES = ("sft", "reward", "ppo")  # of the recipe below
 PPO_METRICS = {
     "objective/kl",
     "objective/entropy",
@@ -339,13 +340,13 @@ def truncate(path: Path) -> None:
 
 
 def by_stage(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    return {stage: [row for row in rows if row["stage"] == stage] for stage in runner.STAGES}
+    return {stage: [row for row in rows if row["stage"] == stage] for stage in STAGES}
 
 
 def test_a_run_that_was_stopped_after_its_last_step_trains_no_further_and_has_no_row_twice(
     recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
-    for stage in runner.STAGES:
+    for stage in STAGES:
         mark_running(copied, stage)
     assert run(recipe, copied)["reward_score"] == finished[1]["reward_score"]
     assert weights(copied) == weights(finished[0])
@@ -426,7 +427,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(longer: Recipe, tmp_path: Path) 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = start(whole)
     checkpoints = {}
-    for stage in runner.STAGES:
+    for stage in STAGES:
         process = start(killed)
         checkpoint = first_checkpoint(killed / stage, process.is_alive)
         process.kill()
