@@ -139,7 +139,7 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
         manifest["base"] = model.fingerprint(recipe.base, tokenizer)
         prepared = {stage: _prepare(recipe, stage, configs[stage], tokenizer) for stage in todo}
         others = {stage: _prepare_others(recipe, stage, configs, tokenizer) for stage in todo}
-        _same_format(prepared)
+        _same_format(prepared, others)
         # Not before: a recipe whose data were refused may be corrected and run in the same folder.
         write_json(run_dir / "recipe.json", to_dict(recipe))
         for stage in todo:
@@ -317,10 +317,13 @@ def _held_out(
     return prepared
 
 
-def _same_format(prepared: dict[str, data.Prepared]) -> None:
+def _same_format(prepared: dict[str, data.Prepared], others: dict[str, dict[str, data.Prepared]]) -> None:
     """A reward model that saw chat templates cannot judge plain text: the stages of a run must agree."""
-    if len({p.conversational for p in prepared.values()}) > 1:
-        kinds = [f"{stage}.data is {'messages' if p.conversational else 'plain text'}" for stage, p in prepared.items()]
+    found = {f"{stage}.data": p.conversational for stage, p in prepared.items()}
+    if "dpo" in others:
+        found["dpo.prompts"] = others["dpo"]["prompts"].conversational
+    if len(set(found.values())) > 1:
+        kinds = [f"{key} is {'messages' if messages else 'plain text'}" for key, messages in found.items()]
         raise ValueError(f"The stages must all have messages or all have plain text, but {', '.join(kinds)}.")
 
 

@@ -128,6 +128,14 @@ def test_each_source_is_normalised_by_itself(tmp_path: Path) -> None:
     assert trained(found, spoken) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_trls_own_reward_functions_work(tmp_path: Path) -> None:
+    (own,) = resolve(["trl.rewards:think_format_reward"])
+    found, spoken = rewards(tmp_path, [own])
+    spoken.texts = lambda samples: ["<think>so</think> 4", "4", "<think>so 4"]  # type: ignore[method-assign]
+    rows = [{"prompt": [{"role": "user", "content": "2 + 2"}], "prompt_ids": [1]}] * 3
+    assert found.plain(rows, spoken.samples).tolist() == [1.0, 0.0, 0.0]
+
+
 # External models
 
 

@@ -506,6 +506,62 @@ def test_dropout_is_off_for_every_role(tmp_path: Path, name: tuple[str, str]) ->
         assert not torch.equal(first, second), "the base does drop out by itself"
 
 
+# --- Heads on a borrowed adapter, biases, copies ----------------------------------------------------------------------
+
+
+def test_a_head_on_another_roles_adapter_reads_it_and_is_saved_with_it(llama: Setup, tmp_path: Path) -> None:
+    shared, (ids, kept) = llama.shared(), right_padded()
+    shared.add_head("probe", on="policy")
+    with torch.no_grad():
+        shared.head_weight("probe").copy_(torch.randn(1, shared.head_weight("probe").shape[1]))
+    with shared.role("policy"), torch.no_grad():
+        expected = (shared.hidden(ids, kept) * shared.head_weight("probe")).sum(-1)
+    with shared.role("probe"):
+        assert shared.active == "probe" and active_adapters(shared) == {("policy",)}
+        found = shared.head_outputs(ids, kept)
+        found.sum().backward()
+    torch.testing.assert_close(found, expected)
+    assert all(p.grad is None for p in shared.parameters_of("policy"))
+    assert shared.head_weight("probe").grad is not None
+    assert [id(p) for p in shared.parameters_of("probe")] == [id(shared.head_weight("probe"))]
+
+    shared.save_role("probe", tmp_path)
+    classifier = PeftModel.from_pretrained(
+        load_base(llama.base, AutoModelForSequenceClassification, num_labels=1), str(tmp_path)
+    ).eval()
+    with torch.no_grad():
+        alone = classifier(input_ids=ids, attention_mask=kept).logits[:, 0]
+    torch.testing.assert_close(at_last_token(expected, kept), alone, rtol=0, atol=1e-5)
+
+
+def test_a_bias_is_added_to_a_score_and_goes_where_the_adapter_goes(llama: Setup, tmp_path: Path) -> None:
+    shared, (ids, kept) = llama.shared(), right_padded()
+    with shared.role("reward"), torch.no_grad():
+        plain = shared.scores(ids, kept)
+    shared.biases["reward"] = -1.5
+    shared.save_role("reward", tmp_path)
+    shared.add_role("again", tmp_path, head=True)
+    for role in ("reward", "again"):
+        with shared.role(role), torch.no_grad():
+            torch.testing.assert_close(shared.scores(ids, kept), plain - 1.5)
+    assert json.loads((tmp_path / "score_bias.json").read_text()) == {"bias": -1.5}
+
+
+def test_a_copy_goes_a_share_of_the_way(llama: Setup) -> None:
+    shared = llama.shared()
+    start, policy = ([p.clone() for p in shared.parameters_of(role)] for role in ("reference", "policy"))
+    for p in policy:
+        p.data.add_(1.0)
+    for p, value in zip(shared.parameters_of("policy"), policy, strict=True):
+        p.data.copy_(value)
+    shared.copy_role("policy", "reference", 0.25)
+    for found, a, b in zip(shared.parameters_of("reference"), start, policy, strict=True):
+        torch.testing.assert_close(found.data, (0.75 * a + 0.25 * b).data)
+        assert not found.requires_grad
+    shared.copy_role("policy", "reference")
+    assert all(map(torch.equal, shared.parameters_of("reference"), policy))
+
+
 # --- Generation -------------------------------------------------------------------------------------------------------
 
 SAMPLED = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=8, pad_token_id=0, eos_token_id=2)
