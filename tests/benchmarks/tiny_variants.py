@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import Recipe, Source, load, replace
+from rlhf_recipes.summary import with_interval
 
 ROOT = Path(__file__).parents[2]
 TEXTS = Source("rlhf_recipes.tiny:pretraining", heldout=0.1)
@@ -105,21 +107,27 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: prepare(*job, options.out), starts.values()))
         rows = list(pool.map(lambda job: measure(*job, options.out), wanted))
-    print(
-        "| variant | seed | gold | wins vs SFT (95 %) | reward | KL | tokens | perplexity | s | MiB |\n"
-        + "|---" * 10
-        + "|"
-    )
-    for row in rows:
-        wins = row["win_rate_vs_sft"]
-        perplexity = f"{row['perplexity']:.2f}" if "perplexity" in row else ""
-        print(
-            f"| {row['variant']} | {row['seed']} | {row['gold']:.2f} "
-            f"| {wins['rate']:.1%} ({wins['low']:.1%} to {wins['high']:.1%}) | {row['score']:.2f} | {row['kl']:.2f} "
-            f"| {row['response_length']:.1f} | {perplexity} | {row['seconds']:.0f} | {row['peak_memory_mib']:.0f} |"
-        )
+    print("\n".join(table(rows)))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A row a variant: means over its seeds, the win rate of each seed and of all their prompts together."""
+    lines = ["| variant | gold | wins vs SFT, each seed | all (95 %) | reward | KL | tokens | perplexity | s | MiB |"]
+    lines += ["|---" * 10 + "|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        mean = {key: statistics.fmean(row[key] for row in mine) for key in mine[0] if isinstance(mine[0][key], float)}
+        wins = [row["win_rate_vs_sft"] for row in mine]
+        whole = with_interval(statistics.fmean(w["rate"] for w in wins), sum(int(w["prompts"]) for w in wins))
+        lines.append(
+            f"| {variant} | {mean['gold']:.2f} | {', '.join(format(w['rate'], '.1%') for w in wins)} "
+            f"| {whole['rate']:.1%} ({whole['low']:.1%} to {whole['high']:.1%}) | {mean['score']:.2f} "
+            f"| {mean['kl']:.2f} | {mean['response_length']:.1f} | {mean['perplexity']:.2f} | {mean['seconds']:.0f} "
+            f"| {mean['peak_memory_mib']:.0f} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":
