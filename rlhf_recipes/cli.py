@@ -82,7 +82,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/<name>)")
-    parser.add_argument("--stages", metavar="sft,reward,ppo", help="run only these stages")
+    parser.add_argument("--stages", metavar="sft,reward,ppo,dpo", help="run only these stages")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

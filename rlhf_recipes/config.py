@@ -113,7 +113,7 @@ class PPOConfig(TrainingArguments):
     max_kl: float | None = _option(
         None,
         "When a rollout's KL, in nats a response, is above this, stop and go back to the policy whose rollout had the "
-        "best objective/rlhf_reward.",
+        "best objective/rlhf_reward. [KL as a budget: arXiv:2210.10760]",
     )
 
     # Advantages and losses
@@ -133,7 +133,7 @@ class PPOConfig(TrainingArguments):
         "zero head on the policy's features, which it does not train. None: reward, where there is one, else sft. "
         "[reward: InstructGPT; separate adapters: arXiv:2309.00754]",
     )
-    critic_warmup_steps: int = _option(0, "In the first so many updates only the critic learns.")
+    critic_warmup_steps: int = _option(0, "In the first so many updates only the critic learns. [arXiv:2503.01491]")
     cliprange_value: float = _option(0.2, "Clip range of the values. [N+]")
     vf_coef: float = _option(0.1, "Weight of the value loss. [N+]")
 
@@ -156,11 +156,12 @@ class PPOConfig(TrainingArguments):
         infinity, least = float("inf"), 5e-324
         positive = ("response_length", "temperature", "num_ppo_epochs", "num_mini_batches", "rollout_micro_batch_size")
         positive += ("cliprange", "cliprange_value", "total_episodes", "max_prompt_length", "num_generations")
-        positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size", "ptx_max_length")
+        positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size")
         _check_range("ppo", self, positive, least, infinity, "above 0")
         others = ("kl_coef", "vf_coef", "critic_learning_rate", "missing_eos_penalty", "length_penalty", "ptx_coef")
         _check_range("ppo", self, (*others, "uncertainty_coef", "critic_warmup_steps"), 0, infinity, "0 or more")
         _check_range("ppo", self, ("gamma", "lam"), 0, 1, "from 0 to 1")
+        _check_range("ppo", self, ("ptx_max_length",), 2, infinity, "2 or more")
         _check_range("ppo", self, ("ema_decay",), 0, 1 - 1e-9, "at least 0 and below 1")
         self._check_choices()
         if self.rollout_size % self.num_generations:

@@ -393,8 +393,9 @@ class Prepared:
     sft: input_ids, labels (-100 on the prompt). reward: chosen_ids, rejected_ids, or responses_ids (K lists) and
     ranking (K ranks); prompt_length, and margin, weight (of mean 1 on the training side) and source where given.
     dpo: prompt_ids, chosen_ids and rejected_ids, without the prompt in the last two.
-    ppo: prompt_ids, prompt, and every other column of the source, for reward functions. `report` holds source, rows,
-    used, train, heldout, heldout_prompts (numbers of), dropped (reason -> number) and examples (the first bad rows).
+    ppo: prompt_ids, prompt, and every other column of the source, for reward functions. ptx: input_ids.
+    `report` holds source, rows, used, train, heldout, heldout_prompts (numbers of), dropped (reason -> number) and
+    examples (the first bad rows).
     """
 
     train: datasets.Dataset

@@ -215,7 +215,7 @@ class PPOTrainer(Trainer):
     def advantages(
         self, scores: Tensor, kl: Tensor, values: Tensor | None, mask: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Advantages (B, T) by `advantage_estimator` and, for gae, returns (B, T).
+        """Advantages (B, T) by `advantage_estimator` and, for gae, returns (B, T). The policy loss is PPO's for all.
 
         Args:
             scores: (B,). kl, values, mask: (B, T).

@@ -438,6 +438,7 @@ class Progress(TrainerCallback):
     SHOWN: ClassVar = {
         "loss": "loss",
         "accuracy": "accuracy",
+        "rewards/accuracies": "accuracy",
         "objective/scores": "reward",
         "objective/kl": "KL",
         "response_length": "tokens",

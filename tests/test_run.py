@@ -627,6 +627,13 @@ def test_texts_give_each_model_a_perplexity(recipe: Recipe, copied: Path, tmp_pa
     assert all(torch.equal(policy[key], average[key]) for key in average)
 
 
+def test_a_stage_that_max_kl_stops_is_finished_with_its_best_policy(recipe: Recipe, copied: Path) -> None:
+    ppo_again(recipe, copied, ppo={"max_kl": 1e-6, "learning_rate": 1e-2})
+    assert states(copied)["ppo"] == "done" and [row["step"] for row in ppo_updates(copied)] == [1, 2]
+    policy, sft = (load_file(copied / folder / WEIGHTS) for folder in ("ppo/policy", "sft"))
+    assert all(torch.equal(policy[key], sft[key]) for key in sft), "the only policy within the limit is the SFT model"
+
+
 def test_several_rewards_with_weights(recipe: Recipe, copied: Path) -> None:
     sources = {"reward_funcs": ("reward", recipe.gold), "reward_weights": [2.0, 0.25]}
     ppo_again(recipe, copied, ppo=sources)

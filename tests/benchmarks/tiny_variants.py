@@ -78,7 +78,8 @@ def measure(variant: str, seed: int, out: Path) -> dict[str, Any]:
             (folder / name).unlink(missing_ok=True)
         run(recipe, folder, stage)
     summary = json.loads((folder / "summary.json").read_text())
-    row = {"variant": variant, "seed": seed, **summary["models"][stage]}
+    start = {model: summary["models"][model] for model in ("base", "sft")}
+    row = {"variant": variant, "seed": seed, "start": start, **summary["models"][stage]}
     return row | {"seconds": summary["seconds"][stage], "peak_memory_mib": summary["peak_memory_mib"][stage]}
 
 
@@ -116,6 +117,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """A row a variant: means over its seeds, the win rate of each seed and of all their prompts together."""
     lines = ["| variant | gold | wins vs SFT, each seed | all (95 %) | reward | KL | tokens | perplexity | s | MiB |"]
     lines += ["|---" * 10 + "|"]
+    for model in ("base", "sft"):
+        starts = [row["start"][model] for row in rows]
+        mean = {key: statistics.fmean(start[key] for start in starts) for key in starts[0]}
+        lines.append(
+            f"| {model} | {mean['gold']:.2f} | | | {mean['score']:.2f} | | {mean['response_length']:.1f} "
+            f"| {mean['perplexity']:.2f} | | |"
+        )
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
         mean = {key: statistics.fmean(row[key] for row in mine) for key in mine[0] if isinstance(mine[0][key], float)}

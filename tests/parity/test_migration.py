@@ -1,4 +1,4 @@
-"""The migration guide's own snippets run, on a tiny model and a few rows."""
+"""The README's migration guide: its own snippets run, on a tiny model and a few rows."""
 
 import json
 import random
@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_recipes import Base, Lora, SharedBase
 from rlhf_recipes.model import load_base
 
-GUIDE = (Path(__file__).parent / "MIGRATION.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
+GUIDE = README[README.index("## Coming from TRL 1.12's `PPOTrainer`") :]
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 
 
@@ -39,7 +40,7 @@ def execute(block: str) -> dict[str, Any]:
     assert "total_episodes=10_000, response_length=64" in block
     block = block.replace("total_episodes=10_000, response_length=64", "total_episodes=64, response_length=4")
     namespace: dict[str, Any] = {}
-    exec(compile(block, "MIGRATION.md", "exec"), namespace)
+    exec(compile(block, "README.md", "exec"), namespace)
     return namespace
 
 
