@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {"ppo": None, "dpo": load("tiny-dpo").dpo}),
     "critic-sft": ("ppo", {"ppo": {"critic": "sft"}}),
     "critic-head": ("ppo", {"ppo": {"critic": "head"}}),
-    "ptx": ("ppo", {"ppo": {"ptx_coef": 1.0}}),
+    "ptx": ("ppo", {"ppo": {"ptx_coef": 0.1, "ptx_batch_size": 16}}),
     "low-kl": ("ppo", {"ppo": LOW_KL}),
     "low-kl-ensemble-mean": ("ppo", {**ENSEMBLE, "ppo": LOW_KL}),
     "low-kl-ensemble-worst": ("ppo", {**ENSEMBLE, "ppo": {**LOW_KL, "ensemble_aggregation": "worst_case"}}),
