@@ -202,6 +202,11 @@ class PPOConfig(TrainingArguments):
         return self.mini_batch_size * self.num_mini_batches
 
     @property
+    def rollout_prompts(self) -> int:
+        """Prompts of one rollout."""
+        return self.rollout_size // self.num_generations
+
+    @property
     def has_critic(self) -> bool:
         """Whether a critic is learned at all."""
         return self.advantage_estimator == "gae"

@@ -69,19 +69,7 @@ class PPOTrainer(Trainer):
             ptx: pretraining texts (`data.prepare("ptx", ...)`) to mix in, and held-out ones to measure perplexity on.
         """
         self.config = args
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(
-                f"PPOTrainer runs in one process on one GPU, not {max(args.world_size, args.n_gpu)}. "
-                "Start it without torchrun or accelerate launch, with CUDA_VISIBLE_DEVICES=0."
-            )
-        prompts = args.rollout_size // args.num_generations
-        if len(train_dataset) < prompts:
-            raise ValueError(
-                f"ppo.data has {len(train_dataset)} prompts to train on, fewer than one rollout's {prompts} "
-                "(ppo.per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches / num_generations)."
-            )
-        if args.ptx_coef and ptx is None:
-            raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")
+        check_fit(args, len(train_dataset), ptx is not None)
         self.texts: list[list[int]] = [] if ptx is None else ptx.train["input_ids"][:]
         self.kl_coef = args.kl_coef  # which target_kl adapts
         self.best_reward = -math.inf  # of the role `best`
@@ -95,7 +83,7 @@ class PPOTrainer(Trainer):
 
         # The Trainer counts whole rollouts, so it must neither accumulate nor see less than one rollout as a batch.
         counting = copy.copy(args)
-        counting.per_device_train_batch_size = prompts
+        counting.per_device_train_batch_size = args.rollout_prompts
         counting.gradient_accumulation_steps = 1
         counting.remove_unused_columns = False
         counting.dataloader_drop_last = True
@@ -409,6 +397,22 @@ class PPOTrainer(Trainer):
         state = json.loads((folder / STATE).read_text())
         self.kl_coef, self.best_reward = state["kl_coef"], state["best_reward"]
         self.rewards.load_state_dict(state["rewards"])
+
+
+def check_fit(config: PPOConfig, prompts: int, has_texts: bool) -> None:
+    """Raises ValueError where the configuration does not fit the processes, the number of prompts or the texts."""
+    if config.world_size > 1 or config.n_gpu > 1:
+        raise ValueError(
+            f"PPOTrainer runs in one process on one GPU, not {max(config.world_size, config.n_gpu)}. "
+            "Start it without torchrun or accelerate launch, with CUDA_VISIBLE_DEVICES=0."
+        )
+    if prompts < config.rollout_prompts:
+        raise ValueError(
+            f"ppo.data has {prompts} prompts to train on, fewer than one rollout's {config.rollout_prompts} "
+            "(ppo.per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches / num_generations)."
+        )
+    if config.ptx_coef and not has_texts:
+        raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")
 
 
 def mean_kl(rollout: Rollout) -> float:

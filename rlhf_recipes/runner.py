@@ -149,6 +149,8 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
             of_stage = others[stage], prepared[stage], tokenizer
             job = Job(recipe, stage, run_dir, config, *of_stage, manifest["base"], resume)
             _run_stage(job, manifest)
+            for warning in manifest["stages"][stage]["results"].get("card", {}).get("warnings", ()):
+                console.print(Text(f"warning: {warning}", style="yellow"))
     result = summary.summarize(manifest)
     write_json(run_dir / "summary.json", result)
     if result["models"]:

@@ -181,6 +181,17 @@ def test_a_run_writes_its_recipe_and_manifest(recipe: Recipe, finished: tuple[Pa
         assert report["heldout"] > 0 and report["dropped"] == {}
 
 
+def test_the_reward_cards_warnings_are_printed(
+    recipe: Recipe, finished: tuple[Path, dict[str, Any]], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = json.loads((finished[0] / "reward" / "card.json").read_text())
+    assert manifest_of(finished[0])["stages"]["reward"]["results"]["card"] == card
+    mark_running(copied, "reward")
+    run(recipe, copied)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert card["warnings"] and all(f"warning: {text}" in printed for text in card["warnings"])
+
+
 def test_every_metric_of_a_run_is_recorded(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
     rows = rows_of(folder)
