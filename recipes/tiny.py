@@ -7,10 +7,10 @@ It pretrains its own base, a Llama of a million parameters, once (about a minute
 answers, good and bad. Demonstrations and comparisons come from simulated people, who agree with a hidden gold score as
 often as InstructGPT's labelers agreed with each other. Gold is never trained on, so it measures what was learned.
 
-Hardware: 2 CPU cores, five minutes with the base. What to expect: the reward model's held-out accuracy ends near 68 %,
-below the labelers' own 73 %. `objective/scores` rises from -0.3 to about 0.3 (demonstrations score 0), `objective/kl`
-from 0 to about 2 nats, and `eval_gold` from 1.1 to 1.6. With `ppo.kl_coef` at 0.02 or 0 the reward goes on rising while
-gold falls.
+Hardware: 2 idle CPU cores, three minutes with the base. What to expect: the reward model's held-out accuracy ends near
+68 %, below the labelers' own 73 %. `objective/scores` rises from -0.3 to about 0.3 (demonstrations score 0),
+`objective/kl` from 0 to about 2 nats, and `eval_gold` from 1.1 to 1.6. With `ppo.kl_coef` at 0.02 or 0 the reward goes
+on rising while gold falls.
 
 Sources: [T] tuned on this world: a model of 128 dimensions takes larger steps than a large one. [N] The N+
 implementation details of RLHF with PPO, arXiv:2403.17031. [I] InstructGPT, arXiv:2203.02155. [M] speed; no result.

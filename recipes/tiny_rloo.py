@@ -6,7 +6,7 @@
 Everything but the estimator is as in `tiny`, so that the two final tables can be laid side by side. A rollout has as
 many responses, to a quarter of the prompts.
 
-Hardware: 2 CPU cores, five minutes beside the base, as `tiny`.
+Hardware: 2 idle CPU cores, less than the three minutes of `tiny`: there is no critic to train.
 
 Sources: [R] RLOO, arXiv:2402.14740.
 """
