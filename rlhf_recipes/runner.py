@@ -288,7 +288,10 @@ def _prepare_others(
         own = {f.name: getattr(recipe.dpo, f.name) for f in fields(Source)}
         source = Source(**own | ({"data": recipe.dpo.prompts, "columns": {}} if recipe.dpo.prompts else {}))
         limit = _context(recipe, None, stage, configs["dpo"].response_length)
-        others["prompts"] = _held_out("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)
+        try:
+            others["prompts"] = _held_out("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)
+        except ValueError as error:  # `data` names the section that such rows are for
+            raise ValueError(f"dpo.prompts: {str(error).removeprefix('ppo.data: ')}") from error
     return others
 
 

@@ -363,6 +363,17 @@ def test_dpo_beside_ppo_is_scored_by_ppos_rewards(recipe: Recipe, tmp_path: Path
     assert by_ppo == by_dpo, "the same prompts, seed and batches: the same samples"
 
 
+def test_prompts_that_cannot_be_read_or_do_not_fit_are_named(recipe: Recipe, tmp_path: Path) -> None:
+    missing = replace(recipe, dpo={"prompts": str(tmp_path / "none.jsonl")})
+    with pytest.raises(ValueError, match=r"^dpo\.prompts: there is no file .*none\.jsonl"):
+        run(missing, tmp_path / "run")
+    asked = [{"prompt": [{"role": "user", "content": f"w5 w{i}"}]} for i in range(4, 44)]
+    (tmp_path / "messages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    mixed = replace(recipe, base={"chat_template": "transcript"}, dpo={"prompts": str(tmp_path / "messages.jsonl")})
+    with pytest.raises(ValueError, match=r"dpo\.data is plain text, dpo\.prompts is messages"):
+        run(mixed, tmp_path / "run")
+
+
 # The shipped recipes
 
 
