@@ -155,7 +155,7 @@ def check_source(name: str, has_reward_stage: bool) -> None:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"ppo.reward_funcs: {name!r} is not {ROLE!r}, no function (module:function or file.py:function) and "
-                f"no model that can be loaded: {error}"
+                f"no model that can be loaded: {str(error).splitlines()[0]}"
             ) from error
         if labels != 1:
             raise ValueError(f"ppo.reward_funcs: the model {name!r} has {labels} labels, and a reward model has one.")

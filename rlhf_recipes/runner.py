@@ -225,7 +225,8 @@ def _config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
     try:
         return CONFIGS[stage](**{**defaults, **getattr(recipe, stage).args, **owned})
     except ValueError as error:
-        raise ValueError(f"{stage}: {error}") from error
+        message = str(error)  # ours name their key, the libraries' do not know the stage
+        raise ValueError(message if message.startswith(f"{stage}.") else f"{stage}: {message}") from error
 
 
 def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:

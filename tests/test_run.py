@@ -658,6 +658,7 @@ def test_several_rewards_with_weights(recipe: Recipe, copied: Path) -> None:
     [
         ({"ppo": {"ptx_coef": 1.0}}, "ppo.ptx_coef mixes in texts and there are none: set ptx.data"),
         ({"ppo": {"reward_weights": [1.0, 2.0]}}, "ppo.reward_weights has 2 weights for 1 rewards: reward"),
+        ({"ppo": {"advantage_estimator": "rloo"}}, "^ppo.advantage_estimator=rloo compares responses"),
         ({"ppo": {"reward_funcs": ("nowhere/model",)}}, "'nowhere/model' is not 'reward', no function"),
         ({"ppo": {"critic": "reward", "reward_funcs": ("math:sqrt",)}, "reward": None}, "ppo.critic=reward copies"),
         ({"ppo": {"reward_funcs": ("reward",)}, "reward": None}, "the recipe has no reward stage"),
