@@ -188,6 +188,8 @@ class PPOConfig(TrainingArguments):
             )
         if estimator in ("rloo", "grpo") and self.whiten_rewards:
             raise ValueError(f"ppo.whiten_rewards is of token rewards, and {estimator} has none: switch it off.")
+        if self.critic_warmup_steps and not self.has_critic:
+            raise ValueError(f"ppo.critic_warmup_steps trains the critic alone, and {estimator} has none: set it to 0.")
         if estimator == "grpo" and self.kl_estimator == "k1":
             raise ValueError("ppo.kl_estimator=k1 has no gradient in grpo's loss: set k3.")
 

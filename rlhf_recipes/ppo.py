@@ -63,7 +63,8 @@ class PPOTrainer(Trainer):
             train_dataset: rows with `prompt_ids` (token ids) and, for reward functions, `prompt` and any other columns,
                 as `data.prepare("ppo", ...)` gives them.
             eval_dataset: held-out rows, sampled with fixed seeds.
-            reward_funcs: sources of the score: functions with TRL's signature, and "reward" for the `reward` role.
+            reward_funcs: sources of the score: functions with TRL's signature, "reward" for the `reward` role, or other
+                names as in `PPOStage`.
             gold: a function of the same signature that measures true quality in evaluation, never trained on.
             stop_token_ids: tokens that end a response, beside the tokenizer's EOS.
             ptx: pretraining texts (`data.prepare("ptx", ...)`) to mix in, and held-out ones to measure perplexity on.
@@ -108,7 +109,7 @@ class PPOTrainer(Trainer):
             lambda: self.accelerator.autocast(),
         )
         sources = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else reward_funcs
-        self.rewards = Rewards(self.sampler, args, sources, lambda: self.state)
+        self.rewards = Rewards(self.sampler, args, rewards.resolve(sources), lambda: self.state)
         texts = held_out_texts(ptx, args.ptx_max_length)
         self.evaluator = Evaluator(self.sampler, self.rewards, gold, args.seed, texts)
 
@@ -434,7 +435,7 @@ def train(job: "Job") -> dict[str, Any]:
         train_dataset=job.data.train,
         eval_dataset=job.data.heldout,
         processing_class=job.tokenizer,
-        reward_funcs=rewards.resolve(recipe.ppo.reward_funcs or (rewards.ROLE,)),
+        reward_funcs=recipe.ppo.reward_funcs or rewards.ROLE,
         gold=function(recipe.gold) if recipe.gold else None,
         stop_token_ids=[job.data.stop_token_id],
         ptx=job.others.get("ptx"),

@@ -57,7 +57,7 @@ class Rewards:
             reward_funcs: functions of TRL's signature, and "reward" for the shared reward role.
             state: gives the TrainerState, which functions get as `trainer_state`.
         Raises:
-            ValueError: two sources of one name, or not as many weights as sources.
+            ValueError: two sources of one name, not as many weights as sources, or no reward role where it is one.
         """
         self.sampler, self.config, self.state = sampler, config, state
         names = ["reward_model" if isinstance(f, str) else get_callable_name(f) for f in reward_funcs]
@@ -68,6 +68,10 @@ class Rewards:
         self.weights = dict(zip(names, config.reward_weights or [1.0] * len(names), strict=True))
         self.moments = {name: Moments() for name in names}
         self.members = [role for role in sampler.model.heads if role == ROLE or role.startswith(f"{ROLE}_")]
+        if ROLE in reward_funcs and not self.members:
+            raise ValueError(
+                "There is no reward: give the shared base a `reward` role with a head, or set reward_funcs."
+            )
 
     def raw(self, rows: list[dict[str, Any]], samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What each source says (B,), as it says it, and statistics to log."""
@@ -138,9 +142,13 @@ def check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> None
         raise ValueError(f"ppo.reward_weights has {len(weights)} weights for {len(names)} rewards: {', '.join(names)}.")
 
 
-def resolve(names: Sequence[str]) -> list[RewardFunc | str]:
-    """Sources as `Rewards` takes them from their names in a recipe (see `PPOStage`). Loads external reward models."""
-    return [n if n == ROLE else function(n) if is_function(n) else ExternalRewardModel(n) for n in names]
+def resolve(sources: Sequence[RewardFunc | str]) -> list[RewardFunc | str]:
+    """Sources as `Rewards` takes them, from functions and names (see `PPOStage`). Loads external reward models."""
+    return [_resolve(source) if isinstance(source, str) and source != ROLE else source for source in sources]
+
+
+def _resolve(name: str) -> RewardFunc:
+    return function(name) if is_function(name) else ExternalRewardModel(name)
 
 
 def check_source(name: str, has_reward_stage: bool) -> None:

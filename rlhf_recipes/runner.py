@@ -138,7 +138,7 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
         tokenizer = model.load_tokenizer(recipe.base)
         manifest["base"] = model.fingerprint(recipe.base, tokenizer)
         prepared = {stage: _prepare(recipe, stage, configs[stage], tokenizer) for stage in todo}
-        others = {stage: _prepare_others(recipe, stage, configs, tokenizer) for stage in todo}
+        others = {stage: _prepare_others(recipe, stage, configs, tokenizer, prepared) for stage in todo}
         _same_format(prepared, others)
         # Not before: a recipe whose data were refused may be corrected and run in the same folder.
         write_json(run_dir / "recipe.json", to_dict(recipe))
@@ -273,16 +273,20 @@ def _prepare(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedToken
 
 
 def _prepare_others(
-    recipe: Recipe, stage: str, configs: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe,
+    stage: str,
+    configs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: dict[str, data.Prepared],
 ) -> dict[str, data.Prepared]:
-    """What a stage takes beside its data.
+    """What a stage takes beside its data, which is in `prepared`.
 
     reward: the SFT stage's `demonstrations`, which set its bias. ppo and dpo: the texts of `ptx`. dpo: the `prompts` on
     which models are compared.
     """
     others = {}
     if stage == "reward" and recipe.sft is not None:
-        others["demonstrations"] = _prepare(recipe, "sft", configs["sft"], tokenizer)
+        others["demonstrations"] = prepared.get("sft") or _prepare(recipe, "sft", configs["sft"], tokenizer)
     if stage in ("ppo", "dpo") and recipe.ptx is not None:
         others["ptx"] = _held_out("ptx", "ptx", recipe.ptx, tokenizer, None, recipe.seed)
     if stage == "dpo":

@@ -679,6 +679,10 @@ def test_grpos_penalty_is_in_the_loss(folder: Path, make: Make) -> None:
         ({"advantage_estimator": "rloo"}, "rloo compares responses: set ppo.num_generations to 2 or more"),
         ({"advantage_estimator": "grpo", "num_generations": 2, "kl_estimator": "k1"}, "set k3"),
         ({"advantage_estimator": "rloo", "num_generations": 2, "whiten_rewards": True}, "rloo has none: switch it off"),
+        (
+            {"advantage_estimator": "reinforce++", "critic_warmup_steps": 2},
+            "critic_warmup_steps trains the critic alone, and reinforce++ has none: set it to 0",
+        ),
         ({"num_generations": 3}, "ppo.num_generations=3 must divide a rollout's 4 episodes"),
     ],
 )

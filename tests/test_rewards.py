@@ -66,6 +66,11 @@ def test_sources_are_weighted_summed_and_logged_apart(tmp_path: Path) -> None:
     assert logs["rewards/solved/std"] == pytest.approx(math.sqrt(200 / 3))
 
 
+def test_the_role_is_a_source_only_where_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no reward: give the shared base a `reward` role"):
+        rewards(tmp_path, ["reward"], {"critic": [0.0, 0.0, 0.0]})
+
+
 def test_as_many_weights_as_sources(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ppo.reward_weights has 1 weights for 2 rewards: length, solved"):
         rewards(tmp_path, [length, solved], reward_weights=[1.0])
@@ -190,6 +195,10 @@ def test_sources_are_checked_before_anything_is_loaded(classifier: Path, tmp_pat
 def write(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text("def score(completions, **columns):\n    return [1.0 for _ in completions]\n")
     return tmp_path / "mine.py"
+
+
+def test_functions_are_sources_as_they_are() -> None:
+    assert resolve([length, "reward", solved]) == [length, "reward", solved]
 
 
 def test_names_resolve_to_sources(classifier: Path, tmp_path: Path) -> None:
