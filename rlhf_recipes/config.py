@@ -45,8 +45,8 @@ class RewardConfig(trl.RewardConfig):
 class PPOConfig(TrainingArguments):
     """Arguments of `PPOTrainer`, beside transformers' own. Names and meanings are TRL's where it has the option.
 
-    A rollout holds per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches episodes; an optimizer
-    step takes the first two factors' product, in micro-batches of per_device_train_batch_size.
+    A rollout holds mini_batch_size * num_mini_batches episodes. An optimizer step takes mini_batch_size of them, in
+    micro-batches of per_device_train_batch_size.
     """
 
     # Size and pace
@@ -61,6 +61,14 @@ class PPOConfig(TrainingArguments):
     )
     num_ppo_epochs: int = _option(4, "Passes over each rollout. [TRL, N+; InstructGPT 1]")
     num_mini_batches: int = _option(1, "Optimizer steps in each pass. [TRL, N+; InstructGPT 8]")
+    mini_batch_size: int | None = _option(
+        None, "Episodes in each optimizer step; None: per_device_train_batch_size * gradient_accumulation_steps. [TRL]"
+    )
+    per_device_train_batch_size: int | Literal["auto"] = _option(  # type: ignore[assignment]
+        8,
+        "Episodes that the update takes through the model at once: memory and speed alone. auto: as many of the "
+        "mini_batch_size as fit, halved where memory runs out. [TRL]",
+    )
 
     # Sampling
     max_prompt_length: int | None = _option(512, "Longer prompts, in tokens, are bad rows.")
@@ -70,8 +78,24 @@ class PPOConfig(TrainingArguments):
         None, "One more token that ends a response, beside EOS and the chat template's own. [TRL]"
     )
     num_generations: int = _option(1, "Responses to each prompt; rloo and grpo need 2 or more. [TRL]")
-    rollout_micro_batch_size: int = _option(
-        64, "Rows sampled or scored at once: memory and speed, and which numbers are drawn."
+    rollout_micro_batch_size: int | Literal["auto"] = _option(
+        64,
+        "Rows sampled or scored at once: memory and speed alone. auto: as many of the rollout as fit, halved where "
+        "memory runs out. [TRL's local_rollout_forward_batch_size]",
+    )
+    generation_backend: Literal["native", "generate", "static", "continuous", "vllm"] = _option(
+        "native",
+        "What samples: our decoding loop; transformers' generate, the same with a static cache (compiled on CUDA "
+        "unless the base is quantized), its continuous batching; or vLLM, on a copy of the base. Log-probs are ours.",
+    )
+    vllm_gpu_memory_utilization: float = _option(
+        0.3,
+        "Share of the GPU for vLLM: its own copy of the base (about 4 GiB for 7B in NF4, 14 GiB in bfloat16) and its "
+        "KV cache. [TRL]",
+    )
+    vllm_enable_sleep_mode: bool = _option(
+        True,
+        "Put vLLM's weights into the CPU's memory and free its KV cache while nothing is sampled. [TRL; its False]",
     )
 
     # Reward
@@ -152,15 +176,16 @@ class PPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._resolve_sizes()
         super().__post_init__()
         infinity, least = float("inf"), 5e-324
         positive = ("response_length", "temperature", "num_ppo_epochs", "num_mini_batches", "rollout_micro_batch_size")
         positive += ("cliprange", "cliprange_value", "total_episodes", "max_prompt_length", "num_generations")
-        positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size")
+        positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size", "mini_batch_size")
         _check_range("ppo", self, positive, least, infinity, "above 0")
         others = ("kl_coef", "vf_coef", "critic_learning_rate", "missing_eos_penalty", "length_penalty", "ptx_coef")
         _check_range("ppo", self, (*others, "uncertainty_coef", "critic_warmup_steps"), 0, infinity, "0 or more")
-        _check_range("ppo", self, ("gamma", "lam"), 0, 1, "from 0 to 1")
+        _check_range("ppo", self, ("gamma", "lam", "vllm_gpu_memory_utilization"), 0, 1, "from 0 to 1")
         _check_range("ppo", self, ("ptx_max_length",), 2, infinity, "2 or more")
         _check_range("ppo", self, ("ema_decay",), 0, 1 - 1e-9, "at least 0 and below 1")
         self._check_choices()
@@ -176,6 +201,7 @@ class PPOConfig(TrainingArguments):
             "kl_estimator": (None, "k1", "k3"),
             "advantage_estimator": ("gae", "rloo", "grpo", "reinforce++"),
             "critic": (None, "reward", "sft", "head"),
+            "generation_backend": ("native", "generate", "static", "continuous", "vllm"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -193,14 +219,26 @@ class PPOConfig(TrainingArguments):
         if estimator == "grpo" and self.kl_estimator == "k1":
             raise ValueError("ppo.kl_estimator=k1 has no gradient in grpo's loss: set k3.")
 
-    @property
-    def mini_batch_size(self) -> int:
-        """Rows of one optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+    def _resolve_sizes(self) -> None:
+        """Settle `mini_batch_size`, and where `auto` starts: with all there is, unless a plan says less."""
+        self.auto_sizes = {
+            name
+            for name in ("per_device_train_batch_size", "rollout_micro_batch_size")
+            if getattr(self, name) == "auto"
+        }
+        if "per_device_train_batch_size" in self.auto_sizes:
+            if self.mini_batch_size is None:
+                raise ValueError("ppo.per_device_train_batch_size=auto needs ppo.mini_batch_size.")
+            self.per_device_train_batch_size = self.mini_batch_size
+        if self.mini_batch_size is None:
+            self.mini_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if "rollout_micro_batch_size" in self.auto_sizes:
+            self.rollout_micro_batch_size = self.rollout_size
 
     @property
     def rollout_size(self) -> int:
         """Rows of one rollout."""
+        assert self.mini_batch_size is not None
         return self.mini_batch_size * self.num_mini_batches
 
     @property

@@ -1,8 +1,13 @@
-"""Peak memory, of the GPU where there is one and else of this process."""
+"""Peak memory, of the GPU where there is one and else of this process, and what to do when it runs out."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import release_memory, should_reduce_batch_size
+
+logger = logging.getLogger(__name__)
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
@@ -25,3 +30,31 @@ def peak_memory_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+
+
+def ran_out(work: Callable[[], None]) -> bool:
+    """Do the work and return False; if memory runs out, free what it took and return True."""
+    try:
+        work()
+        return False
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+    release_memory()  # not before the exception is gone, whose traceback holds the tensors
+    return True
+
+
+def halved(size: int, option: str) -> int:
+    """Half of a size that was too large, which is logged. Raises torch.OutOfMemoryError where nothing can be halved."""
+    if size == 1:
+        raise torch.OutOfMemoryError(f"out of memory. Not even {option}=1 fits.")
+    logger.warning("Out of memory with %s=%d: going on with %d.", option, size, size // 2)
+    return size // 2
+
+
+def resident_mib() -> float:
+    """Memory of this process now, in MiB."""
+    if STATUS.exists():
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) / 2**10
+    return peak_memory_mib()

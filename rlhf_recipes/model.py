@@ -1,6 +1,7 @@
 """The one base: loading it, its fingerprint, and SharedBase, which gives every role its adapter on it."""
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from transformers import (
 from trl.trainer.utils import disable_dropout_in_model
 
 from .chat import set_chat_template, stop_token_id
+from .generation import decode
 from .objectives import token_log_probs
 from .recipe import Base, Lora, function, is_function
 
@@ -46,8 +48,8 @@ def precision(base: Base) -> torch.dtype:
     """The one rule for dtypes: what the base's unquantized weights and activations are held in.
 
     bfloat16 on a GPU that has it and on every quantized base, float32 otherwise; `base.dtype` overrides it. Where it
-    is bfloat16, trainers run under bfloat16 autocast. Adapters and heads that PPO trains are always float32: a step of
-    1e-5 on a LoRA weight is below bfloat16's resolution.
+    is bfloat16, trainers run under bfloat16 autocast. Adapters and heads that are trained are always float32: a step
+    of 1e-5 on a LoRA weight is below bfloat16's resolution. PPO's frozen adapters are held in the base's dtype.
     """
     if base.dtype != "auto":
         return getattr(torch, base.dtype)
@@ -186,6 +188,26 @@ def check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
         raise ValueError(f"The adapter in {folder} was trained on another base ({'; '.join(differences)}).")
 
 
+def lora_forward(layer: Any, x: Tensor) -> Tensor:
+    """What PEFT's LoRA layers compute for one plain adapter without dropout, with fewer passes over the output.
+
+    PEFT scales the adapter's product, adds it, and in 4 bits copies the result, in a pass each. In float32 the scale
+    and the sum go into the last product, in bfloat16 they are one pass that rounds as PEFT's do.
+    """
+    name = layer._active_adapter[0] if layer._active_adapter else None
+    rows = x.flatten(0, -2)  # (n, in)
+    result = layer.base_layer(rows)  # (n, out)
+    if name in layer.lora_A:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # (r, in), (out, r)
+        low = nn.functional.linear(rows if torch.is_autocast_enabled(x.device.type) else rows.to(a.dtype), a)
+        if result.dtype == low.dtype == torch.float32:
+            result.addmm_(low, b.T, alpha=layer.scaling[name])
+        else:
+            product = nn.functional.linear(low, b)
+            result = torch.add(result, product, alpha=layer.scaling[name]).to(result.dtype)
+    return result.unflatten(0, x.shape[:-1])
+
+
 class SharedBase(nn.Module):
     """Several roles on one copy of a causal language model.
 
@@ -223,11 +245,20 @@ class SharedBase(nn.Module):
     def device(self) -> torch.device:
         return self.causal.device
 
-    def add_role(self, name: str, folder: Path | None = None, trainable: bool = False, head: bool = False) -> None:
+    def add_role(
+        self,
+        name: str,
+        folder: Path | None = None,
+        trainable: bool = False,
+        head: bool = False,
+        exact: bool = False,
+    ) -> None:
         """Attach a role, with the adapter (and head) saved in `folder`, or a fresh one that changes nothing yet.
 
-        A fresh adapter has B = 0 and a fresh head is zero. Raises ValueError if `folder` is of another base, or lacks
-        the head.
+        A fresh adapter has B = 0 and a fresh head is zero. Adapters are held in float32 where they are `trainable` or
+        `exact`, else in the base's dtype, to which autocast would bring them anyway. Heads are always float32.
+
+        Raises ValueError if `folder` is of another base, or lacks the head, or if the language-model head is adapted.
         """
         if folder is not None and self.fingerprint is not None:
             check_fingerprint(folder, self.fingerprint)
@@ -251,9 +282,15 @@ class SharedBase(nn.Module):
             if isinstance(getattr(module, "attention_dropout", None), float):
                 setattr(module, "attention_dropout", 0.0)  # noqa: B010 # the architectures that pass the rate to a function
         self._tuner_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._tuner_layers:
+            layer.forward = functools.partial(lora_forward, layer)
+        if isinstance(self.causal.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError("lora.target_modules must leave the language-model head out: PPO gives it no gradient.")
         for parameter in self.parameters_of(name):
             parameter.requires_grad_(trainable)
-            parameter.data = parameter.data.float()
+            # A step of 1e-5 on a LoRA weight is below bfloat16's resolution; what is frozen takes no steps.
+            parameter.data = parameter.data.to(torch.float32 if trainable or exact else self.causal.dtype)
+        self.heads.float()
 
     def add_head(self, name: str, on: str | None = None) -> None:
         """Give a role a trainable scalar head that is zero at first.
@@ -304,12 +341,20 @@ class SharedBase(nn.Module):
         """Name of the active role."""
         return self._active
 
+    @property
+    def backbone(self) -> Any:
+        """The base without its language-model head, with the adapters in it."""
+        return getattr(self.causal, self.causal.base_model_prefix)
+
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The active role's final hidden states (B, L, H), normalized as the language-model head takes them."""
-        backbone = getattr(self.causal, self.causal.base_model_prefix)
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return backbone(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        return self.backbone(
+            input_ids=input_ids,
+            # Without a mask attention is plainly causal, which its kernels compute in half the time.
+            attention_mask=None if attention_mask.all() else attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
         ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -320,9 +365,14 @@ class SharedBase(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def log_probs(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the response tokens under the active role, and the entropies there.
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the response tokens under the active role, and the entropies there if they are wanted.
 
         Args:
             input_ids, attention_mask: (B, P + T), left-padded prompts followed by right-padded responses.
@@ -333,11 +383,14 @@ class SharedBase(nn.Module):
         """
         length = response_mask.shape[1]
         hidden = self.hidden(input_ids, attention_mask)[:, -length - 1 : -1]  # (B, T, H): the state before each token
+        labels = input_ids[:, -length:][response_mask]  # (N,)
         log_probs, entropy = token_log_probs(
-            hidden[response_mask], input_ids[:, -length:][response_mask], self.logits, self.vocabulary, temperature
+            hidden[response_mask], labels, self.logits, self.vocabulary, temperature, with_entropy
         )
         empty = log_probs.new_zeros(response_mask.shape)
-        return empty.masked_scatter(response_mask, log_probs), empty.masked_scatter(response_mask, entropy)
+        return empty.masked_scatter(response_mask, log_probs), (
+            None if entropy is None else empty.masked_scatter(response_mask, entropy)
+        )
 
     def head_outputs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The active role's head, and its bias, at every position: (B, L) float32.
@@ -359,24 +412,38 @@ class SharedBase(nn.Module):
         assert isinstance(head, nn.Linear)
         return head.weight
 
-    @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig) -> Tensor:
-        """Sample from the active role: left-padded prompts (B, P) to responses (B, T) with padding after the end."""
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        uniforms: Tensor,
+        temperature: float,
+        stop_token_ids: Tensor,
+    ) -> Tensor:
+        """Sample from the active role: left-padded prompts (B, P) to responses (B, T). See `generation.decode`."""
         training = self.training
         self.eval()  # gradient checkpointing would switch the KV cache off in training mode
         try:
-            output = self.causal.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+            return decode(self, input_ids, attention_mask, uniforms, temperature, stop_token_ids)
         finally:
             self.train(training)
-        return output[:, input_ids.shape[1] :]
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
-        """What transformers' Trainer calls for `gradient_checkpointing=True`."""
-        self.causal.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-        # The embeddings are frozen; reentrant checkpointing passes gradients only where an input wants one.
-        self.causal.enable_input_require_grads()
+        """What transformers' Trainer calls for `gradient_checkpointing=True`. Non-reentrant unless it is told so."""
+        options = activation_checkpointing_kwargs or {"use_reentrant": False}
+        if hasattr(self.causal, "activation_checkpointing_enable"):
+            self.causal.activation_checkpointing_enable(options, **kwargs)
+        else:
+            self.causal.gradient_checkpointing_enable(options)
+        if options.get("use_reentrant"):
+            # The embeddings are frozen, and reentrant checkpointing passes gradients only where an input wants one.
+            self.causal.enable_input_require_grads()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """The same for the older versions of transformers that know it by this name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def role_state(self, name: str) -> dict[str, Tensor]:
         """The role's weights under the names PEFT saves them by, with the head under `HEAD`."""

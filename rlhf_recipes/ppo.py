@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.trainer.utils import identity
 
-from . import objectives, reward, rewards
+from . import backends, objectives, reward, rewards
 from .config import PPOConfig
-from .memory import peak_memory_mib
+from .memory import halved, peak_memory_mib, ran_out
 from .model import SharedBase, load_base
 from .recipe import function
 from .rewards import RewardFunc, Rewards
@@ -73,10 +73,11 @@ class PPOTrainer(Trainer):
         check_fit(args, len(train_dataset), ptx is not None)
         self.texts: list[list[int]] = [] if ptx is None else ptx.train["input_ids"][:]
         self.kl_coef = args.kl_coef  # which target_kl adapts
+        self.micro_batch_size = args.per_device_train_batch_size  # which auto halves
         self.best_reward = -math.inf  # of the role `best`
         self.trained = ("policy", "critic") if args.has_critic else ("policy",)
         for role in self._copies():
-            model.add_role(role)
+            model.add_role(role, exact=True)
             model.copy_role("policy", role)
         self.samples: list[dict[str, Any]] = []  # of the last evaluation
         self._sums: dict[str, list[float]] = defaultdict(list)
@@ -107,6 +108,14 @@ class PPOTrainer(Trainer):
             args.rollout_micro_batch_size,
             [*stop_token_ids, *([args.stop_token_id] if args.stop_token_id is not None else [])],
             lambda: self.accelerator.autocast(),
+            auto="rollout_micro_batch_size" in args.auto_sizes,
+        )
+        self.sampler.backend = backends.make(
+            args.generation_backend,
+            self.sampler,
+            args.vllm_gpu_memory_utilization,
+            args.vllm_enable_sleep_mode,
+            None if args.max_prompt_length is None else args.max_prompt_length + args.response_length,
         )
         sources = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else reward_funcs
         self.rewards = Rewards(self.sampler, args, rewards.resolve(sources), lambda: self.state)
@@ -183,7 +192,7 @@ class PPOTrainer(Trainer):
         with self.phase("score"):
             raw, logs = self.rewards.raw(rows, samples)
             scores = self.rewards.train(raw, samples)
-            log_probs, entropy = self.sampler.log_probs("policy", samples)
+            log_probs, entropy = self.sampler.log_probs("policy", samples, with_entropy=True)
             ref_log_probs, _ = self.sampler.log_probs("reference", samples)
             values = self.sampler.values(samples) if self.config.has_critic else None
         for name, value in logs.items():
@@ -231,20 +240,12 @@ class PPOTrainer(Trainer):
 
         The two never share a graph, because a backward must run under the role of its forward.
         """
-        tokens = rollout.response_mask[rows].sum()
         rows = rows[rollout.attention_mask[rows].sum(1).argsort()]  # rows of like length share a micro-batch
-        totals: dict[str, float] = defaultdict(float)
+        totals: dict[str, float] = {}
         warming_up = self.state.global_step < self.config.critic_warmup_steps
         for role in self.trained[1:] if warming_up else self.trained:
-            loss_of = self.policy_loss if role == "policy" else self.value_loss
-            with self.model.role(role):
-                for micro in rows.split(self.config.per_device_train_batch_size):
-                    loss, sums = loss_of(rollout.rows(micro), tokens)
-                    self.accelerator.backward(loss)
-                    for name, value in sums.items():
-                        totals[name] += value.item()
-                if role == "policy" and self.config.ptx_coef:
-                    totals["loss/ptx_avg"] = self.ptx_backward(self.config.ptx_batch_size or len(rows))
+            with self.phase(f"update_{role}"), self.model.role(role):
+                totals |= self.backward(role, rollout, rows)
             if self.config.max_grad_norm > 0:
                 norm = self.accelerator.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm)
                 totals[f"{role}/grad_norm"] = float(norm or 0)
@@ -252,6 +253,34 @@ class PPOTrainer(Trainer):
         self.optimizer.zero_grad()
         for name, value in totals.items():
             self._sums[name].append(value)
+
+    def backward(self, role: str, rollout: Rollout, rows: Tensor) -> dict[str, float]:
+        """Gradients of the active role on a mini-batch, and the mini-batch's averages.
+
+        With `per_device_train_batch_size=auto` it begins again in half the size where memory runs out.
+        """
+        loss_of = self.policy_loss if role == "policy" else self.value_loss
+        tokens = rollout.response_mask[rows].sum()
+
+        def work() -> None:
+            totals.clear()
+            for parameter in self.model.parameters_of(role):
+                parameter.grad = None
+            for micro in rows.split(self.micro_batch_size):
+                loss, sums = loss_of(rollout.rows(micro), tokens)
+                self.accelerator.backward(loss)
+                for name, value in sums.items():
+                    totals[name] += value.item()
+            if role == "policy" and self.config.ptx_coef:
+                totals["loss/ptx_avg"] = self.ptx_backward(self.config.ptx_batch_size or len(rows))
+
+        totals: dict[str, float] = defaultdict(float)
+        if "per_device_train_batch_size" not in self.config.auto_sizes:
+            work()
+        else:
+            while ran_out(work):
+                self.micro_batch_size = halved(min(self.micro_batch_size, len(rows)), "per_device_train_batch_size")
+        return totals
 
     def policy_loss(self, batch: Rollout, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped policy loss of a micro-batch, and its share in the mini-batch's averages over `tokens` tokens."""
@@ -291,9 +320,9 @@ class PPOTrainer(Trainer):
         picked = torch.randint(len(self.texts), (count,)).tolist()
         texts = sorted((self.texts[i][: self.config.ptx_max_length] for i in picked), key=len)
         tokens, total = sum(len(text) - 1 for text in texts), 0.0
-        for start in range(0, count, self.config.per_device_train_batch_size):
+        for start in range(0, count, self.micro_batch_size):
             with self.accelerator.autocast():
-                loss, _ = text_loss(self.model, texts[start : start + self.config.per_device_train_batch_size])
+                loss, _ = text_loss(self.model, texts[start : start + self.micro_batch_size])
             self.accelerator.backward(self.config.ptx_coef * loss / tokens)
             total += loss.item()
         return total / tokens
@@ -356,6 +385,9 @@ class PPOTrainer(Trainer):
             logs |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
             logs["episode"] = self.state.global_step * self.config.rollout_size
             logs["memory/peak_mib"] = peak_memory_mib()
+            if self.config.auto_sizes:
+                logs["auto/per_device_train_batch_size"] = self.micro_batch_size
+                logs["auto/rollout_micro_batch_size"] = self.sampler.batch_size
             self._sums.clear()
             self._seconds.clear()
         super().log(logs, start_time)

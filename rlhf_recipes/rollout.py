@@ -3,16 +3,19 @@
 B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
+from .generation import TOKENS_AT_ONCE
+from .memory import halved, ran_out
 from .model import SharedBase
 
 S = TypeVar("S", bound="Samples")
@@ -65,8 +68,12 @@ class Rollout(Samples):
     returns: Tensor | None  # (B, T)
 
 
+# Samples from a role: prompts (token ids) to responses, each (t,). What follows a first stop token means nothing.
+Backend = Callable[[str, list[list[int]]], list[Tensor]]
+
+
 class Sampler:
-    """Samples from roles and scores the samples, `batch_size` rows at a time."""
+    """Samples from roles and scores the samples, at most `batch_size` rows at a time."""
 
     def __init__(
         self,
@@ -77,102 +84,139 @@ class Sampler:
         batch_size: int,
         stop_token_ids: Sequence[int],
         autocast: Callable[[], AbstractContextManager],
+        auto: bool = False,
     ) -> None:
         """
         Args:
             response_length: sample at most so many tokens.
-            temperature: of the policy; log-probabilities are of the tempered distribution too.
+            temperature: of the policy; log-probabilities are of the tempered distribution too. Nothing else warps it
+                (no top-k, top-p, penalty, minimum length), or the KL would be of one that nobody sampled from.
             stop_token_ids: tokens that end a response, beside the tokenizer's EOS.
-            autocast: context of every forward but generation's, the same in which the update trains.
+            autocast: context of every forward, the same in which the update trains.
+            auto: where memory runs out, halve `batch_size` and go on.
         """
         self.model, self.tokenizer, self.batch_size, self.autocast = model, tokenizer, batch_size, autocast
-        self.temperature = temperature
+        self.response_length, self.temperature, self.auto = response_length, temperature, auto
         eos: Any = tokenizer.eos_token_id
         padding: Any = tokenizer.pad_token_id
         self.stop_token_ids = sorted({*stop_token_ids, eos})
         self.pad_token_id = 0 if padding is None else padding
-        # No top-k, top-p, penalty or minimum length: the KL would be of a distribution that nobody sampled from.
-        self.generation = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=response_length,
-            eos_token_id=self.stop_token_ids,
-            pad_token_id=self.pad_token_id,
-            use_cache=True,
-        )
+        self.backend: Backend = self.generate  # see `backends.make`
 
-    def _chunks(self, lengths: Tensor) -> Iterable[Tensor]:
-        """Indices of rows to take at once, rows of like length together: little of a chunk is padding."""
-        return lengths.argsort(stable=True).split(self.batch_size)
+    def in_batches(self, lengths: Tensor, work: Callable[[Tensor], None], tokens_at_once: int | None = None) -> None:
+        """Call `work` with the indices of each batch's rows. Rows of like length share one: little of it is padding.
+
+        Args:
+            lengths: (B,) tokens of each row.
+            tokens_at_once: a batch has no more tokens than this, padding included, unless a single row has.
+        """
+        order = lengths.argsort(stable=True).to(self.model.device)
+        lengths = lengths.sort().values
+        start = 0
+        while start < len(order):
+            rows = min(self.batch_size, len(order) - start)
+            while tokens_at_once and rows > 1 and rows * int(lengths[start + rows - 1]) > tokens_at_once:
+                rows -= 1
+            batch = functools.partial(work, order[start : start + rows])
+            if not self.auto:
+                batch()
+            elif ran_out(batch):
+                self.batch_size = halved(rows, "rollout_micro_batch_size")
+                continue
+            start += rows
 
     def sample(self, role: str, prompts: list[list[int]]) -> Samples:
         """Sample a response to each prompt (token ids) from a role."""
         device = self.model.device
-        responses: list[Tensor] = [torch.empty(0)] * len(prompts)
-        with self.model.role(role):
-            for rows in self._chunks(torch.tensor([len(prompt) for prompt in prompts])):
-                inputs = self._pad_left([prompts[row] for row in rows])
-                for row, response in zip(rows, self.model.generate(*inputs, self.generation), strict=True):
-                    responses[row] = response
-        response = pad(responses, padding_value=self.pad_token_id, padding_side="right")  # (B, T)
+        response = pad(self.backend(role, prompts), padding_value=self.pad_token_id, padding_side="right")  # (B, T)
         # Lengths come from the stop tokens and nothing else: padding may equal EOS, and a model may sample padding.
         stops = torch.isin(response, torch.tensor(self.stop_token_ids, device=device))
         ended = stops.any(1)
         length = torch.where(ended, stops.int().argmax(1) + 1, response.shape[1])
         mask = torch.arange(response.shape[1], device=device) < length[:, None]
-        ids, kept = self._pad_left(prompts)
+        ids, kept = self.pad_left(prompts)
         return Samples(torch.cat([ids, response], 1), torch.cat([kept, mask], 1), mask, ended)
 
-    def _pad_left(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def generate(self, role: str, prompts: list[list[int]]) -> list[Tensor]:
+        """The backend `native`: see `generation.decode`. How the rows are batched does not change what is drawn."""
+        device = self.model.device
+        uniforms = torch.rand(len(prompts), self.response_length, dtype=torch.float64).to(device)
+        stops = torch.tensor(self.stop_token_ids, device=device)
+        responses: list[Tensor] = [torch.empty(0)] * len(prompts)
+
+        def work(rows: Tensor) -> None:
+            inputs = self.pad_left([prompts[row] for row in rows])
+            found = self.model.generate(*inputs, uniforms[rows], self.temperature, stops)
+            for row, response in zip(rows, found, strict=True):
+                responses[row] = response
+
+        with self.model.role(role), self.autocast():
+            self.in_batches(torch.tensor([len(prompt) for prompt in prompts]), work)
+        return responses
+
+    def pad_left(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Prompts (B, P) padded at the left, and their attention mask from the lengths."""
         ids = pad([torch.tensor(p) for p in prompts], padding_value=self.pad_token_id, padding_side="left")
         kept = pad([torch.ones(len(p)) for p in prompts], padding_value=0, padding_side="left")
         return ids.to(self.model.device), kept.bool().to(self.model.device)
 
     @torch.no_grad()
-    def log_probs(self, role: str, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (B, T) of a role on the responses, from the same forward that trains."""
-        log_probs, entropy = torch.zeros(2, *samples.response_mask.shape, device=self.model.device)
+    def _forwards(self, role: str, samples: Samples, work: Callable[[Tensor, Samples], None]) -> None:
+        """Call `work` with the indices and the rows of each batch, with the role active."""
         with self.model.role(role), self.autocast():
-            for rows in self._chunks(samples.attention_mask.sum(1)):
-                part = samples.rows(rows)
-                width = part.response_mask.shape[1]
-                log_probs[rows, :width], entropy[rows, :width] = self.model.log_probs(
-                    part.input_ids, part.attention_mask, part.response_mask, self.temperature
-                )
+            lengths = samples.attention_mask.sum(1).cpu()
+            self.in_batches(lengths, lambda rows: work(rows, samples.rows(rows)), TOKENS_AT_ONCE)
+
+    def log_probs(self, role: str, samples: Samples, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (B, T) of a role on the responses, from the same forward that trains.
+
+        The entropies are zero unless they are asked for.
+        """
+        log_probs, entropy = torch.zeros(2, *samples.response_mask.shape, device=self.model.device)
+
+        def work(rows: Tensor, part: Samples) -> None:
+            width = part.response_mask.shape[1]
+            log_probs[rows, :width], found = self.model.log_probs(
+                part.input_ids, part.attention_mask, part.response_mask, self.temperature, with_entropy
+            )
+            if found is not None:
+                entropy[rows, :width] = found
+
+        self._forwards(role, samples, work)
         return log_probs, entropy
 
-    @torch.no_grad()
     def values(self, samples: Samples) -> Tensor:
         """The critic's values (B, T) of the states before the response tokens, zero outside the mask."""
         values = torch.zeros(samples.response_mask.shape, device=self.model.device)
-        with self.model.role("critic"), self.autocast():
-            for rows in self._chunks(samples.attention_mask.sum(1)):
-                part = samples.rows(rows)
-                values[rows, : part.response_mask.shape[1]] = state_values(self.model, part)
+
+        def work(rows: Tensor, part: Samples) -> None:
+            values[rows, : part.response_mask.shape[1]] = state_values(self.model, part)
+
+        self._forwards("critic", samples, work)
         return values
 
-    @torch.no_grad()
     def reward_scores(self, samples: Samples, role: str = "reward") -> Tensor:
         """A reward role's scores (B,): its head at the last token of each response."""
         scores = torch.zeros(len(samples.input_ids), device=self.model.device)
-        with self.model.role(role), self.autocast():
-            for rows in self._chunks(samples.attention_mask.sum(1)):
-                part = samples.rows(rows)
-                scores[rows] = self.model.scores(part.input_ids, part.attention_mask)
+
+        def work(rows: Tensor, part: Samples) -> None:
+            scores[rows] = self.model.scores(part.input_ids, part.attention_mask)
+
+        self._forwards(role, samples, work)
         return scores
 
     @torch.no_grad()
     def text_loss(self, role: str, texts: list[list[int]]) -> float:
         """A role's mean negative log-likelihood in nats per token of texts (token ids), the first tokens aside."""
-        total, count = 0.0, 0
+        found: list[tuple[float, int]] = []
+
+        def work(rows: Tensor) -> None:
+            loss, tokens = text_loss(self.model, [texts[row] for row in rows])
+            found.append((loss.item(), tokens))
+
         with self.model.role(role), self.autocast():
-            for rows in self._chunks(torch.tensor([len(text) for text in texts])):
-                loss, tokens = text_loss(self.model, [texts[row] for row in rows])
-                total, count = total + loss.item(), count + tokens
-        return total / count
+            self.in_batches(torch.tensor([len(text) for text in texts]), work, TOKENS_AT_ONCE)
+        return sum(loss for loss, _ in found) / sum(tokens for _, tokens in found)
 
     def texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens."""

@@ -37,7 +37,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from . import __version__, data, dpo, model, ppo, reward, rewards, sft, summary
+from . import __version__, backends, data, dpo, model, ppo, reward, rewards, sft, summary
 from .config import DPOConfig, PPOConfig, RewardConfig
 from .memory import peak_memory_mib, reset_peak_memory
 from .recipe import STAGES, Recipe, Source, check_args, function, suggestion, to_dict
@@ -194,6 +194,7 @@ def _check_ppo(recipe: Recipe, config: PPOConfig) -> None:
     for name in sources:
         rewards.check_source(name, recipe.reward is not None)
     rewards.check_weights(config.reward_weights, sources)
+    backends.check(config.generation_backend, recipe.base.quantization, model.precision(recipe.base))
     if config.critic == "reward" and recipe.reward is None:
         raise ValueError(
             "ppo.critic=reward copies a reward model, and the recipe has no reward stage: set sft or head."

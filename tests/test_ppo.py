@@ -21,9 +21,9 @@ from tiny_models import make_tokenizer, save_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from rlhf_recipes import objectives, runner
+from rlhf_recipes import generation, objectives, runner
 from rlhf_recipes.data import Prepared
 from rlhf_recipes.model import SharedBase, device, load_base, load_tokenizer
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
@@ -126,7 +126,7 @@ class Scripted(SharedBase):
 
     script: Tensor
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig) -> Tensor:
+    def generate(self, input_ids: Tensor, *args: Any) -> Tensor:
         return self.script[: len(input_ids)]
 
 
@@ -191,7 +191,7 @@ def test_responses_of_batches_of_different_length_are_put_together(folder: Path)
 def test_tokens_come_from_the_tempered_softmax_and_from_nothing_else(tmp_path: Path, temperature: float) -> None:
     warped = {"do_sample": True, "top_k": 1, "repetition_penalty": 5.0, "min_new_tokens": 3, "temperature": 7.0}
     (save_model(tmp_path) / "generation_config.json").write_text(json.dumps(warped))
-    model, count = shared_base(tmp_path), 2000
+    model, count = shared_base(tmp_path), 4000
     one_token = sampler(model, count, response_length=1, temperature=temperature)
     seen = one_token.sample("policy", [PROMPTS[1]] * count).input_ids[:, -1].bincount(minlength=64)
     with torch.no_grad(), model.role("policy"):
@@ -209,9 +209,99 @@ def test_tokens_come_from_the_tempered_softmax_and_from_nothing_else(tmp_path: P
 def test_generation_and_the_training_forward_agree_under_left_padding(folder: Path) -> None:
     greedy = sampler(shared_base(folder), temperature=1e-4)
     samples = greedy.sample("policy", PROMPTS)
-    log_probs, entropy = greedy.log_probs("policy", samples)
+    log_probs, entropy = greedy.log_probs("policy", samples, with_entropy=True)
     # Almost no temperature samples the best token, so the training forward must find it certain.
     assert log_probs.abs().max() < 1e-3 and entropy.max() < 1e-2
+
+
+def test_the_batch_size_changes_no_sample(folder: Path) -> None:
+    model, found = shared_base(folder), []
+    for batch_size in (64, 5, 1):
+        torch.manual_seed(0)
+        found.append(sampler(model, batch_size, response_length=20).sample("policy", PROMPTS).responses())
+    assert found[0] == found[1] == found[2]
+    assert len({len(response) for response in found[0]}) > 4, "rows leave the batch at different times"
+
+
+def test_finished_rows_leave_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = shared_base(folder), []
+    real = model.backbone.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        rows.append(len(kwargs["input_ids"]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(model.backbone, "forward", forward)
+    samples = sampler(model, response_length=20).sample("policy", PROMPTS)
+    alive = [int((samples.lengths > t).sum()) for t in range(int(samples.lengths.max()))]
+    # A quarter of the batch may have finished before it is made smaller, and it ends with its last row.
+    assert len(rows) == len(alive) and all(n <= in_batch <= n / 0.75 for n, in_batch in zip(alive, rows, strict=True))
+    assert rows[0] == 12 and rows[-1] < 4
+
+
+def test_a_long_prompt_goes_through_the_model_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = shared_base(folder), []
+    for tokens in (10_000, 24):  # all at once, or two tokens of each of the 12 prompts
+        monkeypatch.setattr(generation, "TOKENS_AT_ONCE", tokens)
+        torch.manual_seed(0)
+        found.append(sampler(model).sample("policy", PROMPTS).responses())
+    assert found[0] == found[1]
+
+
+class Small(SharedBase):
+    """Has memory for so many rows at once."""
+
+    room = 2
+
+    def need(self, rows: int) -> None:
+        if rows > self.room:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {rows} rows.")
+
+    def generate(self, input_ids: Tensor, *args: Any) -> Tensor:
+        self.need(len(input_ids))
+        return super().generate(input_ids, *args)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = super().hidden(input_ids, attention_mask)
+        if hidden.requires_grad:  # too late in the backward, when some gradients are already there
+            hidden.register_hook(lambda gradient: self.need(len(gradient)))
+        else:
+            self.need(len(input_ids))
+        return hidden
+
+
+def test_auto_sizes_are_halved_where_memory_runs_out_and_change_nothing(folder: Path, make: Make) -> None:
+    sizes = {"per_device_train_batch_size": "auto", "mini_batch_size": 12, "rollout_micro_batch_size": "auto"}
+    found, given = [], {"total_episodes": 24, "ptx": TEXTS, "ptx_coef": 0.5, "optim": "sgd", "learning_rate": 0.1}
+    for kind, options in (
+        (SharedBase, {"per_device_train_batch_size": 12}),
+        (SharedBase, sizes),
+        (Small, sizes),
+    ):
+        trainer = make(shared_base(folder, kind), **given, **options)
+        trainer.train()
+        found.append({role: weights(trainer, role) for role in ("policy", "critic")})
+    log = trainer.state.log_history[0]
+    assert (log["auto/per_device_train_batch_size"], log["auto/rollout_micro_batch_size"]) == (1, 1)
+    for other in found[1:]:
+        for role, expected in found[0].items():
+            torch.testing.assert_close(other[role], expected, rtol=0, atol=2e-5)
+
+
+def test_where_not_even_one_row_fits_memory_runs_out(folder: Path, make: Make) -> None:
+    sizes = {"per_device_train_batch_size": "auto", "mini_batch_size": 4, "rollout_micro_batch_size": "auto"}
+    model = shared_base(folder, Small)
+    model.room = 0
+    with pytest.raises(torch.OutOfMemoryError, match="Not even rollout_micro_batch_size=1 fits"):
+        make(model, **sizes).train()
+    model.room = 2
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):  # not where it was not asked for
+        make(model, per_device_train_batch_size=4).train()
+
+
+def test_auto_needs_a_mini_batch_size(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"per_device_train_batch_size=auto needs ppo\.mini_batch_size"):
+        make(per_device_train_batch_size="auto")
 
 
 # Scoring
@@ -233,7 +323,7 @@ def test_log_probs_are_zero_outside_the_response_and_the_models_own_inside(folde
     model = shared_base(folder)
     scorer = sampler(model, 5, temperature=0.7)
     samples = scorer.sample("policy", PROMPTS)
-    log_probs, entropy = scorer.log_probs("reference", samples)
+    log_probs, entropy = scorer.log_probs("reference", samples, with_entropy=True)
     assert not log_probs[~samples.response_mask].any() and not entropy[~samples.response_mask].any()
     for i, (prompt, response) in enumerate(zip(PROMPTS, samples.responses(), strict=True)):
         with torch.no_grad(), model.role("reference"):
@@ -247,7 +337,7 @@ def test_log_probs_are_zero_outside_the_response_and_the_models_own_inside(folde
 @pytest.mark.parametrize("stop_token_ids", [STOPS, ()])
 def test_the_reward_is_the_head_at_the_last_response_token(folder: Path, stop_token_ids: Any) -> None:
     model = shared_base(folder)
-    scorer = sampler(model, 5, stop_token_ids=stop_token_ids)
+    scorer = sampler(model, 5, response_length=3, stop_token_ids=stop_token_ids)
     samples = scorer.sample("policy", PROMPTS)
     assert 0 < samples.ended.sum() < 12 if stop_token_ids else not samples.ended.all()
     scores = scorer.reward_scores(samples)
@@ -533,11 +623,12 @@ EFFECTS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "temperature": (0.5, {}, BOTH),
     "stop_token_id": (33, {"stop_token_ids": (), "response_length": 30}, BOTH),
     "num_generations": (2, {}, BOTH),
-    "rollout_micro_batch_size": (2, {}, BOTH),
+    "mini_batch_size": (3, {}, BOTH),
+    "generation_backend": ("generate", {}, BOTH),
     "reward_weights": ([2.0], {}, BOTH),
     "reward_normalization": ("sft", {}, BOTH),
     "reward_clip": (0.05, {}, BOTH),
-    "missing_eos_penalty": (1.0, {}, BOTH),
+    "missing_eos_penalty": (1.0, {"stop_token_ids": ()}, BOTH),
     "length_penalty": (0.1, {}, BOTH),
     "whiten_rewards": (True, {}, BOTH),
     "kl_coef": (0.5, {}, BOTH),
@@ -561,6 +652,9 @@ SHOWN_BY = {
     "logging_steps": "test_logging_steps_count_updates",
     "gradient_checkpointing": "test_gradient_checkpointing_changes_no_update",
     "total_episodes": "test_total_episodes_count_prompts_and_may_repeat_them",
+    "rollout_micro_batch_size": "test_the_batch_size_changes_no_sample",
+    "vllm_gpu_memory_utilization": "test_backends.test_vllm_samples_as_the_model_does",
+    "vllm_enable_sleep_mode": "test_backends.test_vllm_samples_as_the_model_does",
     "max_prompt_length": "test_longer_prompts_than_max_prompt_length_are_bad_rows",
     "ensemble_aggregation": "test_an_ensemble_changes_the_score",
     "uncertainty_coef": "test_an_ensemble_changes_the_score",

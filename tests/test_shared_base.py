@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from rlhf_recipes.chat import stop_token_id
+from rlhf_recipes.generation import draw
 from rlhf_recipes.model import (
     SharedBase,
     cache_folder,
@@ -185,7 +186,9 @@ def row_by_row(setup: Setup, model: nn.Module) -> list[Tensor]:
 
 def shared_log_probs(setup: Setup, shared: SharedBase, role: str) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), setup.autocast(), shared.role(role):
-        return shared.eval().log_probs(*batch(), TEMPERATURE)
+        log_probs, entropy = shared.eval().log_probs(*batch(), TEMPERATURE, with_entropy=True)
+    assert entropy is not None
+    return log_probs, entropy
 
 
 def assert_same(setup: Setup, found: Tensor, expected: Tensor) -> None:
@@ -364,7 +367,14 @@ def test_gradients_equal_those_of_stand_alone_models(
     assert len(expected["critic"]) == len(expected["policy"]) + 1, "the same A and B, and the head"
     for role in ("policy", "critic"):
         assert all(gradient.abs().max() > 0 for gradient in found[role].values())
-        assert relative_error(found[role], expected[role]) < (2**-8 if setup.half else 1e-5)
+        # In bfloat16 the policy's rounds twice: for each token's own gradient, and for that times the upstream's.
+        assert relative_error(found[role], expected[role]) < (3 * 2**-8 if setup.half else 1e-5)
+
+
+def test_the_language_model_head_may_not_be_adapted(tmp_path: Path) -> None:
+    shared = SharedBase(load_base(Base(str(save_model(tmp_path)))), Lora(target_modules=("q_proj", "lm_head")))
+    with pytest.raises(ValueError, match=r"lora\.target_modules must leave the language-model head out"):
+        shared.add_role("policy", trainable=True)
 
 
 def test_under_checkpointing_a_backward_outside_its_role_is_wrong_and_raises_nothing(llama: Setup) -> None:
@@ -419,7 +429,11 @@ def test_the_parameters_of_a_role_are_its_adapter_and_its_head(each: Setup, each
     assert len(set().union(*roles.values())) == sum(map(len, roles.values())), "no two roles share a weight"
     trainable = {id(p) for p in each_shared.parameters() if p.requires_grad}
     assert trainable == {*roles["policy"], *roles["critic"]}
-    assert all(p.dtype == torch.float32 for role in ROLES for p in each_shared.parameters_of(role))
+    for role in ROLES:
+        dtype = torch.float32 if role in ("policy", "critic") else each_shared.causal.dtype
+        head = {id(p) for p in each_shared.heads.parameters()}
+        for parameter in each_shared.parameters_of(role):
+            assert parameter.dtype == (torch.float32 if id(parameter) in head else dtype)
 
 
 @pytest.mark.parametrize("name", [("llama", "fp32"), ("gpt2", "fp32"), ("llama", "nf4")], ids="-".join)
@@ -564,33 +578,39 @@ def test_a_copy_goes_a_share_of_the_way(llama: Setup) -> None:
 
 # --- Generation -------------------------------------------------------------------------------------------------------
 
-SAMPLED = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=8, pad_token_id=0, eos_token_id=2)
+STOPS = torch.tensor([2])
+torch.manual_seed(4)
+UNIFORMS = torch.rand(3, 8, dtype=torch.float64)
 
 
 def test_generation_is_from_the_active_role(each: Setup, each_shared: SharedBase) -> None:
+    """Each token is the one that the stand-alone model, without a cache, draws by the same random number."""
     ids, kept = (values[:, :5] for values in batch()[:2])
-
-    def sampled(role: str) -> Tensor:
-        torch.manual_seed(0)
-        with each.autocast(), each_shared.role(role):
-            return each_shared.generate(ids, kept, SAMPLED)
-
-    alone = each.causal(each.sft).eval()
-    torch.manual_seed(0)
-    with each.autocast():
-        expected = alone.generate(input_ids=ids, attention_mask=kept, generation_config=SAMPLED)[:, 5:]
-    assert torch.equal(sampled("policy"), expected) and torch.equal(sampled("reference"), expected)
-    assert sampled("base").tolist() != expected.tolist()
+    same = {}
+    for role, model in (("policy", each.causal(each.sft)), ("base", load_base(each.base))):
+        with torch.no_grad(), each.autocast(), each_shared.role(role):
+            responses = each_shared.generate(ids, kept, UNIFORMS, TEMPERATURE, STOPS)
+            if role == "policy":
+                policy = responses
+            same[role] = []
+            for prompt, response, uniforms in zip(PROMPTS, responses, UNIFORMS, strict=True):
+                response = response[: [*response.tolist(), 2].index(2) + 1]
+                uniforms = uniforms[: len(response)]
+                logits = model.eval()(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].float()
+                same[role].append(draw(logits / TEMPERATURE, uniforms) == response)
+        share = torch.cat(same[role]).float().mean()
+        assert share == 1 if not each.half else share > 0.85, "bfloat16 may move a token's edge over its number"
+    assert not torch.equal(policy, responses), "the adapter changes what is said"
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_generation_gives_the_training_mode_back(llama: Setup, training: bool) -> None:
     shared = llama.shared().train(training)
     ids, kept, _ = batch()
-    shared.generate(ids[:, :5], kept[:, :5], SAMPLED)
+    shared.generate(ids[:, :5], kept[:, :5], UNIFORMS, 1.0, STOPS)
     assert {module.training for module in shared.modules()} == {training}
     with pytest.raises(AttributeError):
-        shared.generate(ids, kept, "no configuration")  # type: ignore[arg-type]
+        shared.generate(ids, kept, "no random numbers", 1.0, STOPS)  # type: ignore[arg-type]
     assert {module.training for module in shared.modules()} == {training}
 
 
@@ -616,7 +636,10 @@ def test_the_models_own_generation_config_does_not_warp_the_samples(tmp_path: Pa
     shared = SharedBase(load_base(base), LORA)
     shared.add_role("policy")
     # The expected distance is at most sqrt(V / (2 pi N)) = 0.05 for V = 64 tokens and N samples.
-    assert distance(lambda ids, kept: shared.generate(ids, kept, config)) < 0.07
+    uniforms = torch.rand(4000, 1, dtype=torch.float64)
+    assert distance(lambda ids, kept: shared.generate(ids, kept, uniforms, TEMPERATURE, STOPS)) < 0.07
+    # transformers' own generate reads no more of it.
+    assert distance(lambda ids, kept: shared.causal.generate(ids, attention_mask=kept, generation_config=config)) < 0.07
     bare: Any = load_base(base)
     assert distance(lambda ids, kept: bare.generate(ids, attention_mask=kept, generation_config=config)) > 0.2
 

@@ -30,11 +30,13 @@ def make_tokenizer(pad: str = "<pad>") -> PreTrainedTokenizerFast:
     )
 
 
-def save_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
+def save_model(folder: Path, architecture: str = "llama", seed: int = 0, **shape: int) -> Path:
     """Write a random model and its tokenizer. Its weights are large enough that adapters change what it says."""
     torch.manual_seed(seed)
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **tokens, initializer_range=0.1)
+    config = AutoConfig.for_model(
+        architecture, **(ARCHITECTURES[architecture] | shape), **tokens, initializer_range=0.1
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

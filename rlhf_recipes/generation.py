@@ -1,0 +1,120 @@
+"""Decoding: sampling responses from the active role, a batch at once. B rows, P prompt and T response tokens.
+
+transformers' `generate` copies the whole KV cache for each token and keeps finished rows to the end; for PPO's short
+prompts and thousands of responses that is most of a rollout's time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+# Tokens that go through the model at one time where there is no gradient: more of them keep no GPU busier.
+TOKENS_AT_ONCE = 2**13
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values, written in place into room for `capacity` tokens that is taken once."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.room = [
+            states.new_empty(*states.shape[:2], self.capacity, states.shape[3]) for states in (key_states, value_states)
+        ]  # (B, heads, capacity, D) each
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, start : self.length] = states
+        self.keys, self.values = (room[:, :, : self.length] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        # One after the other, so that only one tensor is there twice.
+        self.keys = self.values = None
+        for i in range(2):
+            self.room[i] = self.room[i][indices]
+        self.keys, self.values = (room[:, :, : self.length] for room in self.room)
+
+
+def roomy_cache(config: Any, capacity: int) -> Cache:
+    """transformers' cache for a model, whose layers of full attention do not grow by copying."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row by the inverse of the cumulative distribution.
+
+    Args:
+        logits: (B, V). uniform: (B,) float64, from 0 to below 1.
+    Returns:
+        (B,) token ids. The same numbers draw the same tokens whatever other rows there are.
+    """
+    cumulative = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    stop_token_ids: Tensor,
+    pad_token_id: int = 0,
+) -> Tensor:
+    """Sample from the active role of a shared base.
+
+    Args:
+        input_ids, attention_mask: (B, P) prompts, left-padded.
+        uniforms: (B, T) float64, the random numbers that the tokens come from; T is the longest response.
+        temperature: divides the logits.
+        stop_token_ids: (S,) tokens that end a response.
+    Returns:
+        (B, T') responses, T' <= T. What follows a row's first stop token means nothing.
+    """
+    rows, prompt = input_ids.shape
+    length = uniforms.shape[1]
+    responses = torch.full((rows, length), pad_token_id, device=input_ids.device)
+    alive = torch.arange(rows, device=input_ids.device)  # rows that are in the batch
+    finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)  # of those
+    padded = not bool(attention_mask.all())
+    mask = torch.cat([attention_mask.bool(), attention_mask.new_ones(rows, length).bool()], 1)  # (B, P + T)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P + T)
+    cache = roomy_cache(model.causal.config, prompt + length)
+    start, ids = 0, input_ids
+    for t in range(length):
+        for piece in ids.split(max(1, TOKENS_AT_ONCE // len(ids)), dim=1):
+            end = start + piece.shape[1]
+            hidden = model.backbone(
+                input_ids=piece,
+                attention_mask=mask[:, :end] if padded else None,
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            start = end
+        tokens = draw(model.logits(hidden[:, -1]).float() / temperature, uniforms[:, t])
+        responses[alive, t] = tokens
+        finished |= torch.isin(tokens, stop_token_ids)
+        gone = int(finished.sum())
+        if gone == len(alive):
+            return responses[:, : t + 1]
+        if gone * 4 >= len(alive):  # fewer are not worth a copy of the cache
+            kept = (~finished).nonzero()[:, 0]
+            alive, tokens, uniforms, mask, positions = (x[kept] for x in (alive, tokens, uniforms, mask, positions))
+            finished = finished[kept]
+            cache.batch_select_indices(kept)
+        ids = tokens[:, None]
+    return responses
