@@ -1,4 +1,4 @@
-"""The command line: `rlhf-recipes list | show | run | options`, and `main(recipe)`, which a recipe file calls.
+"""The command line: `rlhf-recipes list | show | plan | run | options`, and `main(recipe)`, which a recipe file calls.
 
 Neither torch nor trl is imported until a run starts or an override has to be checked, so list and show answer at once.
 """
@@ -9,11 +9,11 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .recipe import (
@@ -30,21 +30,32 @@ from .recipe import (
     to_dict,
 )
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def main_cli(argv: Sequence[str] | None = None) -> None:
     """The `rlhf-recipes` command. Exits with 2 after a user's error and with 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="rlhf-recipes", description="RLHF on one GPU, from recipes.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | run | options")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | plan | run | options")
     commands.add_parser("list", help="name the shipped recipes")
-    for command, purpose in {"show": "print a recipe, every setting resolved", "run": "run or resume a recipe"}.items():
+    purposes = {
+        "show": "print a recipe, every setting resolved",
+        "plan": "say what a recipe takes in memory, whether it fits, and what to change",
+        "run": "run or resume a recipe",
+    }
+    for command, purpose in purposes.items():
         subparser = commands.add_parser(command, help=purpose, description=purpose)
         subparser.add_argument("recipe", metavar="NAME", help="a shipped recipe, or path/to/your_own.py")
         _add_settings(subparser)
-        if command == "show":
-            subparser.add_argument("--json", action="store_true", help="print JSON")
-        else:
+        if command == "run":
             _add_run_options(subparser)
+        else:
+            subparser.add_argument("--json", action="store_true", help="print JSON")
+        if command == "plan":
+            subparser.add_argument("--gpu", metavar="24GiB", help="memory of the GPU (default: of this machine)")
+            subparser.add_argument("--tflops", type=float, metavar="N", help="give hours, at so many TFLOP/s")
     subparser = commands.add_parser("options", help="list every option with its default, meaning and source")
     subparser.add_argument("sections", nargs="*", metavar="SECTION", help="only of ppo, reward, base, ...")
     options = _parse(parser, argv)
@@ -53,6 +64,8 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
             print(_table())
         elif options.command == "show":
             print(_show(options))
+        elif options.command == "plan":
+            _plan(options)
         elif options.command == "options":
             with redirect_stdout(sys.stderr):  # as in _show
                 from .reference import page
@@ -83,6 +96,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/<name>)")
     parser.add_argument("--stages", metavar="sft,reward,ppo,dpo", help="run only these stages")
+    parser.add_argument("--force", action="store_true", help="run it even where the plan says that it cannot fit")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,7 +118,7 @@ def _exit_codes() -> Iterator[None]:
     """
     # What libraries say about themselves, and no user can act on, would bury that line.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     try:
         yield
     except ValueError as error:
@@ -162,12 +176,75 @@ def _lines(prefix: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield f"{prefix}{key}={value if bare else repr(value)}"
 
 
+def _plan(options: argparse.Namespace) -> None:
+    """Print the plan of a recipe as a table or as JSON."""
+    recipe = replace(load(options.recipe), **parse_overrides(options.settings))
+    with redirect_stdout(sys.stderr):  # as in _show
+        from . import advice
+        from .plan import plan
+        from .runner import check
+
+        gpu = None if options.gpu is None else advice.size_in_bytes(options.gpu)
+        configs = check(recipe)
+        found = advice.as_dict(recipe, configs, plan(recipe, configs, gpu), gpu)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_plan_table(found, options.tflops))
+    for stage, of_stage in found["stages"].items():
+        if of_stage["changes"]:
+            console.print(f"[bold]{stage}[/]: what a change brings its peak to, in GiB")
+        for change in of_stage["changes"]:
+            same = ", same results" if change["same_results"] else ""
+            saves = f"{change['saves_mib'] / 1024:.2f} less{same}"
+            console.print(f"  {change['peak_mib'] / 1024:6.2f}  {change['settings']}  ({saves})", highlight=False)
+    console.print(
+        "Planned for rows of the longest lengths that the settings allow. An hour's estimate leaves out loading, "
+        "evaluation and attention, and that decoding waits for memory."
+    )
+
+
+def _plan_table(found: Mapping[str, Any], tflops: float | None) -> "Table":
+    """A plan, as `advice.as_dict` gives it, with a column a stage."""
+    from rich.table import Table
+
+    stages = found["stages"].values()
+    table = Table("", title=f"GiB of memory, of {found['limit_mib'] / 1024:.1f}")
+    for stage in found["stages"]:
+        table.add_column(stage, justify="right")
+
+    def row(name: str, numbers: Iterable[float | None], style: str | None = None) -> None:
+        table.add_row(name, *("" if n is None else f"{n / 1024:.2f}" for n in numbers), style=style)
+
+    for part in (name for name in next(iter(stages))["parts"] if name != "reserve"):
+        row(part.replace("kv_cache", "KV cache"), (stage["parts"][part] for stage in stages))
+    table.add_section()
+    for phase in dict.fromkeys(phase for stage in stages for phase in stage["phases"]):
+        row(f"in all, {phase}", (stage["phases"].get(phase) for stage in stages))
+    table.add_section()
+    row("peak", (stage["peak_mib"] for stage in stages), "bold")
+    row("allocator reserve", (stage["parts"]["reserve"] for stage in stages))
+    table.add_row("fits", *("yes" if stage["fits"] else "no" for stage in stages), style="bold")
+    table.add_section()
+    works = [stage["work"] for stage in stages]
+    table.add_row("tokens a step", *(f"{work['tokens']:,}" for work in works))
+    table.add_row("TFLOP a step", *(f"{work['flop'] / 1e12:,.3g}" for work in works))
+    table.add_row("steps", *("?" if work["steps"] is None else f"{work['steps']:,}" for work in works))
+    if tflops is not None:
+        seconds = [work["steps"] and work["steps"] * work["flop"] / (tflops * 1e12) for work in works]
+        table.add_row(f"hours at {tflops:g} TFLOP/s", *("?" if s is None else f"{s / 3600:.2g}" for s in seconds))
+    return table
+
+
 def _run(recipe: Recipe, options: argparse.Namespace) -> None:
     stages = tuple(options.stages.split(",")) if options.stages is not None else None
     recipe = replace(recipe, **parse_overrides(options.settings))
     from .runner import run
 
-    run(recipe, run_dir=options.run_dir, stages=stages)
+    run(recipe, run_dir=options.run_dir, stages=stages, force=options.force)
 
 
 if __name__ == "__main__":

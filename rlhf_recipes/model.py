@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import disable_dropout_in_model
 
 from .chat import set_chat_template, stop_token_id
@@ -283,7 +284,8 @@ class SharedBase(nn.Module):
                 setattr(module, "attention_dropout", 0.0)  # noqa: B010 # the architectures that pass the rate to a function
         self._tuner_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._tuner_layers:
-            layer.forward = functools.partial(lora_forward, layer)
+            if isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+                layer.forward = functools.partial(lora_forward, layer)
         if isinstance(self.causal.get_output_embeddings(), BaseTunerLayer):
             raise ValueError("lora.target_modules must leave the language-model head out: PPO gives it no gradient.")
         for parameter in self.parameters_of(name):

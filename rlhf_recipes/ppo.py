@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from .data import Prepared
     from .runner import Job
 
+DOING = {  # phase -> what is said where memory runs out in it
+    "generate": "sampling responses, {rows} rows at a time",
+    "score": "scoring responses, up to {rows} rows at a time",
+    "update_policy": "training the policy, {micro} rows at a time",
+    "update_critic": "training the critic, {micro} rows at a time",
+    "evaluate": "evaluating, up to {rows} rows at a time",
+}
 STATE = "ppo_state.json"  # in a checkpoint: what changes through training and is no weight
 
 
@@ -342,10 +349,14 @@ class PPOTrainer(Trainer):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of a block to `time/<name>` of the next log, in seconds."""
+        """Add the time of a block to `time/<name>` of the next log, in seconds. An error says what was being done."""
         start = time.perf_counter()
         try:
             yield
+        except RuntimeError as error:
+            if name in DOING:
+                error.add_note(DOING[name].format(rows=self.sampler.batch_size, micro=self.micro_batch_size))
+            raise
         finally:
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -54,7 +54,8 @@ def _parts() -> Iterator[tuple[str, str]]:
         if name in EXTENDS:
             config, parent = EXTENDS[name]
             given = {f.name: _default(f) for f in fields(parent)}
-            rows += [f for f in fields(config) if given.get(f.name, ...) != _default(f)]
+            own = inspect.get_annotations(config)
+            rows += [f for f in fields(config) if f.name in own or given.get(f.name, ...) != _default(f)]
             comments |= {f.name: f.metadata["help"] for f in rows if "help" in f.metadata}
             title += f", beside the data and [`{parent.__name__}`]({_url(parent)})"
         if rows:

@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 import datasets
 import torch
 import transformers
+from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from rich.text import Text
 from tqdm.auto import tqdm
@@ -38,8 +39,11 @@ from transformers import (
 from trl import SFTConfig
 
 from . import __version__, backends, data, dpo, model, ppo, reward, rewards, sft, summary
+from .advice import out_of_memory, refuse
 from .config import DPOConfig, PPOConfig, RewardConfig
-from .memory import peak_memory_mib, reset_peak_memory
+from .dry_run import NoPlan
+from .memory import peak_memory_mib, reset_peak_memory, resident_mib
+from .plan import StagePlan, plan, settle
 from .recipe import STAGES, Recipe, Source, check_args, function, suggestion, to_dict
 
 CONFIGS: dict[str, type[TrainingArguments]] = {
@@ -117,15 +121,19 @@ class Job:
         trainer.train(resume_from_checkpoint=self.resume)
 
 
-def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | None = None, force: bool = False
+) -> dict[str, Any]:
     """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
 
     Run again, it skips the stages that are finished and resumes an unfinished one from its last checkpoint.
 
     Args:
         stages: only these, of `sft`, `reward`, `ppo`, `dpo`; what they build on must be finished in `run_dir`.
+        force: run stages that cannot fit by the plan.
     Raises:
-        ValueError: anything wrong with the recipe, its data or the folder, before a weight is loaded.
+        ValueError: anything wrong with the recipe, its data or the folder, or a stage that cannot fit, before a weight
+            is loaded; a stage that ran out of memory.
     """
     run_dir = Path(run_dir or Path("runs") / recipe.name.replace("_", "-"))
     wanted = _stages(recipe, stages)
@@ -135,6 +143,7 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
     todo = [stage for stage in wanted if manifest["stages"].get(stage, {}).get("state") != "done"]
     console = Console()
     if todo:
+        planned = _plan(recipe, {stage: configs[stage] for stage in todo}, force, console)
         tokenizer = model.load_tokenizer(recipe.base)
         manifest["base"] = model.fingerprint(recipe.base, tokenizer)
         prepared = {stage: _prepare(recipe, stage, configs[stage], tokenizer) for stage in todo}
@@ -148,7 +157,7 @@ def run(recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | Non
             resume = last_checkpoint(run_dir / stage)
             of_stage = others[stage], prepared[stage], tokenizer
             job = Job(recipe, stage, run_dir, config, *of_stage, manifest["base"], resume)
-            _run_stage(job, manifest)
+            _run_stage(job, manifest, planned.get(stage))
             for warning in manifest["stages"][stage]["results"].get("card", {}).get("warnings", ()):
                 console.print(Text(f"warning: {warning}", style="yellow"))
     result = summary.summarize(manifest)
@@ -165,6 +174,22 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
     # transformers 5.23 renamed an option that TRL and PEFT still use by its old name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+
+
+def _plan(recipe: Recipe, configs: dict[str, Any], force: bool, console: Console) -> dict[str, StagePlan]:
+    """Print what the stages will take, a line each. Raises ValueError where one cannot fit, unless forced."""
+    try:
+        if "ppo" in configs:
+            settle(recipe, configs["ppo"])
+        found = plan(recipe, configs)
+    except NoPlan as error:
+        console.print(Text(f"warning: {error}", style="yellow"))
+        return {}
+    for stage in found.stages:
+        console.print(Text(found.line(stage)))
+    if not force:
+        refuse(recipe, configs, found)
+    return found.stages
 
 
 def check(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
@@ -214,6 +239,8 @@ def _stages(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
 def _config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
     """A stage's TRL configuration: our defaults, then the recipe's arguments, then what the runner owns."""
     defaults = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
+    if model.device().type == "cuda":
+        defaults["optim"] = "paged_adamw_8bit"  # QLoRA's, arXiv:2305.14314
     owned = {
         "output_dir": str(run_dir / stage),
         "report_to": "none" if recipe.tracker == "none" else recipe.tracker,
@@ -235,8 +262,9 @@ def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
     resolved = json.loads(json.dumps(to_dict(recipe)))
     path = run_dir / "recipe.json"
     if path.is_file():
-        differences = _differences(json.loads(path.read_text()), resolved)
-        if differences:
+        before = json.loads(path.read_text())
+        differences = _differences(before, resolved)
+        if _differences(_without_memory(before), _without_memory(resolved)):
             raise ValueError(
                 f"{run_dir} holds a run of another recipe ({'; '.join(differences)}). "
                 "Set another --run-dir, or delete that folder."
@@ -254,6 +282,22 @@ def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     manifest["versions"] = {"python": platform.python_version(), "rlhf_recipes": __version__, **versions}
     return manifest
+
+
+def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the settings that change what a run takes and not what it gives, to rounding."""
+    recipe = copy.deepcopy(recipe)
+    for section in (recipe[stage] for stage in STAGES if recipe.get(stage)):
+        args = section["args"]
+        free = ["per_device_eval_batch_size", "gradient_checkpointing"]
+        if args.get("generation_backend", "native") == "native":  # what others draw depends on the batching
+            free.append("rollout_micro_batch_size")
+        for key in free:
+            args.pop(key, None)
+        rows, steps = args.pop("per_device_train_batch_size", 8), args.pop("gradient_accumulation_steps", 1)
+        args["mini_batch_size"] = args.get("mini_batch_size") or rows * steps
+        args["optim"] = str(args.get("optim")).removeprefix("paged_")
+    return recipe
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -345,8 +389,11 @@ def _data_line(report: Mapping[str, Any]) -> str:
     )
 
 
-def _run_stage(job: Job, manifest: dict[str, Any]) -> None:
-    """Run one stage between two writes of the manifest: `running` before, `done` with its results after."""
+def _run_stage(job: Job, manifest: dict[str, Any], planned: StagePlan | None) -> None:
+    """Run one stage between two writes of the manifest: `running` before, `done` with its results after.
+
+    Raises ValueError, with what to change, where it runs out of memory.
+    """
     record = manifest["stages"].setdefault(job.stage, {"seconds": 0.0, "peak_memory_mib": 0.0})
     record |= {"state": "running", "data": job.data.report}
     write_json(job.run_dir / "manifest.json", manifest)
@@ -355,10 +402,18 @@ def _run_stage(job: Job, manifest: dict[str, Any]) -> None:
     module = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo}[job.stage]
     start, before = time.perf_counter(), record["seconds"]
     reset_peak_memory()
+    if planned is not None:
+        # On a CPU the peak is that of the process, with all that it has loaded before.
+        already = 0.0 if torch.cuda.is_available() else resident_mib()
+        record["planned_peak_mib"] = round(planned.peak_mib + already, 1)
     try:
         with _tracked(job):
             record["results"] = module.train(job)
         record["state"] = "done"
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not should_reduce_batch_size(error):
+            raise
+        raise ValueError(out_of_memory(error, job.recipe, job.stage, job.config, planned)) from error
     finally:
         record["seconds"] = round(before + time.perf_counter() - start, 1)
         record["peak_memory_mib"] = max(record["peak_memory_mib"], round(peak_memory_mib(), 1))

@@ -295,8 +295,9 @@ def test_where_not_even_one_row_fits_memory_runs_out(folder: Path, make: Make) -
     with pytest.raises(torch.OutOfMemoryError, match="Not even rollout_micro_batch_size=1 fits"):
         make(model, **sizes).train()
     model.room = 2
-    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):  # not where it was not asked for
-        make(model, per_device_train_batch_size=4).train()
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as found:  # not where it was not asked for
+        make(model, per_device_train_batch_size=4, rollout_micro_batch_size=2).train()
+    assert found.value.__notes__ == ["training the policy, 4 rows at a time"]
 
 
 def test_auto_needs_a_mini_batch_size(make: Make) -> None:
