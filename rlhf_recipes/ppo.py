@@ -80,7 +80,7 @@ class PPOTrainer(Trainer):
         check_fit(args, len(train_dataset), ptx is not None)
         self.texts: list[list[int]] = [] if ptx is None else ptx.train["input_ids"][:]
         self.kl_coef = args.kl_coef  # which target_kl adapts
-        self.micro_batch_size = args.per_device_train_batch_size  # which auto halves
+        self.micro_batch_size = int(args.per_device_train_batch_size)  # which auto halves
         self.best_reward = -math.inf  # of the role `best`
         self.trained = ("policy", "critic") if args.has_critic else ("policy",)
         for role in self._copies():
@@ -112,7 +112,7 @@ class PPOTrainer(Trainer):
             processing_class,
             args.response_length,
             args.temperature,
-            args.rollout_micro_batch_size,
+            int(args.rollout_micro_batch_size),
             [*stop_token_ids, *([args.stop_token_id] if args.stop_token_id is not None else [])],
             lambda: self.accelerator.autocast(),
             auto="rollout_micro_batch_size" in args.auto_sizes,

@@ -238,7 +238,7 @@ def _stages(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
 
 def _config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
     """A stage's TRL configuration: our defaults, then the recipe's arguments, then what the runner owns."""
-    defaults = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
+    defaults: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
     if model.device().type == "cuda":
         defaults["optim"] = "paged_adamw_8bit"  # QLoRA's, arXiv:2305.14314
     owned = {
