@@ -8,7 +8,8 @@ Hardware: one GPU with 24 GB. Time on an RTX 4090, estimated, not measured: sft 
 The expected curves are those of `qwen3_0_6b_hh.py`, from which this recipe derives, with a reward model nearer to
 InstructGPT's 0.72 than to 0.60. They too are taken from the papers and not from a run of this file.
 
-Sources beside those of the parent: [Q] QLoRA, arXiv:2305.14314, its 7B model. [M] what fits in memory.
+Sources beside those of the parent: [Q] QLoRA, arXiv:2305.14314, its 7B model. [M] what fits in memory, by
+`rlhf-recipes plan mistral-7b-hh --gpu 24GiB`.
 """
 
 from rlhf_recipes import load, main, replace
@@ -31,9 +32,8 @@ recipe = replace(
     },
     ppo={
         "limit": 25_600,  # half of the parent's, for the sake of time: 47 updates
-        "per_device_train_batch_size": 2,  # [M]
-        "gradient_accumulation_steps": 32,  # 2 x 32 = 64 episodes an optimizer step, as the parent
-        "rollout_micro_batch_size": 32,  # [M]
+        "per_device_train_batch_size": "auto",  # [M]
+        "rollout_micro_batch_size": "auto",  # [M]
         "gradient_checkpointing": True,  # [M]
     },
 )

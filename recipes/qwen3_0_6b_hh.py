@@ -73,7 +73,7 @@ recipe = Recipe(
             lr_scheduler_type="constant_with_warmup",  # [I]
             warmup_steps=10,  # [I]: the first 10 updates
             per_device_train_batch_size=4,  # [M]
-            gradient_accumulation_steps=16,  # 4 x 16 = 64 episodes an optimizer step [I]
+            mini_batch_size=64,  # [I]
             num_mini_batches=8,  # 64 x 8 = 512 episodes a rollout [I], [N]
             num_ppo_epochs=1,  # [I]
             rollout_micro_batch_size=128,  # [M]

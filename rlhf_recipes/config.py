@@ -221,11 +221,12 @@ class PPOConfig(TrainingArguments):
 
     def _resolve_sizes(self) -> None:
         """Settle `mini_batch_size`, and where `auto` starts: with all there is, unless a plan says less."""
-        self.auto_sizes = {
-            name
-            for name in ("per_device_train_batch_size", "rollout_micro_batch_size")
-            if getattr(self, name) == "auto"
-        }
+        sizes = ("per_device_train_batch_size", "rollout_micro_batch_size")
+        self.auto_sizes = {name for name in sizes if getattr(self, name) == "auto"}
+        if self.mini_batch_size is not None and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "ppo.mini_batch_size is all of an optimizer step's episodes: leave ppo.gradient_accumulation_steps out."
+            )
         if "per_device_train_batch_size" in self.auto_sizes:
             if self.mini_batch_size is None:
                 raise ValueError("ppo.per_device_train_batch_size=auto needs ppo.mini_batch_size.")

@@ -438,14 +438,14 @@ class SharedBase(nn.Module):
         if hasattr(self.causal, "activation_checkpointing_enable"):
             self.causal.activation_checkpointing_enable(options, **kwargs)
         else:
-            self.causal.gradient_checkpointing_enable(options)
+            self.causal.gradient_checkpointing_enable(options, **kwargs)
         if options.get("use_reentrant"):
             # The embeddings are frozen, and reentrant checkpointing passes gradients only where an input wants one.
             self.causal.enable_input_require_grads()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """The same for the older versions of transformers that know it by this name."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def role_state(self, name: str) -> dict[str, Tensor]:
         """The role's weights under the names PEFT saves them by, with the head under `HEAD`."""

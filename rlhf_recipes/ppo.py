@@ -453,7 +453,7 @@ def check_fit(config: PPOConfig, prompts: int, has_texts: bool) -> None:
     if prompts < config.rollout_prompts:
         raise ValueError(
             f"ppo.data has {prompts} prompts to train on, fewer than one rollout's {config.rollout_prompts} "
-            "(ppo.per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches / num_generations)."
+            "(ppo.mini_batch_size * num_mini_batches / num_generations)."
         )
     if config.ptx_coef and not has_texts:
         raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")

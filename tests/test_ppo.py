@@ -19,11 +19,9 @@ import torch
 from datasets import Dataset
 from tiny_models import make_tokenizer, save_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from rlhf_recipes import generation, objectives, runner
+from rlhf_recipes import generation, runner
 from rlhf_recipes.data import Prepared
 from rlhf_recipes.model import SharedBase, device, load_base, load_tokenizer
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
@@ -300,7 +298,9 @@ def test_where_not_even_one_row_fits_memory_runs_out(folder: Path, make: Make) -
     assert found.value.__notes__ == ["training the policy, 4 rows at a time"]
 
 
-def test_auto_needs_a_mini_batch_size(make: Make) -> None:
+def test_auto_needs_a_mini_batch_size_and_that_is_a_whole(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"leave ppo\.gradient_accumulation_steps out"):
+        make(mini_batch_size=4, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match=r"per_device_train_batch_size=auto needs ppo\.mini_batch_size"):
         make(per_device_train_batch_size="auto")
 
@@ -563,42 +563,6 @@ def test_a_learning_rate_of_zero_keeps_a_role_bit_identical(make: Make, still: s
     trainer.train()
     assert torch.equal(weights(trainer, still), before[still])
     assert (weights(trainer, moving) - before[moving]).abs().max() > 1e-3
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records how many elements the memory behind any operation's floating-point result has at most."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
-def test_no_tensor_of_the_whole_vocabulary_for_all_tokens_is_made(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch, length, vocabulary, hidden = 8, 8, 2048, 16
-    monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", 4 * vocabulary)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            eos_token_id=EOS,
-        )
-    ).save_pretrained(tmp_path)
-    trainer = make(shared_base(tmp_path), per_device_train_batch_size=batch, response_length=length, stop_token_ids=())
-    trainer.create_optimizer()
-    with LargestTensor() as largest:
-        trainer.training_step(trainer.model, rows_of(PROMPTS[:batch]))
-    # The head's own weight, and generation's logits of one token for each row.
-    assert 4 * vocabulary <= largest.elements <= vocabulary * max(hidden, batch) < batch * length * vocabulary
 
 
 # Options

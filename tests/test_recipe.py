@@ -228,10 +228,11 @@ def test_hh_batches_are_the_papers() -> None:
         assert recipe.sft is not None and recipe.reward is not None and recipe.ppo is not None
         batch = {
             stage: args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
-            for stage, args in (("sft", recipe.sft.args), ("reward", recipe.reward.args), ("ppo", recipe.ppo.args))
+            for stage, args in (("sft", recipe.sft.args), ("reward", recipe.reward.args))
         }
-        assert batch == {"sft": 32 if name.startswith("qwen") else 16, "reward": 64, "ppo": 64}
-        rollout = batch["ppo"] * recipe.ppo.args["num_mini_batches"]
+        assert batch == {"sft": 32 if name.startswith("qwen") else 16, "reward": 64}
+        assert recipe.ppo.args["mini_batch_size"] == 64
+        rollout = 64 * recipe.ppo.args["num_mini_batches"]
         assert rollout == 512 and recipe.ppo.limit is not None and recipe.ppo.limit % rollout == 0
         longest = recipe.ppo.args["max_prompt_length"] + recipe.ppo.args["response_length"]
         assert longest == recipe.reward.args["max_length"] == recipe.sft.args["max_length"]

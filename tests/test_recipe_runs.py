@@ -62,13 +62,14 @@ def test_the_stories_recipe_raises_its_python_reward_on_a_real_model(tmp_path: P
 @pytest.mark.parametrize("name", ["qwen3-0-6b-hh", "mistral-7b-hh"])
 def test_the_hh_recipes_run_whole_on_real_comparisons(name: str, tmp_path: Path) -> None:
     small = {"data": str(HH), "limit": 60, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    ppo = {"mini_batch_size": 4, "num_mini_batches": 2, "response_length": 16, "max_steps": 2}
     recipe = replace(
         load(name),
         tracker="none",
         base={"model": str(STORIES)},
         sft=small,
         reward=small,
-        ppo={**small, "num_mini_batches": 2, "response_length": 16, "max_steps": 2},
+        ppo={"data": str(HH), "limit": 60, **ppo},
     )
     summary = run(recipe, tmp_path)
     logged = [value for row in rows(tmp_path, "metrics.jsonl") for value in row.values() if isinstance(value, float)]
