@@ -114,7 +114,7 @@ class Generate:
         sampler, responses = self.sampler, [torch.empty(0)] * len(prompts)
 
         def work(rows: Tensor) -> None:
-            for row, response in zip(rows, self.batch([prompts[row] for row in rows]), strict=True):
+            for row, response in zip(rows.tolist(), self.batch([prompts[row] for row in rows.tolist()]), strict=True):
                 responses[row] = response
 
         with sampling(sampler.model, role), sampler.autocast():

@@ -107,27 +107,29 @@ class PPOTrainer(Trainer):
             data_collator=identity,
             callbacks=callbacks,
         )
-        self.sampler = Sampler(
-            model,
-            processing_class,
-            args.response_length,
-            args.temperature,
-            int(args.rollout_micro_batch_size),
-            [*stop_token_ids, *([args.stop_token_id] if args.stop_token_id is not None else [])],
-            lambda: self.accelerator.autocast(),
-            auto="rollout_micro_batch_size" in args.auto_sizes,
-        )
-        self.sampler.backend = backends.make(
-            args.generation_backend,
-            self.sampler,
-            args.vllm_gpu_memory_utilization,
-            args.vllm_enable_sleep_mode,
-            None if args.max_prompt_length is None else args.max_prompt_length + args.response_length,
-        )
+        self.sampler = self._sampler(stop_token_ids)
         sources = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else reward_funcs
         self.rewards = Rewards(self.sampler, args, rewards.resolve(sources), lambda: self.state)
         texts = held_out_texts(ptx, args.ptx_max_length)
         self.evaluator = Evaluator(self.sampler, self.rewards, gold, args.seed, texts)
+
+    def _sampler(self, stop_token_ids: Sequence[int]) -> Sampler:
+        config = self.config
+        own = [] if config.stop_token_id is None else [config.stop_token_id]
+        sampler = Sampler(
+            self.model,
+            self.processing_class,
+            config.response_length,
+            config.temperature,
+            int(config.rollout_micro_batch_size),
+            [*stop_token_ids, *own],
+            lambda: self.accelerator.autocast(),
+            auto="rollout_micro_batch_size" in config.auto_sizes,
+        )
+        longest = None if config.max_prompt_length is None else config.max_prompt_length + config.response_length
+        vllm = config.vllm_gpu_memory_utilization, config.vllm_enable_sleep_mode, longest
+        sampler.backend = backends.make(config.generation_backend, sampler, *vllm)
+        return sampler
 
     def _copies(self) -> list[str]:
         """Roles that are copies of the policy at some time, beside those that are trained."""

@@ -145,9 +145,9 @@ class Sampler:
         responses: list[Tensor] = [torch.empty(0)] * len(prompts)
 
         def work(rows: Tensor) -> None:
-            inputs = self.pad_left([prompts[row] for row in rows])
+            inputs = self.pad_left([prompts[row] for row in rows.tolist()])
             found = self.model.generate(*inputs, uniforms[rows], self.temperature, stops)
-            for row, response in zip(rows, found, strict=True):
+            for row, response in zip(rows.tolist(), found, strict=True):
                 responses[row] = response
 
         with self.model.role(role), self.autocast():
@@ -211,7 +211,7 @@ class Sampler:
         found: list[tuple[float, int]] = []
 
         def work(rows: Tensor) -> None:
-            loss, tokens = text_loss(self.model, [texts[row] for row in rows])
+            loss, tokens = text_loss(self.model, [texts[row] for row in rows.tolist()])
             found.append((loss.item(), tokens))
 
         with self.model.role(role), self.autocast():
