@@ -114,11 +114,12 @@ class PPOTrainer(Trainer):
         self.evaluator = Evaluator(self.sampler, self.rewards, gold, args.seed, texts)
 
     def _sampler(self, stop_token_ids: Sequence[int]) -> Sampler:
-        config = self.config
+        config, tokenizer = self.config, self.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
         own = [] if config.stop_token_id is None else [config.stop_token_id]
         sampler = Sampler(
             self.model,
-            self.processing_class,
+            tokenizer,
             config.response_length,
             config.temperature,
             int(config.rollout_micro_batch_size),
