@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlparse
 
 import datasets
+import pyarrow.compute
 import torch
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
@@ -43,7 +44,7 @@ from .advice import out_of_memory, refuse
 from .config import DPOConfig, PPOConfig, RewardConfig
 from .dry_run import NoPlan
 from .memory import peak_memory_mib, reset_peak_memory, resident_mib
-from .plan import StagePlan, plan, settle
+from .plan import StagePlan, for_device, plan, settle, stage_plan
 from .recipe import STAGES, Recipe, Source, check_args, function, suggestion, to_dict
 
 CONFIGS: dict[str, type[TrainingArguments]] = {
@@ -157,7 +158,7 @@ def run(
             resume = last_checkpoint(run_dir / stage)
             of_stage = others[stage], prepared[stage], tokenizer
             job = Job(recipe, stage, run_dir, config, *of_stage, manifest["base"], resume)
-            _run_stage(job, manifest, planned.get(stage))
+            _run_stage(job, manifest, plan_for_rows(job) if planned else None)
             for warning in manifest["stages"][stage]["results"].get("card", {}).get("warnings", ()):
                 console.print(Text(f"warning: {warning}", style="yellow"))
     result = summary.summarize(manifest)
@@ -190,6 +191,30 @@ def _plan(recipe: Recipe, configs: dict[str, Any], force: bool, console: Console
     if not force:
         refuse(recipe, configs, found)
     return found.stages
+
+
+def plan_for_rows(job: Job) -> StagePlan:
+    """The stage's plan for its data's longest row in place of the longest that is allowed."""
+    config, prompts, others = copy.copy(job.config), 0, 0
+    table: Any
+    for part in (job.data.train, job.data.heldout):
+        names = [name for name in part.column_names if name.endswith("_ids")]
+        for table in part.select_columns(names).with_format("arrow").iter(batch_size=10_000):
+            for name in names:
+                column = table[name].combine_chunks()
+                if pyarrow.types.is_nested(column.type.value_type):  # rankings have a list of responses
+                    column = column.flatten()
+                longest = pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py()
+                if name == "prompt_ids":
+                    prompts = max(prompts, longest)
+                else:
+                    others = max(others, longest)
+    if job.stage == "ppo":
+        config.max_prompt_length = prompts
+    else:
+        config.max_length = prompts + others  # DPO's responses are without their prompts
+    on_gpu, recipe, config = for_device(job.recipe, job.stage, config, None)
+    return stage_plan(recipe, job.stage, config, on_gpu)
 
 
 def check(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
@@ -403,7 +428,7 @@ def _run_stage(job: Job, manifest: dict[str, Any], planned: StagePlan | None) ->
     start, before = time.perf_counter(), record["seconds"]
     reset_peak_memory()
     if planned is not None:
-        # On a CPU the peak is that of the process, with all that it has loaded before.
+        # On a CPU the measured peak is that of the process, with all that it has loaded before.
         already = 0.0 if torch.cuda.is_available() else resident_mib()
         record["planned_peak_mib"] = round(planned.peak_mib + already, 1)
     try:

@@ -173,6 +173,27 @@ def test_a_stage_that_cannot_fit_is_refused_before_anything_is_read(
     assert of_stage["planned_peak_mib"] > peaks["sft"] and of_stage["peak_memory_mib"] > 0
 
 
+def test_a_run_plans_for_the_longest_rows_of_its_data(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = {stage: {"max_length": 1000} for stage in ("sft", "reward", "dpo")}
+    found = {}
+
+    def run_stage(job: runner.Job, manifest: dict[str, Any], planned: Any) -> None:
+        found[job.stage] = planned.peak_mib
+        if job.stage == "dpo":
+            raise InterruptedError
+        manifest["stages"][job.stage] = {"results": {}}
+
+    monkeypatch.setattr(runner, "_run_stage", run_stage)
+    allowed = replace(recipe, **longer, ppo={"max_prompt_length": 1000})
+    with pytest.raises(InterruptedError):
+        run(allowed, tmp_path)
+    # The recipe's own limits are as long as its rows.
+    assert found == {stage: of_stage.peak_mib for stage, of_stage in plan(recipe).stages.items()}
+    assert all(peak < plan(allowed).stages[stage].peak_mib for stage, peak in found.items())
+
+
 def test_changes_are_what_a_new_plan_says(recipe: Recipe) -> None:
     before = plan(recipe, only=["ppo"]).stages["ppo"].peak_mib
     found = advice.changes(recipe, "ppo", runner.check(recipe))
