@@ -211,7 +211,12 @@ def test_changes_are_what_a_new_plan_says(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("key", ["per_device_train_batch_size", "rollout_micro_batch_size"])
 def test_auto_is_the_largest_that_fits(recipe: Recipe, key: str) -> None:
-    args = {"mini_batch_size": 16, "num_mini_batches": 2, "rollout_micro_batch_size": 4}
+    args = {
+        "mini_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "num_mini_batches": 2,
+        "rollout_micro_batch_size": 4,
+    }
     sizes = [4, 8, 16] if key == "per_device_train_batch_size" else [8, 16, 32]
     own = ["update"] if key == "per_device_train_batch_size" else ["generate", "score"]
     peaks = []
