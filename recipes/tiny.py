@@ -29,6 +29,7 @@ recipe = Recipe(
             lr_scheduler_type="cosine",  # [I]
             num_train_epochs=2,  # [T]: it leaves the demonstrators' variety, and some of the internet
             per_device_train_batch_size=32,  # [I]
+            max_length=128,  # the longest rows have some 65 tokens: what is planned for is what there is
             gradient_checkpointing=False,  # [M]
         ),
     ),
@@ -41,6 +42,7 @@ recipe = Recipe(
             lr_scheduler_type="cosine",  # [I]
             num_train_epochs=1,  # [I], [N]
             per_device_train_batch_size=64,  # [I], [N]
+            max_length=128,
             gradient_checkpointing=False,  # [M]
         ),
     ),
@@ -55,6 +57,7 @@ recipe = Recipe(
             num_mini_batches=2,  # [T]: 128 episodes a rollout
             num_ppo_epochs=2,  # [T]
             rollout_micro_batch_size=128,  # [M]
+            max_prompt_length=64,
             response_length=40,  # the longest demonstrations fit
             temperature=1.0,  # [I]
             missing_eos_penalty=1.0,  # TRL's examples
