@@ -179,7 +179,14 @@ class PPOConfig(TrainingArguments):
         self._resolve_sizes()
         super().__post_init__()
         infinity, least = float("inf"), 5e-324
-        positive = ("response_length", "temperature", "num_ppo_epochs", "num_mini_batches", "rollout_micro_batch_size")
+        positive = (
+            "per_device_train_batch_size",
+            "response_length",
+            "temperature",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "rollout_micro_batch_size",
+        )
         positive += ("cliprange", "cliprange_value", "total_episodes", "max_prompt_length", "num_generations")
         positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size", "mini_batch_size")
         _check_range("ppo", self, positive, least, infinity, "above 0")

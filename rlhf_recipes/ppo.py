@@ -271,6 +271,9 @@ class PPOTrainer(Trainer):
         """
         loss_of = self.policy_loss if role == "policy" else self.value_loss
         tokens = rollout.response_mask[rows].sum()
+        ptx = role == "policy" and self.config.ptx_coef > 0
+        # Drawn before the work, which may begin again.
+        texts = self.random_texts(self.config.ptx_batch_size or len(rows)) if ptx else []
 
         def work() -> None:
             totals.clear()
@@ -281,8 +284,8 @@ class PPOTrainer(Trainer):
                 self.accelerator.backward(loss)
                 for name, value in sums.items():
                     totals[name] += value.item()
-            if role == "policy" and self.config.ptx_coef:
-                totals["loss/ptx_avg"] = self.ptx_backward(self.config.ptx_batch_size or len(rows))
+            if texts:
+                totals["loss/ptx_avg"] = self.ptx_backward(texts)
 
         totals: dict[str, float] = defaultdict(float)
         if "per_device_train_batch_size" not in self.config.auto_sizes:
@@ -322,15 +325,18 @@ class PPOTrainer(Trainer):
         averages = {"loss/value_avg": loss.detach(), "val/clipfrac_avg": sums["clipfrac"] / tokens}
         return self.config.vf_coef * loss, averages
 
-    def ptx_backward(self, count: int) -> float:
-        """Backward of `ptx_coef` times the mean loss per token of so many random texts (InstructGPT, equation 2).
+    def random_texts(self, count: int) -> list[list[int]]:
+        """So many texts of `ptx`, cut to `ptx_max_length`, the shortest first."""
+        picked = torch.randint(len(self.texts), (count,)).tolist()
+        return sorted((self.texts[i][: self.config.ptx_max_length] for i in picked), key=len)
+
+    def ptx_backward(self, texts: list[list[int]]) -> float:
+        """Backward of `ptx_coef` times the mean loss per token of texts (InstructGPT, equation 2).
 
         Returns that mean, in nats.
         """
-        picked = torch.randint(len(self.texts), (count,)).tolist()
-        texts = sorted((self.texts[i][: self.config.ptx_max_length] for i in picked), key=len)
         tokens, total = sum(len(text) - 1 for text in texts), 0.0
-        for start in range(0, count, self.micro_batch_size):
+        for start in range(0, len(texts), self.micro_batch_size):
             with self.accelerator.autocast():
                 loss, _ = text_loss(self.model, texts[start : start + self.micro_batch_size])
             self.accelerator.backward(self.config.ptx_coef * loss / tokens)

@@ -208,7 +208,11 @@ def check_type(key: str, value: Any, annotation: Any) -> None:
     Annotations that it does not know (of classes that are not ours) pass: their own constructor judges those.
     """
     if not _fits(value, annotation):
-        wanted = getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)
+        wanted = (
+            getattr(annotation, "__name__", None)
+            if isinstance(annotation, type)
+            else str(annotation).replace("typing.", "")
+        )
         raise ValueError(f"{key} must be {wanted}, not {value!r} ({type(value).__name__}).")
 
 

@@ -21,7 +21,7 @@ from tiny_models import make_tokenizer, save_model
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from rlhf_recipes import generation, runner
+from rlhf_recipes import generation, ppo, runner
 from rlhf_recipes.data import Prepared
 from rlhf_recipes.model import SharedBase, device, load_base, load_tokenizer
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer
@@ -284,6 +284,28 @@ def test_auto_sizes_are_halved_where_memory_runs_out_and_change_nothing(folder: 
     for other in found[1:]:
         for role, expected in found[0].items():
             torch.testing.assert_close(other[role], expected, rtol=0, atol=2e-5)
+
+
+def test_memory_that_runs_out_among_the_texts_draws_no_others(
+    folder: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"per_device_train_batch_size": "auto", "mini_batch_size": 4}
+    given = {"ptx": TEXTS, "ptx_coef": 0.5, "optim": "sgd", "learning_rate": 0.1}
+    real, found = ppo.text_loss, []
+    for fails in (False, True):
+        failures = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")] if fails else []
+
+        def text_loss(*args: Any, failures: list[Exception] = failures) -> Any:
+            if failures:
+                raise failures.pop()
+            return real(*args)
+
+        monkeypatch.setattr(ppo, "text_loss", text_loss)
+        trainer = make(shared_base(folder), **given, **sizes)
+        trainer.train()
+        assert trainer.micro_batch_size == (2 if fails else 4)
+        found.append(weights(trainer, "policy"))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-5)
 
 
 def test_where_not_even_one_row_fits_memory_runs_out(folder: Path, make: Make) -> None:
@@ -837,7 +859,7 @@ def test_ptx_adds_the_gradient_of_the_mean_loss_of_texts(folder: Path, make: Mak
         )
         torch.manual_seed(3)
         with model.role("policy"):
-            loss = trainer.ptx_backward(6)
+            loss = trainer.ptx_backward(trainer.random_texts(6))
         found.append((loss, [p.grad.clone() for p in model.parameters_of("policy")]))
     torch.manual_seed(3)
     texts = [TEXT_IDS[i] for i in torch.randint(6, (6,)).tolist()]
