@@ -1,4 +1,4 @@
-"""The command line: `rlhf-recipes list | show | plan | run | options`, and `main(recipe)`, which a recipe file calls.
+"""The command line: `rlhf-recipes COMMAND`, and `main(recipe)`, which a recipe file calls.
 
 Neither torch nor trl is imported until a run starts or an override has to be checked, so list and show answer at once.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .feedback.commands import COMMANDS
 from .recipe import (
     SECTIONS,
     STAGES,
@@ -38,7 +39,7 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
     """The `rlhf-recipes` command. Exits with 2 after a user's error and with 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="rlhf-recipes", description="RLHF on one GPU, from recipes.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | show | plan | run | options")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="name the shipped recipes")
     purposes = {
         "show": "print a recipe, every setting resolved",
@@ -58,9 +59,13 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
             subparser.add_argument("--tflops", type=float, metavar="N", help="give hours, at so many TFLOP/s")
     subparser = commands.add_parser("options", help="list every option with its default, meaning and source")
     subparser.add_argument("sections", nargs="*", metavar="SECTION", help="only of ppo, reward, base, ...")
+    for name, command in COMMANDS.items():
+        command.arguments(commands.add_parser(name, help=command.purpose, description=command.purpose))
     options = _parse(parser, argv)
     with _exit_codes():
-        if options.command == "list":
+        if options.command in COMMANDS:
+            COMMANDS[options.command].run(options)
+        elif options.command == "list":
             print(_table())
         elif options.command == "show":
             print(_show(options))

@@ -16,7 +16,9 @@ or, for the reward model, one of ours:
 
     prompt + responses + ranking  K = 2 to 9 responses and a rank for each, 1 for the best, equal ranks for ties
 
-Comparisons may have a `margin`, a `weight` (the trust in their labeler) and a `source` (a name to report by) each.
+Comparisons may have a `margin`, a `weight` (the trust in their labeler) and a `source` (a name to report by) each, and
+rankings soft labels, `preferences`: of each pair (1st and 2nd, 1st and 3rd, ..., 2nd and 3rd, ...) the probability that
+its first response is the better one. What people or judges are to rank has no `ranking` yet.
 
 Transcripts of Anthropic's HH kind ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages.
 """
@@ -57,7 +59,7 @@ from .chat import (
 )
 from .recipe import Source, function, is_function, suggestion
 
-StageName = Literal["sft", "reward", "ppo", "dpo", "ptx"]
+StageName = Literal["sft", "reward", "ppo", "dpo", "ptx", "rank", "label"]
 
 # What a stage takes, in order of preference. `messages` come first and the whole preference row before its prompt alone
 # in every stage, so that a source with several formats gives all stages the same prompt.
@@ -67,9 +69,12 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "ppo": (("messages",), ("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt",)),
     "dpo": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "ptx": (("text",),),
+    # for `feedback`: what is to be ranked, and what somebody has ranked
+    "rank": (("prompt", "responses"),),
+    "label": (("prompt", "responses", "ranking"),),
 }
 COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected", "margin")
-COLUMNS += ("responses", "ranking", "weight", "source", "text")  # the first four are ours
+COLUMNS += ("responses", "ranking", "preferences", "weight", "source", "text")  # all but the last are ours
 MOST_RESPONSES = 9  # InstructGPT ranked 4 to 9
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # arguments of reward functions, and our column
 
@@ -271,8 +276,8 @@ def _normalize(row: _Row, columns: tuple[str, ...], name: str) -> None:
     if None in row.columns:  # the csv module's key for what has no column
         raise _BadRow("wrong type", "row", "it has more cells than the header")
     values: dict[str, Any] = {column: row.columns.get(column) for column in columns}
-    if "ranking" in values:
-        values = _unfold_ranking(row, values)
+    if "responses" in values:
+        values = _unfold_responses(row, values)
     for column, value in values.items():
         _check_text(column, value)
     if "messages" in values:
@@ -295,7 +300,10 @@ def _normalize(row: _Row, columns: tuple[str, ...], name: str) -> None:
     for column, value in row.completions.items():
         _check_completion(prompt, column, value)
     if "ranking" in columns:
+        if name == "reward" and len(set(row.columns["ranking"])) == 1:
+            raise _BadRow("all tied", "ranking", f"{row.columns['ranking']} prefers nothing")
         _check_ranking(list(row.completions.values()), row.columns["ranking"])
+        _check_preferences(row)
 
 
 def _check_completion(prompt: Text, column: str, value: Text) -> None:
@@ -309,33 +317,50 @@ def _check_completion(prompt: Text, column: str, value: Text) -> None:
         raise _BadRow("not one assistant message", column, f"after the prompt there is: {roles}")
 
 
-def _unfold_ranking(row: _Row, values: dict[str, Any]) -> dict[str, Any]:
-    """The prompt, and each response as a value of its own, once the two lists fit each other. Raises _BadRow."""
-    for column in ("responses", "ranking"):
-        if isinstance(values[column], str):  # a CSV cell
-            try:
-                values[column] = json.loads(values[column])
-            except json.JSONDecodeError as error:
-                raise _BadRow("wrong type", column, f"{values[column]!r} is no JSON list") from error
-        if values[column] is None:
-            raise _BadRow("missing field", column)
-        if not isinstance(values[column], list):
-            raise _BadRow("wrong type", column, f"{type(values[column]).__name__}, not a list")
-    responses, ranking = values["responses"], values["ranking"]
+def _unfold_responses(row: _Row, values: dict[str, Any]) -> dict[str, Any]:
+    """The prompt, and each response as a value of its own. Raises _BadRow where they and a ranking do not fit."""
+    lists = {column: _list(column, values[column]) for column in values if column != "prompt"}
+    responses = lists["responses"]
     if not 2 <= len(responses) <= MOST_RESPONSES:
         raise _BadRow("number of responses", "responses", f"{len(responses)}, not 2 to {MOST_RESPONSES}")
-    if len(ranking) != len(responses):
-        raise _BadRow("lengths differ", "ranking", f"{len(ranking)} ranks for {len(responses)} responses")
-    if any(isinstance(rank, bool) or rank not in range(1, len(ranking) + 1) for rank in ranking):
-        raise _BadRow("wrong ranks", "ranking", f"{ranking}, not whole numbers from 1, the best, to {len(ranking)}")
-    row.columns["ranking"] = [int(rank) for rank in ranking]
+    if "ranking" in lists:
+        ranking = lists["ranking"]
+        if len(ranking) != len(responses):
+            raise _BadRow("lengths differ", "ranking", f"{len(ranking)} ranks for {len(responses)} responses")
+        if any(isinstance(rank, bool) or rank not in range(1, len(ranking) + 1) for rank in ranking):
+            raise _BadRow("wrong ranks", "ranking", f"{ranking}, not whole numbers from 1, the best, to {len(ranking)}")
+        row.columns["ranking"] = [int(rank) for rank in ranking]
     numbered = {f"responses[{i}]": [x] if isinstance(x, dict) else x for i, x in enumerate(responses)}
     return {"prompt": values["prompt"], **numbered}
 
 
+def _list(column: str, value: Any) -> list[Any]:
+    """A list, or a CSV cell that holds one as JSON. Raises _BadRow."""
+    if value is None:
+        raise _BadRow("missing field", column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise _BadRow("wrong type", column, f"{value!r} is no JSON list") from error
+    if not isinstance(value, list):
+        raise _BadRow("wrong type", column, f"{type(value).__name__}, not a list")
+    return value
+
+
+def _check_preferences(row: _Row) -> None:
+    """Soft labels, where the row has them, are a probability for each pair. Raises _BadRow."""
+    if row.columns.get("preferences") is None:
+        return
+    found, pairs = _list("preferences", row.columns["preferences"]), math.comb(len(row.completions), 2)
+    if len(found) != pairs:
+        raise _BadRow("lengths differ", "preferences", f"{len(found)} for {pairs} pairs of responses")
+    if not all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in found):
+        raise _BadRow("not a probability", "preferences", f"{found}, not numbers from 0 to 1")
+    row.columns["preferences"] = [float(p) for p in found]
+
+
 def _check_ranking(responses: list[Text], ranking: list[int]) -> None:
-    if len(set(ranking)) == 1:
-        raise _BadRow("all tied", "ranking", f"{ranking} prefers nothing")
     for (one, above), (other, below) in combinations(zip(responses, ranking, strict=True), 2):
         if one == other and above != below:
             raise _BadRow("equal texts ranked differently", "responses", f"ranks {above} and {below}")
@@ -391,7 +416,8 @@ class Prepared:
     """A stage's tokenized data. Every list of ids has its row's own length; nothing is padded.
 
     sft: input_ids, labels (-100 on the prompt). reward: chosen_ids, rejected_ids, or responses_ids (K lists) and
-    ranking (K ranks); prompt_length, and margin, weight (of mean 1 on the training side) and source where given.
+    ranking (K ranks); prompt_length, and margin, weight (of mean 1 on the training side), source and, of rankings,
+    preferences (C(K, 2) numbers or None) where given.
     dpo: prompt_ids, chosen_ids and rejected_ids, without the prompt in the last two.
     ppo: prompt_ids, prompt, and every other column of the source, for reward functions. ptx: input_ids.
     `report` holds source, rows, used, train, heldout, heldout_prompts (numbers of), dropped (reason -> number) and
@@ -426,14 +452,8 @@ def prepare(
     for key in ("limit", "heldout_limit"):
         if (getattr(stage, key) or 0) < 0:
             raise ValueError(f"{name}.{key} must not be negative, but is {getattr(stage, key)}.")
-    rows = _rename(name, stage, list(islice(_read(name, stage), stage.limit)))
-    if not rows:
-        raise ValueError(f"{name}.data: {stage.data} holds no rows.")
-    total, bad = len(rows), []
-    columns = _choose_format(name, stage, rows)
-    rows = _sift(rows, lambda row: _normalize(row, columns, name), bad)
-    conversational = bool(rows) and _sides(rows).most_common(1)[0][0]
-    rows = _sift(rows, lambda row: _check_side(row, conversational), bad)
+    rows, bad, total = _load(name, stage)
+    conversational = not isinstance(rows[0].prompt, str) if rows else False
     for column in ("margin", "weight") if name == "reward" else ():
         if any(column in row.columns for row in rows):
             rows = _sift(rows, lambda row, column=column: _check_number(row, column), bad)
@@ -462,6 +482,61 @@ def prepare(
     table = _table(name, stage, [*heldout, *train])
     kept, trained = range(len(heldout)), range(len(heldout), len(table))
     return Prepared(table.select(trained), table.select(kept), conversational, stop, report)
+
+
+def _load(name: str, stage: Source) -> tuple[list[_Row], list[tuple[int, _BadRow]], int]:
+    """The usable rows of a source, all text or all messages, the bad ones, and the number of both."""
+    rows = _rename(name, stage, list(islice(_read(name, stage), stage.limit)))
+    if not rows:
+        raise ValueError(f"{name}.data: {stage.data} holds no rows.")
+    total, bad = len(rows), []
+    columns = _choose_format(name, stage, rows)
+    rows = _sift(rows, lambda row: _normalize(row, columns, name), bad)
+    conversational = bool(rows) and _sides(rows).most_common(1)[0][0]
+    return _sift(rows, lambda row: _check_side(row, conversational), bad), bad, total
+
+
+def items(kind: Literal["rank", "label"], path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of samples (`rank`) or of labels: dicts of prompt, responses, ranking and its other columns.
+
+    Raises ValueError where a row is not usable, naming file, row and field: what people or judges work through, and
+    what they said, is corrected and not dropped.
+    """
+    source = Source(str(path), bad_rows="refuse")
+    try:
+        rows, bad, total = _load(kind, source)
+        _report_bad(kind, source, bad, total)
+    except ValueError as error:
+        message = str(error).removeprefix(f"{kind}.data: ").replace(f" or set {kind}.bad_rows=drop", "")
+        raise ValueError(message) from error
+    return [{**row.columns, "prompt": row.prompt, "responses": list(row.completions.values())} for row in rows]
+
+
+def merge(parts: list[Prepared]) -> Prepared:
+    """Several prepared sources of the `reward` stage as one, all in the columns of rankings."""
+    names = {column for part in parts for column in part.train.column_names} & {"margin", "weight", "source"}
+    soft = any("preferences" in part.train.column_names for part in parts)
+    sides = []
+    for side in ("heldout", "train"):
+        rows = [row for part in parts for row in getattr(part, side).to_list()]
+        columns: dict[str, list[Any]] = {
+            "responses_ids": [row.get("responses_ids") or [row["chosen_ids"], row["rejected_ids"]] for row in rows],
+            "ranking": [row.get("ranking") or [1, 2] for row in rows],
+            "prompt_length": [row["prompt_length"] for row in rows],
+        }
+        missing = {"margin": 0.0, "weight": 1.0, "source": None}
+        columns |= {name: [row.get(name, missing[name]) for row in rows] for name in sorted(names)}
+        if soft:
+            columns["preferences"] = [row.get("preferences") for row in rows]
+        sides.append(columns)
+    table = datasets.Dataset.from_dict({name: sides[0][name] + sides[1][name] for name in sides[0]})
+    kept, trained = range(len(sides[0]["ranking"])), range(len(sides[0]["ranking"]), len(table))
+    counts = ("rows", "used", "train", "heldout", "heldout_prompts")
+    report: dict[str, Any] = {name: sum(part.report[name] for part in parts) for name in counts}
+    report["source"] = ", ".join(part.report["source"] for part in parts)
+    report["dropped"] = dict(sum((Counter(part.report["dropped"]) for part in parts), Counter()))
+    report["examples"] = [example for part in parts for example in part.report["examples"]]
+    return Prepared(table.select(trained), table.select(kept), parts[0].conversational, parts[0].stop_token_id, report)
 
 
 def _sift(rows: list[_Row], check: Callable[[_Row], None], bad: list[tuple[int, _BadRow]]) -> list[_Row]:
@@ -586,6 +661,8 @@ def _table(name: str, stage: Source, rows: list[_Row]) -> datasets.Dataset:
         if any(row.columns.get("source") is not None for row in rows):
             sources = [row.columns.get("source") for row in rows]
             columns["source"] = [None if source is None else str(source) for source in sources]
+        if "chosen" not in rows[0].ids and any(row.columns.get("preferences") is not None for row in rows):
+            columns["preferences"] = [row.columns.get("preferences") for row in rows]
     elif name == "ptx":
         columns = {"input_ids": [row.prompt_ids for row in rows]}
     elif name == "dpo":

@@ -43,18 +43,21 @@ def ranking_loss(
     margin: Tensor | None = None,
     label_smoothing: float = 0.0,
     center_coefficient: float = 0.0,
+    preferences: Tensor | None = None,
 ) -> Tensor:
     """Each row's mean loss over the C(K, 2) pairs of its K responses (InstructGPT, arXiv:2203.02155, equation 1).
 
     A pair's loss is -[p log sigma(d) + (1 - p) log sigma(-d)] + center_coefficient * (r_better + r_worse)^2 with
     d = r_better - r_worse - margin and p = 1 - label_smoothing (arXiv:2401.06080); of a tie, p is 0.5 and there is no
-    margin. The square is TRL's `center_rewards_coefficient` (arXiv:2312.09244, equation 2), taken pair by pair: a
-    ranking costs what its pairs cost on average, and at K = 2 all is as in TRL.
+    margin; where the pair has a soft label, p is that. The square is TRL's `center_rewards_coefficient`
+    (arXiv:2312.09244, equation 2), taken pair by pair: a ranking costs what its pairs cost on average, and at K = 2
+    all is as in TRL.
 
     Args:
         scores: (B, K).
         ranking: (B, K), 1 for the best, equal for ties, 0 where a row has no such response.
         margin: (B,).
+        preferences: (B, K, K), the probability that the first response is better than the second; NaN: as ranked.
     Returns:
         (B,).
     """
@@ -65,6 +68,9 @@ def ranking_loss(
     if margin is not None:
         difference = difference - margin[:, None] * order.abs()
     right = torch.where(order == 0, 0.5, 1 - label_smoothing)
+    if preferences is not None:
+        soft = preferences[:, first, second]  # (B, C)
+        right = torch.where(soft.isnan(), right, torch.where(order < 0, 1 - soft, soft))
     losses = -(right * logsigmoid(difference) + (1 - right) * logsigmoid(-difference))
     losses = losses + center_coefficient * (scores[:, first] + scores[:, second]) ** 2
     return (losses * there).sum(1) / there.sum(1)
@@ -92,6 +98,17 @@ def ranking_of(rows: Sequence[dict[str, Any]]) -> Tensor:
     return pad(ranks, padding_value=0, padding_side="right")
 
 
+def preferences_of(rows: Sequence[dict[str, Any]]) -> Tensor:
+    """The rows' soft labels as (B, K, K), NaN where there is none."""
+    most = max(len(row["ranking"]) for row in rows)
+    result = torch.full((len(rows), most, most), float("nan"))
+    for index, row in enumerate(rows):
+        if row["preferences"] is not None:
+            first, second = torch.triu_indices(len(row["ranking"]), len(row["ranking"]), offset=1)
+            result[index, first, second] = torch.tensor(row["preferences"])
+    return result
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +117,7 @@ class RankingCollator:
     """Makes a batch of rows of the `reward` stage.
 
     `input_ids` and `attention_mask` (R, L) hold all their R responses, one after another and padded at the right;
-    `ranking` is (B, K), see `ranking_loss`; `margin` and `weight`, where given, are (B,).
+    `ranking` is (B, K), see `ranking_loss`; where given, `margin` and `weight` are (B,), `preferences` (B, K, K).
     """
 
     pad_token_id: int
@@ -110,6 +127,8 @@ class RankingCollator:
         ids = [torch.tensor(response) for row in rows for response in responses_of(row)]
         masks = [torch.ones_like(response) for response in ids]
         given = {key: torch.tensor([row[key] for row in rows]) for key in ("margin", "weight") if key in rows[0]}
+        if "preferences" in rows[0]:
+            given["preferences"] = preferences_of(rows)
         # The ranking comes first: the Trainer takes the number of rows from the first tensor.
         return {
             "ranking": ranking_of(rows),
@@ -132,7 +151,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, "responses_ids", "ranking", "weight"]
+        self._signature_columns = [*self._signature_columns, "responses_ids", "ranking", "weight", "preferences"]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -142,7 +161,8 @@ class RewardTrainer(trl.RewardTrainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False)
         scores = fold(outputs.logits[:, 0].float(), ranking)
         center = self.args.center_rewards_coefficient or 0.0
-        losses = ranking_loss(scores, ranking, inputs.get("margin"), self.args.label_smoothing, center)
+        soft = inputs.get("preferences")
+        losses = ranking_loss(scores, ranking, inputs.get("margin"), self.args.label_smoothing, center, soft)
         loss = (losses * inputs.get("weight", 1.0)).mean()
         self._record(outputs.logits.detach(), scores.detach(), ranking, int(mask.sum()))
         return (loss, outputs) if return_outputs else loss

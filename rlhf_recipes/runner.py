@@ -43,6 +43,7 @@ from . import __version__, backends, data, dpo, model, ppo, reward, rewards, sft
 from .advice import out_of_memory, refuse
 from .config import DPOConfig, PPOConfig, RewardConfig
 from .dry_run import NoPlan
+from .files import write_json, write_text
 from .memory import peak_memory_mib, reset_peak_memory, resident_mib
 from .plan import StagePlan, for_device, plan, settle, stage_plan
 from .recipe import STAGES, Recipe, Source, check_args, function, suggestion, to_dict
@@ -477,21 +478,6 @@ def _forget(path: Path, stage: str, step: int) -> None:
             # This row ends the training. It stays with a checkpoint of the last step; the evaluation comes again.
             again = again or (row["stage"] == stage and "train_runtime" in row)
         write_text(path, "".join(kept))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a torn one."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: to a neighbour, flushed to disk, then renamed."""
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)
 
 
 class Recorder(TrainerCallback):

@@ -1,0 +1,61 @@
+"""Files that a kill leaves whole: written in one piece, or row by row."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a torn one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: to a neighbour, flushed to disk, then renamed."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(scratch, path)
+
+
+class Journal:
+    """A JSONL file that grows by a row at a time, each on disk when `append` returns. One process writes it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and read its rows; a last line without its end, which a kill has torn, is cut off.
+
+        Raises ValueError where another line is no JSON object.
+        """
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as stream:
+            stream.seek(0)
+            for number, line in enumerate(stream, 1):
+                if not line.endswith(b"\n"):
+                    stream.truncate(stream.tell() - len(line))
+                    break
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: {type(row).__name__}, not an object.")
+                self.rows.append(row)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write a row, flushed and synced to disk."""
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.rows.append(row)
+
+    def remove(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Take rows out again. The file is replaced in one step, so that no other row is ever at risk."""
+        self.rows = [row for row in self.rows if not unwanted(row)]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
