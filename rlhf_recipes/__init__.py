@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Base, DPOStage, Lora, PPOStage, Recipe, Source, Stage, load, replace
+from .recipe import Base, DPOStage, Lora, PPOStage, Recipe, Rounds, Source, Stage, load, replace
 
 if TYPE_CHECKING:
     from .cli import main
@@ -20,6 +20,7 @@ __all__ = [
     "PPOStage",
     "PPOTrainer",
     "Recipe",
+    "Rounds",
     "SharedBase",
     "Source",
     "Stage",

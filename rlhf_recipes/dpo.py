@@ -7,7 +7,6 @@ arXiv:2305.18290, equation 7). The reference is the SFT adapter or, without an S
 import gc
 from typing import TYPE_CHECKING, Any
 
-import torch
 import trl
 from datasets import Dataset
 from peft import PeftModel, TaskType
@@ -93,9 +92,8 @@ def evaluator(job: "Job") -> Evaluator:
     """The roles on one base, ready to be compared. Their samples are scored by PPO's reward, as far as there is one."""
     recipe, run_dir = job.recipe, job.run_dir
     shared = SharedBase(load_base(recipe.base), recipe.lora, job.fingerprint)
-    shared.add_role("reference", run_dir / "sft" if recipe.sft is not None else None)
+    shared.add_role("reference", job.sft)
     shared.add_role("policy", job.folder)
-    half = shared.causal.dtype == torch.bfloat16
     sampler = Sampler(
         shared,
         job.tokenizer,
@@ -103,7 +101,6 @@ def evaluator(job: "Job") -> Evaluator:
         job.config.temperature,
         job.config.per_device_eval_batch_size,
         [job.data.stop_token_id],
-        lambda: torch.autocast(shared.device.type, torch.bfloat16, enabled=half),
     )
     sources, args = (recipe.ppo.reward_funcs or (ROLE,), recipe.ppo.args) if recipe.ppo is not None else ((ROLE,), {})
     if ROLE in sources:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,23 +32,26 @@ class Journal:
         """
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as stream:
-            stream.seek(0)
-            for number, line in enumerate(stream, 1):
-                if not line.endswith(b"\n"):
-                    stream.truncate(stream.tell() - len(line))
-                    break
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number}: {type(row).__name__}, not an object.")
-                self.rows.append(row)
+        if path.is_file():
+            with path.open("r+b") as stream:
+                self._read(stream)
+
+    def _read(self, stream: BinaryIO) -> None:
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                stream.truncate(stream.tell() - len(line))
+                return
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {number}: not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{self.path}, line {number}: {type(row).__name__}, not an object.")
+            self.rows.append(row)
 
     def append(self, row: dict[str, Any]) -> None:
         """Write a row, flushed and synced to disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
             stream.flush()

@@ -80,6 +80,22 @@ def model_path(base: Base) -> str:
     return str(folder)
 
 
+def longest_row(base: Base, limit: int | None, spare: int = 0, key: str = "") -> int | None:
+    """The longest row, in tokens: `limit`, or what the model's context leaves beside `spare` tokens of response.
+
+    Raises ValueError, naming the setting `key` of the response length, where nothing is left.
+    """
+    config = AutoConfig.from_pretrained(
+        model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return limit
+    if spare >= context:
+        raise ValueError(f"{key}={spare} leaves no room for a prompt in the context of {context} tokens.")
+    return min(limit or context, context - spare)
+
+
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """The base's tokenizer with its chat template, and a padding token that never ends a response.
 

@@ -507,9 +507,8 @@ def train(job: "Job") -> dict[str, Any]:
 def add_roles(shared: SharedBase, job: "Job") -> None:
     """Attach the roles that the stage needs, and no others: each is an adapter in memory."""
     recipe, run_dir = job.recipe, job.run_dir
-    start = run_dir / "sft" if recipe.sft is not None else None
-    shared.add_role("reference", start)
-    shared.add_role("policy", start, trainable=True)
+    shared.add_role("reference", job.sft)
+    shared.add_role("policy", job.start, trainable=True)
     if rewards.ROLE in (recipe.ppo.reward_funcs or (rewards.ROLE,)):
         add_reward_roles(shared, run_dir)
     if not job.config.has_critic:
@@ -519,7 +518,7 @@ def add_roles(shared: SharedBase, job: "Job") -> None:
         shared.add_role("critic", run_dir / "reward", trainable=True, head=True)
         return
     if critic == "sft":
-        shared.add_role("critic", start, trainable=True)
+        shared.add_role("critic", job.sft, trainable=True)
     shared.add_head("critic", on="policy" if critic == "head" else None)
 
 

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -66,14 +67,18 @@ class Lora:
 class Source:
     """Where rows come from.
 
-    `data` is a Hub dataset id, a local JSONL, JSON, CSV or Parquet file (also .gz), or `module:function`, a function
-    without arguments that returns rows.
+    `data` is a named source (`rlhf-recipes check --sources`), a Hub dataset id, a local JSONL, JSON, CSV or Parquet file
+    (also .gz), or `module:function`, a function without arguments that returns rows.
+
+    `convert` brings rows of another format into one that is accepted: a named source's conversion, for a copy of it, or
+    `module:function`, which takes all rows and returns rows, best one by one.
     """
 
-    data: str  # a Hub dataset id, a local file, or module:function
+    data: str  # a named source, a Hub dataset id, a local file, or module:function
     subset: str | None = None  # the Hub dataset's configuration name
     split: str = "train"  # the Hub dataset's split; a local file is one split
     limit: int | None = None  # read only the first rows
+    convert: str | None = None  # a named source's conversion, or module:function, from rows to rows
     columns: Mapping[str, str] = field(default_factory=dict)  # TRL's column name -> the source's
     heldout: float = 0.05  # share of the prompts that are kept from training
     heldout_limit: int = 256  # evaluate on at most so many held-out rows
@@ -113,10 +118,35 @@ class DPOStage(Stage):
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """Rounds of feedback after the first, each in a folder of its own (`round-2`, ...).
+
+    A round samples `responses` to each of `size` fresh prompts from `models`, has them ranked by `labeler`, trains the
+    reward model anew on all comparisons so far, and goes on with PPO from the policy of the round before. The SFT model
+    stays the reference.
+
+    - `people`: the run stops and says how to label; run again, it goes on once `enough` of the samples are judged
+    - `module:function` or `file.py:function`, a simulated labeler:
+      `function(prompts, responses, seed) -> list[list[int]]`, a rank for each response, 1 for the best
+    - a model (Hub id, folder) or the URL of an OpenAI-compatible endpoint: see `rlhf-recipes judge`
+    """
+
+    count: int = 3  # rounds in all; the first has the recipe's own comparisons
+    labeler: str = "people"  # people, module:function, or a judge
+    prompts: str | None = None  # a source of prompts like `ppo.data`; None: that one
+    size: int = 256  # prompts labelled in a round
+    responses: int = 4  # to each prompt, 2 to 9
+    models: tuple[str, ...] = ("ppo",)  # what is sampled: ppo (of the round before), sft, base
+    temperatures: tuple[float, ...] = (1.0,)
+    enough: float = 1.0  # share of the samples that people must have judged or skipped
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Supervised fine-tuning, a reward model, PPO and DPO on one base. A stage that is None is left out.
 
-    `ptx` holds the pretraining texts (rows with `text`) that `ppo.ptx_coef` mixes into PPO.
+    `ptx` holds the pretraining texts (rows with `text`) that `ppo.ptx_coef` mixes into PPO. `rounds` asks for more
+    feedback after PPO.
 
     `gold` names a function like those in `PPOStage.reward_funcs`. It measures true quality where that is known, is
     never trained on, and gives the win rate in the final table.
@@ -129,6 +159,7 @@ class Recipe:
     ppo: PPOStage | None = None
     dpo: DPOStage | None = None
     ptx: Source | None = None
+    rounds: Rounds | None = None
     lora: Lora = Lora()
     gold: str | None = None  # a reward function that measures true quality
     seed: int = 0  # of weights, data order, held-out split and sampling
@@ -143,6 +174,7 @@ SECTIONS: dict[str, type] = {
     "ppo": PPOStage,
     "dpo": DPOStage,
     "ptx": Source,
+    "rounds": Rounds,
 }
 
 
@@ -173,9 +205,9 @@ def _replace_section(recipe: Recipe, name: str, change: Mapping[str, Any]) -> An
         if key in OWNED:
             raise ValueError(f"{name}.{key} is set by the runner: {OWNED[key]}.")
     if section is None:
-        if "data" not in typed:
+        if "data" in own and "data" not in typed:
             raise ValueError(f"Recipe {recipe.name!r} has no section {name!r}: to add it, set {name}.data as well.")
-        section = kind(data=typed["data"])
+        section = kind(**{key: typed[key] for key in typed if key == "data"})
     if passed:
         typed["args"] = {**section.args, **typed.get("args", {}), **passed}
     result = dataclasses.replace(section, **typed)
@@ -277,9 +309,10 @@ def _keep_text(kind: type, name: str, text: str) -> Any:
         return text
     if isinstance(value, int | float) and not isinstance(value, bool) and annotation in (str, str | None):
         return text
-    if isinstance(value, list) and tuple[str, ...] in (annotation, *typing.get_args(annotation)):
+    several = [kind for kind in (annotation, *typing.get_args(annotation)) if typing.get_origin(kind) is tuple]
+    if isinstance(value, list) and several:
         return tuple(value)
-    if isinstance(value, str) and annotation == tuple[str, ...]:
+    if isinstance(value, str | int | float) and annotation in several:
         return (value,)
     return value
 
@@ -307,6 +340,32 @@ def check_args(name: str, stage: Stage, config: type) -> None:
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as plain JSON values."""
     return dataclasses.asdict(recipe)
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `to_dict` wrote. Raises ValueError for a key or a type that no recipe has."""
+    _check_keys("", values, Recipe)
+    values = {name: _section(name, value) if name in SECTIONS and value else value for name, value in values.items()}
+    recipe = Recipe(**values)
+    _check_types("", recipe)
+    return recipe
+
+
+def _section(name: str, values: Mapping[str, Any]) -> Any:
+    """A section with its tuples, of which JSON has made lists. A stage's `args` stay as they are."""
+    _check_keys(f"{name}.", values, SECTIONS[name])
+    section = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    result = SECTIONS[name](**section)
+    _check_types(f"{name}.", result)
+    return result
+
+
+def of_run(run_dir: Path) -> Recipe:
+    """The recipe of a run folder. Raises ValueError where that is none."""
+    path = run_dir / "recipe.json"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is no run folder: it has no recipe.json. `rlhf-recipes run` writes one.")
+    return from_dict(json.loads(path.read_text()))
 
 
 def recipes_folder() -> Path:

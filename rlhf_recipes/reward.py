@@ -24,7 +24,7 @@ from trl.trainer.utils import pad
 
 from . import card
 from .model import BIAS, HEAD, SharedBase, check_fingerprint, load_base, lora_config, write_fingerprint
-from .rollout import pad_right
+from .rollout import autocast_of, pad_right
 
 if TYPE_CHECKING:
     from .data import Prepared
@@ -200,8 +200,8 @@ def train_member(job: "Job") -> None:
     set_seed(job.config.seed)  # the head begins at random
     model = load_base(job.recipe.base, AutoModelForSequenceClassification, num_labels=1)
     model = get_peft_model(model, lora_config(job.recipe.lora, TaskType.SEQ_CLS))
-    if job.recipe.sft is not None:
-        start_from(model, job.run_dir / "sft", job.fingerprint)
+    if job.sft is not None:
+        start_from(model, job.sft, job.fingerprint)
     trainer = RewardTrainer(
         model=model,
         args=job.config,
@@ -335,9 +335,8 @@ def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None
 @torch.no_grad()
 def score(shared: SharedBase, rows: Sequence[list[int]], role: str = "reward", batch_size: int = 8) -> Tensor:
     """A role's scores (N,), on the CPU, of N rows of token ids, each prompt + response + stop token."""
-    half = shared.causal.dtype == torch.bfloat16
     scores = []
-    with shared.role(role), torch.autocast(shared.device.type, torch.bfloat16, enabled=half):
+    with shared.role(role), autocast_of(shared):
         for start in range(0, len(rows), batch_size):
             scores.append(shared.scores(*pad_right(rows[start : start + batch_size], 0, shared.device)).cpu())
     return torch.cat(scores)

@@ -83,7 +83,7 @@ class Sampler:
         temperature: float,
         batch_size: int,
         stop_token_ids: Sequence[int],
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Callable[[], AbstractContextManager] | None = None,
         auto: bool = False,
     ) -> None:
         """
@@ -92,10 +92,11 @@ class Sampler:
             temperature: of the policy; log-probabilities are of the tempered distribution too. Nothing else warps it
                 (no top-k, top-p, penalty, minimum length), or the KL would be of one that nobody sampled from.
             stop_token_ids: tokens that end a response, beside the tokenizer's EOS.
-            autocast: context of every forward, the same in which the update trains.
+            autocast: context of every forward, the same in which the update trains; None: bfloat16 where the base is.
             auto: where memory runs out, halve `batch_size` and go on.
         """
-        self.model, self.tokenizer, self.batch_size, self.autocast = model, tokenizer, batch_size, autocast
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.autocast = autocast or (lambda: autocast_of(model))
         self.response_length, self.temperature, self.auto = response_length, temperature, auto
         eos: Any = tokenizer.eos_token_id
         padding: Any = tokenizer.pad_token_id
@@ -221,6 +222,11 @@ class Sampler:
     def texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens."""
         return self.tokenizer.batch_decode(samples.responses(), skip_special_tokens=True)
+
+
+def autocast_of(model: SharedBase) -> AbstractContextManager:
+    """The context of forwards outside a trainer: bfloat16 autocast on a bfloat16 base, else nothing."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.causal.dtype == torch.bfloat16)
 
 
 def state_values(model: SharedBase, samples: Samples) -> Tensor:

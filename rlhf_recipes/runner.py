@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -39,7 +38,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from . import __version__, backends, data, dpo, model, ppo, reward, rewards, sft, summary
+from . import __version__, backends, data, dpo, model, ppo, reward, rewards, rounds, sft, summary
 from .advice import out_of_memory, refuse
 from .config import DPOConfig, PPOConfig, RewardConfig
 from .dry_run import NoPlan
@@ -70,10 +69,26 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: dict[str, Any]
     resume: str | None  # the checkpoint to go on from
+    round: int = 1  # from the second on `run_dir` is the round's folder, inside the run's
 
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir)
+
+    @property
+    def root(self) -> Path:
+        """The run's own folder."""
+        return self.run_dir if self.round == 1 else self.run_dir.parent
+
+    @property
+    def sft(self) -> Path | None:
+        """The SFT adapter; None, the bare base, in a recipe without that stage."""
+        return None if self.recipe.sft is None else self.root / "sft"
+
+    @property
+    def start(self) -> Path | None:
+        """The adapter that the policy starts from: the SFT one, or the policy of the round before."""
+        return self.sft if self.round == 1 else rounds.folder(self.root, self.round - 1) / "ppo" / "policy"
 
     def member(self, index: int) -> "Job":
         """The job of an ensemble's adapter: from number 1 on with a folder, a seed, a W&B run and a name of its own."""
@@ -143,31 +158,91 @@ def run(
     configs = check(recipe, run_dir)
     manifest = _open(recipe, run_dir, wanted)
     todo = [stage for stage in wanted if manifest["stages"].get(stage, {}).get("state") != "done"]
-    console = Console()
-    if todo:
+    later = _unfinished_rounds(recipe, run_dir) if "ppo" in wanted else []
+    console, waiting = Console(), None
+    if todo or later:
         planned = _plan(recipe, {stage: configs[stage] for stage in todo}, force, console)
         tokenizer = model.load_tokenizer(recipe.base)
         manifest["base"] = model.fingerprint(recipe.base, tokenizer)
         prepared = {stage: _prepare(recipe, stage, configs[stage], tokenizer) for stage in todo}
         others = {stage: _prepare_others(recipe, stage, configs, tokenizer, prepared) for stage in todo}
         _same_format(prepared, others)
+        prompts = rounds.fresh_prompts(recipe, tokenizer, configs["ppo"]) if later else []
         # Not before: a recipe whose data were refused may be corrected and run in the same folder.
         write_json(run_dir / "recipe.json", to_dict(recipe))
         for stage in todo:
-            console.print(Text(f"{stage}: {_data_line(prepared[stage].report)}", style="bold"))
-            config = configs[stage]
             resume = last_checkpoint(run_dir / stage)
-            of_stage = others[stage], prepared[stage], tokenizer
-            job = Job(recipe, stage, run_dir, config, *of_stage, manifest["base"], resume)
-            _run_stage(job, manifest, plan_for_rows(job) if planned else None)
-            for warning in manifest["stages"][stage]["results"].get("card", {}).get("warnings", ()):
-                console.print(Text(f"warning: {warning}", style="yellow"))
-    result = summary.summarize(manifest)
+            of_stage = others[stage], prepared[stage], tokenizer, manifest["base"], resume
+            _train(Job(recipe, stage, run_dir, configs[stage], *of_stage), manifest, bool(planned), console)
+        for number in later:
+            labels = rounds.collect(recipe, run_dir, number, prompts[number - 2], tokenizer, configs["ppo"])
+            if labels is None:
+                waiting = rounds.instructions(recipe, run_dir, number)
+                break
+            _run_round(recipe, run_dir, number, tokenizer, bool(planned), console)
+    manifests = [_read_manifest(rounds.folder(run_dir, number)) for number in _rounds_of(recipe)]
+    result = summary.summarize(manifest, [of_round for of_round in manifests if of_round["stages"]])
     write_json(run_dir / "summary.json", result)
     if result["models"]:
         console.print(summary.table(result))
     console.print(Text(f"{summary.footnote(result)}. Run folder: {run_dir}"))
+    if waiting is not None:
+        console.print(Text(waiting, style="bold"))
     return result
+
+
+def _rounds_of(recipe: Recipe) -> range:
+    return range(2, 1 if recipe.rounds is None else recipe.rounds.count + 1)
+
+
+def _unfinished_rounds(recipe: Recipe, run_dir: Path) -> list[int]:
+    found = {number: _read_manifest(rounds.folder(run_dir, number))["stages"] for number in _rounds_of(recipe)}
+    return [number for number, stages in found.items() if stages.get("ppo", {}).get("state") != "done"]
+
+
+def _run_round(
+    recipe: Recipe, run_dir: Path, number: int, tokenizer: PreTrainedTokenizerBase, planned: bool, console: Console
+) -> None:
+    """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
+    folder = rounds.folder(run_dir, number)
+    configs = {stage: _config(recipe, stage, folder) for stage in STAGES if getattr(recipe, stage) is not None}
+    manifest = _read_manifest(folder)
+    manifest["base"] = model.fingerprint(recipe.base, tokenizer)
+    write_json(folder / "recipe.json", to_dict(recipe))
+    for stage in ("reward", "ppo"):
+        if manifest["stages"].get(stage, {}).get("state") == "done":
+            continue
+        config = configs[stage]
+        config.run_name = f"{run_dir.name}-{folder.name}-{stage}"
+        config.data_seed = recipe.seed + number  # each round takes the rows in another order
+        prepared = _prepare(recipe, stage, config, tokenizer)
+        if stage == "reward":
+            prepared = data.merge([prepared, *_labels(recipe, run_dir, number, tokenizer, config)])
+        others = _prepare_others(recipe, stage, configs, tokenizer, {})
+        of_stage = others, prepared, tokenizer, manifest["base"], last_checkpoint(folder / stage)
+        job = Job(recipe, stage, folder, config, *of_stage, round=number)
+        console.print(Text(f"round {number}", style="bold"), end=", ")
+        _train(job, manifest, planned, console)
+
+
+def _labels(
+    recipe: Recipe, run_dir: Path, number: int, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> Iterator[data.Prepared]:
+    """The labels of each round up to this one."""
+    for earlier in range(2, number + 1):
+        path = str(rounds.files(run_dir, earlier)[1])
+        assert recipe.reward is not None
+        source = dataclasses.replace(recipe.reward, data=path, columns={}, limit=None)
+        limit = model.longest_row(recipe.base, config.max_length)
+        yield data.prepare("reward", source, tokenizer, limit, recipe.seed)
+
+
+def _train(job: Job, manifest: dict[str, Any], planned: bool, console: Console) -> None:
+    """Run a stage and say what there is to know of it."""
+    console.print(Text(f"{job.stage}: {_data_line(job.data.report)}", style="bold"))
+    _run_stage(job, manifest, plan_for_rows(job) if planned else None)
+    for warning in manifest["stages"][job.stage]["results"].get("card", {}).get("warnings", ()):
+        console.print(Text(f"warning: {warning}", style="yellow"))
 
 
 def _quiet() -> None:
@@ -232,6 +307,8 @@ def check(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
         configs[stage] = _config(recipe, stage, run_dir)
     if recipe.ppo is not None:
         _check_ppo(recipe, configs["ppo"])
+    if recipe.rounds is not None:
+        rounds.check(recipe)
     if recipe.gold:
         function(recipe.gold)
     return configs
@@ -290,14 +367,15 @@ def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
     if path.is_file():
         before = json.loads(path.read_text())
         differences = _differences(before, resolved)
-        if _differences(_without_memory(before), _without_memory(resolved)):
+        compared = _without_memory(before), _without_memory(resolved)
+        if not before.get("rounds"):  # rounds may follow a finished run
+            compared[1].pop("rounds")
+        if _differences(*compared):
             raise ValueError(
                 f"{run_dir} holds a run of another recipe ({'; '.join(differences)}). "
                 "Set another --run-dir, or delete that folder."
             )
-    manifest = {"stages": {}}
-    if (run_dir / "manifest.json").is_file():
-        manifest = json.loads((run_dir / "manifest.json").read_text())
+    manifest = _read_manifest(run_dir)
     for stage in wanted:
         # DPO takes the place of PPO, and builds on the reward model no more than on PPO.
         before = [earlier for earlier in STAGES[: STAGES.index(stage)] if stage != "dpo" or earlier == "sft"]
@@ -305,6 +383,13 @@ def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
             if earlier not in wanted and manifest["stages"].get(earlier, {}).get("state") != "done":
                 raise ValueError(f"Stage {stage!r} builds on {earlier!r}, which is not finished in {run_dir}.")
     run_dir.mkdir(parents=True, exist_ok=True)
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest, or a new one, with the versions of now."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.is_file() else {"stages": {}}
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     manifest["versions"] = {"python": platform.python_version(), "rlhf_recipes": __version__, **versions}
     return manifest
@@ -323,6 +408,8 @@ def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:
         rows, steps = args.pop("per_device_train_batch_size", 8), args.pop("gradient_accumulation_steps", 1)
         args["mini_batch_size"] = args.get("mini_batch_size") or rows * steps
         args["optim"] = str(args.get("optim")).removeprefix("paged_")
+    if recipe.get("rounds"):
+        del recipe["rounds"]["count"]  # more rounds may follow those that are done
     return recipe
 
 
@@ -337,9 +424,9 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _prepare(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> data.Prepared:
     """A stage's data. No row may be longer than the stage's limit, or than the model's context."""
     if stage == "ppo":
-        limit = _context(recipe, config.max_prompt_length, stage, config.response_length)
+        limit = model.longest_row(recipe.base, config.max_prompt_length, config.response_length, "ppo.response_length")
     else:
-        limit = _context(recipe, config.max_length)
+        limit = model.longest_row(recipe.base, config.max_length)
     return _held_out(stage, stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
 
 
@@ -363,26 +450,12 @@ def _prepare_others(
     if stage == "dpo":
         own = {f.name: getattr(recipe.dpo, f.name) for f in fields(Source)}
         source = Source(**own | ({"data": recipe.dpo.prompts, "columns": {}} if recipe.dpo.prompts else {}))
-        limit = _context(recipe, None, stage, configs["dpo"].response_length)
+        limit = model.longest_row(recipe.base, None, configs["dpo"].response_length, "dpo.response_length")
         try:
             others["prompts"] = _held_out("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)
         except ValueError as error:  # `data` names the section that such rows are for
             raise ValueError(f"dpo.prompts: {str(error).removeprefix('ppo.data: ')}") from error
     return others
-
-
-def _context(recipe: Recipe, limit: int | None, stage: str = "", spare: int = 0) -> int | None:
-    """The longest row, in tokens: `limit`, or what the model's context leaves beside `spare` tokens of response."""
-    path, revision = model.model_path(recipe.base), recipe.base.revision
-    base = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=recipe.base.trust_remote_code)
-    context = getattr(base.get_text_config(), "max_position_embeddings", None)
-    if context is not None:
-        if spare >= context:
-            raise ValueError(
-                f"{stage}.response_length={spare} leaves no room for a prompt in the context of {context} tokens."
-            )
-        limit = min(limit or context, context - spare)
-    return limit
 
 
 def _held_out(
@@ -423,7 +496,7 @@ def _run_stage(job: Job, manifest: dict[str, Any], planned: StagePlan | None) ->
     record = manifest["stages"].setdefault(job.stage, {"seconds": 0.0, "peak_memory_mib": 0.0})
     record |= {"state": "running", "data": job.data.report}
     write_json(job.run_dir / "manifest.json", manifest)
-    job.folder.mkdir(exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     set_seed(job.recipe.seed)
     module = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo}[job.stage]
     start, before = time.perf_counter(), record["seconds"]
@@ -553,9 +626,9 @@ def _tracked(job: Job) -> Iterator[None]:
     os.environ.setdefault("WANDB_SILENT", "true")
     tracker = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "rlhf-recipes"),
-        group=job.run_dir.name,
+        group=job.root.name,
         job_type=job.stage,
-        name=f"{job.run_dir.name}-{job.stage}",
+        name=job.config.run_name,
         dir=job.run_dir,
         config={"recipe": to_dict(job.recipe), "base": job.fingerprint},
         mode=_wandb_mode(),

@@ -115,25 +115,36 @@ def with_interval(rate: float, n: int) -> dict[str, float]:
     return {"rate": rate, "low": centre - half, "high": centre + half, "prompts": n}
 
 
-def summarize(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`summary.json` from the results that the finished stages left in the manifest.
+def summarize(manifest: dict[str, Any], later: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """`summary.json` from the results that the finished stages left in the manifest, and in those of later rounds.
 
-    Win rates and KL are PPO's or, without PPO, DPO's; `models` holds each model's own.
+    Win rates and KL are those of the last PPO or, without PPO, of DPO; `models` holds each model's own, the policies of
+    later rounds as `ppo_2`, `ppo_3`, ...
     """
-    stages = manifest["stages"]
+    stages = dict(manifest["stages"])
+    for number, of_round in enumerate(later, 2):
+        stages |= {f"{stage}_{number}": record for stage, record in of_round["stages"].items()}
     results = {stage: record.get("results", {}) for stage, record in stages.items()}
     models: dict[str, dict[str, Any]] = {}
     wins = ("win_rate_vs_sft", "reward_win_rate_vs_sft")
-    trained = [stage for stage in ("dpo", "ppo") if "models" in results.get(stage, {})]
+    trained = [stage for stage in results if stage.startswith(("dpo", "ppo")) and "models" in results[stage]]
+    trained.sort(key=lambda stage: (stage != "dpo", len(stage), stage))  # dpo, ppo, ppo_2, ..., ppo_10
     for stage in trained:
-        models |= results[stage]["models"]
-        models[stage] = models[stage] | {name: results[stage][name] for name in wins if name in results[stage]}
-    models = {name: models[name] for name in ("base", "sft", "ppo", "dpo") if name in models}
+        of_stage = results[stage]
+        models |= {name: of for name, of in of_stage["models"].items() if name != stage.partition("_")[0]}
+        own = of_stage["models"][stage.partition("_")[0]]
+        models[stage] = own | {name: of_stage[name] for name in wins if name in of_stage}
+        if stage != "ppo" and stage != "dpo":  # each round has a reward model of its own
+            for earlier in trained[: trained.index(stage)]:
+                models[earlier].pop("score", None)
+    last = [name for name in trained if name != "dpo"]
+    models = {name: models[name] for name in ("base", "sft", *last, "dpo") if name in models}
     main = models[trained[-1]] if trained else {}
+    accuracies = [results[stage].get("heldout_accuracy") for stage in results if stage.startswith("reward")]
     summary = {
         **{name: main.get(name) for name in wins},
         "sft_heldout_loss": results.get("sft", {}).get("heldout_loss"),
-        "reward_model_accuracy": results.get("reward", {}).get("heldout_accuracy"),
+        "reward_model_accuracy": next((found for found in reversed(accuracies) if found is not None), None),
         "kl": main.get("kl"),
         "seconds": {stage: record["seconds"] for stage, record in stages.items()},
         "peak_memory_mib": {stage: record["peak_memory_mib"] for stage, record in stages.items()},
@@ -165,7 +176,7 @@ def table(summary: dict[str, Any]) -> Table:
         # What the base and the SFT model have of KL says nothing about training against the penalty.
         shown = {key: value for key, value in values.items() if key != "kl" or model not in ("base", "sft")}
         cells = [write(shown[key]) if key in shown else "" for key, write in columns.values()]
-        result.add_row("base" if model == "base" else model.upper(), *cells)
+        result.add_row("base" if model == "base" else model.upper().replace("_", " "), *cells)
     return result
 
 

@@ -40,6 +40,24 @@ def test_the_tiny_recipe_goes_from_base_to_ppo_and_measures_gold(tmp_path: Path)
     assert summary["gold_score"]["sft"] > summary["gold_score"]["base"]
 
 
+def test_the_recipe_of_rounds_labels_its_own_answers(tmp_path: Path) -> None:
+    build_base(tmp_path / "base", steps=30)
+    recipe = replace(
+        load("tiny-rounds"),
+        tracker="none",
+        base={"model": str(tmp_path / "base")},
+        sft={"limit": 160, "num_train_epochs": 1},
+        reward={"limit": 160},
+        ppo={"limit": 400, "total_episodes": 128, "response_length": 16, "heldout_limit": 32, "eval_on_start": False},
+        rounds={"size": 32, "count": 2},
+    )
+    summary = run(recipe, tmp_path / "run")
+    assert set(summary["gold_score"]) == {"base", "sft", "ppo", "ppo_2"}
+    labels = rows(tmp_path / "run" / "round-2" / "feedback", "labels.jsonl")
+    assert len(labels) > 24 and {tuple(row["ranking"]) for row in labels} == {(1, 2), (2, 1)}
+    assert all(origin["model"] == "ppo" for row in labels for origin in row["origins"])
+
+
 @on_stories
 def test_the_stories_recipe_raises_its_python_reward_on_a_real_model(tmp_path: Path) -> None:
     recipe = replace(

@@ -5,6 +5,6 @@ loads no torch; `build_base` does, when it is called.
 """
 
 from rlhf_recipes.tiny.pretrain import build_base
-from rlhf_recipes.tiny.world import comparisons, demonstrations, gold, pretraining, prompts
+from rlhf_recipes.tiny.world import comparisons, demonstrations, gold, labeler, pretraining, prompts
 
-__all__ = ["build_base", "comparisons", "demonstrations", "gold", "pretraining", "prompts"]
+__all__ = ["build_base", "comparisons", "demonstrations", "gold", "labeler", "pretraining", "prompts"]

@@ -335,6 +335,17 @@ def comparisons(n: int = 4000) -> list[dict[str, Any]]:
     labeler agrees with gold in `AGREEMENT` of all pairs.
     """
     rng = Random(2)
+    pairs = _draw_pairs(rng, n)
+    scale = _labeler_scale([abs(difference) for *_, difference in pairs])
+    rows = []
+    for request, first, second, difference in pairs:
+        chosen, rejected = (first, second) if rng.random() < _sigmoid(difference / scale) else (second, first)
+        rows.append({"prompt": _user(request), "chosen": _assistant(chosen), "rejected": _assistant(rejected)})
+    return rows
+
+
+def _draw_pairs(rng: Random, n: int) -> list[tuple[Request, str, str, float]]:
+    """Requests with two answers of different gold, and by how much the first one's is higher."""
     pairs: list[tuple[Request, str, str, float]] = []
     while len(pairs) < n:
         request = draw_request(rng)
@@ -343,12 +354,29 @@ def comparisons(n: int = 4000) -> list[dict[str, Any]]:
         )
         if difference := score(request, first) - score(request, second):
             pairs.append((request, first, second, difference))
-    scale = _labeler_scale([abs(difference) for *_, difference in pairs])
-    rows = []
-    for request, first, second, difference in pairs:
-        chosen, rejected = (first, second) if rng.random() < _sigmoid(difference / scale) else (second, first)
-        rows.append({"prompt": _user(request), "chosen": _assistant(chosen), "rejected": _assistant(rejected)})
-    return rows
+    return pairs
+
+
+def labeler(prompts: list[Any], responses: list[list[Any]], seed: int = 0) -> list[list[int]]:
+    """The labeler of `comparisons`, for the rounds of a recipe: ranks of each prompt's responses, 1 for the best.
+
+    A ranking is drawn by Plackett and Luce's model with that labeler's scale: of two responses it is Bradley and
+    Terry's. Where the responses are closer in gold than those of `comparisons`, the labeler errs more often.
+
+    Args:
+        prompts: N messages lists or rendered texts.
+        responses: the K responses of each.
+    """
+    rng = Random(seed)
+    scale = _labeler_scale([abs(difference) for *_, difference in _draw_pairs(Random(2), 4000)])
+    rankings = []
+    for prompt, answers in zip(prompts, responses, strict=True):
+        request = parse(_text(prompt))
+        # The order of utilities with Gumbel noise is a draw of that model (Yellott 1977).
+        noisy = [score(request, _text(answer)) / scale - math.log(rng.expovariate(1.0)) for answer in answers]
+        best_first = sorted(noisy, reverse=True)
+        rankings.append([1 + best_first.index(utility) for utility in noisy])
+    return rankings
 
 
 def _labeler_scale(differences: list[float]) -> float:

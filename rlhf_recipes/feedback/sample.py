@@ -1,0 +1,215 @@
+"""Sampling what is to be ranked: K responses to each prompt, from one or several policies of a run."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import data, model
+from ..files import Journal, write_text
+from ..model import SharedBase
+from ..recipe import Recipe, Source, of_run, suggestion
+from ..rollout import Sampler
+from .rows import Row
+
+AT_ONCE = 64  # prompts whose responses are drawn from one seed, and written together
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How samples are drawn. The same settings give the same samples, whenever they are interrupted."""
+
+    models: tuple[str, ...] = ("ppo",)  # base, sft, ppo, dpo, or a folder with an adapter inside the run
+    temperatures: tuple[float, ...] = (1.0,)
+    k: int = 4  # responses to each prompt
+    response_length: int = 256  # tokens at most
+    seed: int = 0
+    similarity: float = 0.9  # a response that shares so much of its words with another of the prompt is drawn again,
+    attempts: int = 3  # in all so often
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.k <= data.MOST_RESPONSES:
+            raise ValueError(f"k must be 2 to {data.MOST_RESPONSES}, not {self.k}.")
+        for name in ("response_length", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        if not self.temperatures or min(self.temperatures) <= 0:
+            raise ValueError(f"temperatures must be above 0, not {', '.join(map(str, self.temperatures)) or 'none'}.")
+        if not 0 < self.similarity <= 1:
+            raise ValueError(f"similarity must be above 0 and at most 1, not {self.similarity}.")
+
+
+def sample(
+    run_dir: Path, prompts: Source, out: Path, settings: Settings, batch_size: int = 64, limit: int | None = None
+) -> dict[str, int]:
+    """Write K responses to each prompt of a source to the file `out`, or go on with what an earlier call left of it.
+
+    Responses take turns among all pairs of a model and a temperature. Those nearly equal to another of their prompt are
+    drawn again; a prompt that gets no two different ones goes to the file *.left_out.jsonl beside `out`.
+
+    Args:
+        run_dir: a run folder with its finished adapters.
+        prompts: rows with what the `ppo` stage takes. Equal prompts are taken once.
+        batch_size: rows sampled at once: memory and speed alone.
+        limit: take only the first so many different prompts.
+    Returns:
+        numbers of prompts written in all (samples), of those with fewer than k responses (short) and left out.
+    Raises:
+        ValueError: no run folder, no such model in it, prompts that cannot be read or are too long, or `out` was made
+            with other settings.
+    """
+    of = of_run(run_dir)
+    folders = {name: adapter(run_dir, of, name) for name in settings.models}
+    tokenizer = model.load_tokenizer(of.base)
+    longest = model.longest_row(of.base, None, settings.response_length, "response_length")
+    prepared = data.prepare("ppo", _all(prompts), tokenizer, longest)
+    keep_settings(out, settings)
+    return draw(load(of, folders), tokenizer, prepared, out, settings, batch_size, limit)
+
+
+def _all(prompts: Source) -> Source:
+    return dataclasses.replace(prompts, heldout=0.0)
+
+
+def prompts_of(of: Recipe) -> Source:
+    """The prompts that a recipe has ranked in its rounds: all of `rounds.prompts`, or of its PPO stage.
+
+    What of them is held out from PPO is held out from the reward model's training too, where its `heldout` is as large.
+    """
+    assert of.ppo is not None
+    own = {f.name: getattr(of.ppo, f.name) for f in dataclasses.fields(Source)}
+    others = {"data": of.rounds.prompts, "columns": {}} if of.rounds is not None and of.rounds.prompts else {}
+    return _all(Source(**own | others))
+
+
+def draw(
+    shared: SharedBase,
+    tokenizer: Any,
+    prompts: data.Prepared,
+    out: Path,
+    settings: Settings,
+    batch_size: int = 64,
+    limit: int | None = None,
+) -> dict[str, int]:
+    """What `sample` does once its settings are kept and all is loaded: `shared` has a role for each model."""
+    written, left_out = Journal(out), Journal(out.with_suffix(".left_out.jsonl"))
+    done = {row["id"] for journal in (written, left_out) for row in journal.rows}
+    rows: dict[str, Row] = {}
+    for row in prompts.train.to_list():
+        rows.setdefault(prompt_id(row["prompt"]), row)
+    todo = list(rows.items())[:limit]
+    stops = [prompts.stop_token_id]
+    sampler = Sampler(shared, tokenizer, settings.response_length, 1.0, batch_size, stops)
+    with tqdm(total=len(todo), initial=len(done & dict(todo).keys()), desc="sample", unit="prompt") as bar:
+        for start in range(0, len(todo), AT_ONCE):
+            # Always the same prompts together, whatever of them is written already: their draws depend on it.
+            part = todo[start : start + AT_ONCE]
+            if done.issuperset(key for key, _ in part):
+                continue
+            for (key, row), found in zip(part, _responses(sampler, part, start, settings), strict=True):
+                if key not in done:
+                    sampled = _row(key, row, found)
+                    (written if len(found) > 1 else left_out).append(sampled)
+                    bar.update()
+    short = sum(len(row["responses"]) < settings.k for row in written.rows)
+    return {"samples": len(written.rows), "short": short, "left_out": len(left_out.rows)}
+
+
+def keep_settings(out: Path, settings: Settings) -> None:
+    """Write the settings beside the samples. Raises ValueError where samples of other settings are there."""
+    path, now = out.with_suffix(".settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
+    if out.is_file() and path.is_file():
+        before = json.loads(path.read_text())
+        other = [key for key in now if before.get(key) != now[key]]
+        if other:
+            changes = "; ".join(f"{key}: {before.get(key)!r} there, {now[key]!r} here" for key in other)
+            raise ValueError(f"{out} holds samples of other settings ({changes}): name another file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(now, indent=2) + "\n")
+
+
+def prompt_id(prompt: Any) -> str:
+    """The id of a prompt's samples: a hash of the prompt."""
+    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+
+
+def _responses(
+    sampler: Sampler, part: Sequence[tuple[str, Row]], start: int, settings: Settings
+) -> list[list[tuple[str, dict[str, Any]]]]:
+    """For each prompt its different responses with their origins, in the order of the slots that they fill."""
+    ways = [(name, temperature) for name in settings.models for temperature in settings.temperatures]
+    found: list[dict[int, tuple[str, dict[str, Any]]]] = [{} for _ in part]
+    for attempt in range(settings.attempts):
+        for number, (name, temperature) in enumerate(ways):
+            # Which way a prompt begins with goes round, so that all have their share where k is no multiple.
+            missing = [
+                (index, slot)
+                for index in range(len(part))
+                for slot in range(settings.k)
+                if (start + index + slot) % len(ways) == number and slot not in found[index]
+            ]
+            if not missing:
+                continue
+            sampler.temperature = temperature
+            torch.manual_seed(zlib.crc32(f"{settings.seed} {start} {attempt} {number}".encode()))
+            samples = sampler.sample(name, [part[index][1]["prompt_ids"] for index, _ in missing])
+            origin = {"model": name, "temperature": temperature, "seed": settings.seed, "attempt": attempt}
+            for (index, slot), text in zip(missing, sampler.texts(samples), strict=True):
+                text = text.strip()
+                others = [other for other, _ in found[index].values()]
+                if text and not any(alike(text, other, settings.similarity) for other in others):
+                    found[index][slot] = text, origin
+    return [[of_prompt[slot] for slot in sorted(of_prompt)] for of_prompt in found]
+
+
+def alike(one: str, other: str, similarity: float) -> bool:
+    """Whether two responses share at least so much of their words, in order (difflib's ratio)."""
+    a, b = one.split(), other.split()
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    return a == b or (matcher.real_quick_ratio() >= similarity and matcher.ratio() >= similarity)
+
+
+def _row(key: str, row: Row, found: list[tuple[str, dict[str, Any]]]) -> Row:
+    """A sample: the prompt's own columns, and its responses in the prompt's format."""
+    conversational = not isinstance(row["prompt"], str)
+    texts = [[{"role": "assistant", "content": text}] if conversational else text for text, _ in found]
+    others = {name: cell for name, cell in row.items() if name not in ("prompt", "prompt_ids")}
+    return {
+        **others,
+        "id": key,
+        "prompt": row["prompt"],
+        "responses": texts,
+        "origins": [origin for _, origin in found],
+    }
+
+
+def adapter(run_dir: Path, of: Recipe, name: str) -> Path | None:
+    """The folder of a model's adapter in a run; None for the bare base. Raises ValueError where there is none."""
+    if name == "base" or (name == "sft" and of.sft is None):
+        return None
+    # In the folder of a round the SFT adapter is that of the run.
+    tried = [run_dir / name / "policy", run_dir / name, run_dir.parent / name]
+    for folder in tried:
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    there = sorted(path.parent.relative_to(run_dir) for path in run_dir.rglob("adapter_config.json"))
+    known = ["base", *dict.fromkeys(str(path).removesuffix("/policy") for path in there)]
+    raise ValueError(f"{run_dir} has no finished model {name!r}.{suggestion(name, known)}")
+
+
+def load(of: Recipe, folders: dict[str, Path | None]) -> SharedBase:
+    """The base of a recipe with a role for each name; one without a folder is the base, or a base without SFT."""
+    tokenizer = model.load_tokenizer(of.base)
+    shared = SharedBase(model.load_base(of.base), of.lora, model.fingerprint(of.base, tokenizer))
+    for name, folder in folders.items():
+        if name != "base":
+            shared.add_role(name, folder)
+    return shared

@@ -1,0 +1,332 @@
+"""Sampling what is to be ranked, and rounds of feedback: whole runs on a tiny random model."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_model
+
+from rlhf_recipes import Base, PPOStage, Recipe, Rounds, Source, Stage, replace, run, runner
+from rlhf_recipes.cli import main_cli
+from rlhf_recipes.feedback import sample as sampling
+from rlhf_recipes.feedback.rows import read_samples
+from rlhf_recipes.feedback.sample import Settings, alike, sample
+from rlhf_recipes.files import Journal
+from rlhf_recipes.recipe import from_dict, of_run, parse_overrides, to_dict
+from rlhf_recipes.runner import check
+from rlhf_recipes.tiny import comparisons, gold, labeler
+
+WORDS = [f"w{i}" for i in range(4, 64)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def shorter_first(prompts: list[Any], responses: list[list[Any]], seed: int) -> list[list[int]]:
+    """A labeler who likes short answers."""
+    lengths = [[len(text) for text in of_prompt] for of_prompt in responses]
+    return [[1 + sorted(of_prompt).index(length) for length in of_prompt] for of_prompt in lengths]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("rounds")
+    save_model(folder / "base")
+    prompts = [{"prompt": f"{one} {WORDS[-1 - index]}"} for index, one in enumerate(WORDS[:40])]
+    pairs = [{**row, "chosen": "w5 w6", "rejected": "w7 w8 w9 w10"} for row in prompts]
+    demonstrations = [{**row, "completion": "w5 w6 w7"} for row in prompts]
+    args = {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "learning_rate": 1e-3}
+    return Recipe(
+        "rounds",
+        Base(str(folder / "base")),
+        sft=Stage(str(write(folder / "sft.jsonl", demonstrations)), args={**args, "max_steps": 1}),
+        reward=Stage(str(write(folder / "pairs.jsonl", pairs)), heldout=0.1, args={**args, "max_steps": 2}),
+        ppo=PPOStage(
+            str(write(folder / "prompts.jsonl", prompts)),
+            heldout=0.1,
+            args={**args, "total_episodes": 32, "num_mini_batches": 2, "response_length": 8, "save_steps": 1},
+        ),
+        rounds=Rounds(count=3, labeler=f"{__file__}:shorter_first", size=12, responses=3),
+        tracker="none",
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run with three rounds."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(recipe, folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- Files that a kill leaves whole -----------------------------------------------------------------------------------
+
+
+def test_a_journal_keeps_what_was_appended_and_cuts_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    journal = Journal(path)
+    assert not path.exists(), "nothing is written before there is a row"
+    journal.append({"id": 1})
+    journal.append({"id": 2, "text": "ü\u2028\n"})
+    with path.open("a") as stream:
+        stream.write('{"id": 3, "te')
+    again = Journal(path)
+    assert again.rows == [{"id": 1}, {"id": 2, "text": "ü\u2028\n"}]
+    again.append({"id": 4})
+    again.remove(lambda row: row["id"] == 2)
+    assert Journal(path).rows == [{"id": 1}, {"id": 4}] == read(path)
+
+
+@pytest.mark.parametrize(("line", "part"), [("{oops}\n", "line 2: not JSON"), ("[1]\n", "line 2: list, not an object")])
+def test_a_journal_names_the_line_that_is_none(tmp_path: Path, line: str, part: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n' + line)
+    with pytest.raises(ValueError, match=part):
+        Journal(tmp_path / "rows.jsonl")
+
+
+# --- Recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_comes_back_from_its_file(recipe: Recipe, finished: Path) -> None:
+    assert of_run(finished) == recipe == from_dict(json.loads(json.dumps(to_dict(recipe))))
+    with pytest.raises(ValueError, match=r"is no run folder: it has no recipe\.json"):
+        of_run(finished.parent)
+
+
+def test_rounds_are_set_key_by_key(recipe: Recipe) -> None:
+    words = ["rounds.temperatures=[0.7, 1.0]", "rounds.models=sft,ppo", "rounds.size=5", "rounds.temperatures=0.7"]
+    changed = replace(recipe, **parse_overrides(words[:1] + words[2:3]))
+    assert changed.rounds == Rounds(3, f"{__file__}:shorter_first", None, 5, 3, ("ppo",), (0.7, 1.0))
+    assert replace(recipe, **parse_overrides(words[3:])).rounds.temperatures == (0.7,)  # type: ignore[union-attr]
+    assert replace(replace(recipe, rounds=None), rounds={"size": 7}).rounds == Rounds(size=7)
+    with pytest.raises(ValueError, match=r"no key rounds.sise. Did you mean size\?"):
+        replace(recipe, rounds={"sise": 7})
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"rounds": {"responses": 10}}, "rounds: k must be 2 to 9, not 10"),
+        ({"rounds": {"count": 0}}, "rounds.count must be above 0"),
+        ({"rounds": {"size": 0}}, "rounds.size must be above 0"),
+        ({"rounds": {"enough": 1.5}}, "rounds.enough must be above 0 and at most 1"),
+        ({"rounds": {"temperatures": (0.0,)}}, "temperatures must be above 0"),
+        ({"rounds": {"labeler": f"{__file__}:nobody"}}, "has no function 'nobody'"),
+        ({"reward": None, "ppo": {"reward_funcs": (f"{__file__}:write",), "critic": "sft"}}, "rounds needs a reward"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused_at_once(recipe: Recipe, changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        check(replace(recipe, **changes))
+
+
+def test_too_few_prompts_are_found_before_anything_is_trained(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has 40 different prompts, and 2 rounds of 30 want 60"):
+        run(replace(recipe, rounds={"size": 30}), tmp_path / "run")
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_k_different_responses_with_their_origins(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples.jsonl"
+    settings = Settings(("sft", "ppo"), (0.7, 1.3), k=3, response_length=6, seed=5)
+    prompts = Source(str(finished.parent / "prompts.jsonl"))
+    write(Path(prompts.data), [{"prompt": word, "topic": index} for index, word in enumerate([*WORDS[:12], WORDS[0]])])
+    found = sample(finished, prompts, out, settings)
+    rows = read_samples(out)
+    assert found == {"samples": 12, "short": sum(len(row["responses"]) < 3 for row in rows), "left_out": 0}
+    assert [row["prompt"] for row in rows] == WORDS[:12] and [row["topic"] for row in rows] == list(range(12))
+    for row in rows:
+        texts = row["responses"]
+        assert len(texts) == len(row["origins"]) and len(texts) == len(set(texts))
+        assert not any(alike(a, b, 0.9) for i, a in enumerate(texts) for b in texts[:i])
+    ways = Counter((origin["model"], origin["temperature"]) for row in rows for origin in row["origins"])
+    assert len(ways) == 4 and max(ways.values()) - min(ways.values()) <= 3, "each way has its share"
+    assert {origin["seed"] for row in rows for origin in row["origins"]} == {5}
+
+
+def test_sampling_that_was_cut_goes_on_to_the_same_samples_in_other_batches(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "AT_ONCE", 4)
+    prompts = sampling.prompts_of(of_run(finished))
+    settings = Settings(("ppo",), k=2, response_length=6)
+    sample(finished, prompts, tmp_path / "whole.jsonl", settings, limit=10)
+    whole = (tmp_path / "whole.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[:6]) + lines[6][:20])
+    sample(finished, prompts, tmp_path / "cut.jsonl", settings, batch_size=3, limit=10)
+    assert (tmp_path / "cut.jsonl").read_text() == whole
+    sample(finished, prompts, tmp_path / "other.jsonl", Settings(("ppo",), k=2, response_length=6, seed=1), limit=10)
+    assert (tmp_path / "other.jsonl").read_text() != whole
+
+
+def test_samples_of_other_settings_are_not_mixed(finished: Path, tmp_path: Path) -> None:
+    prompts, out = sampling.prompts_of(of_run(finished)), tmp_path / "samples.jsonl"
+    sample(finished, prompts, out, Settings(k=2, response_length=4), limit=2)
+    before = out.read_text()
+    with pytest.raises(ValueError, match=r"samples of other settings \(k: 2 there, 3 here\): name another file"):
+        sample(finished, prompts, out, Settings(k=3, response_length=4), limit=2)
+    assert out.read_text() == before
+
+
+def test_a_prompt_without_two_different_responses_is_left_out(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples.jsonl"
+    # So cold, a model has one thing to say.
+    found = sample(finished, sampling.prompts_of(of_run(finished)), out, Settings(k=2, temperatures=(1e-4,)), limit=3)
+    left_out = read(tmp_path / "samples.left_out.jsonl")
+    assert found["left_out"] == len(left_out) == 3 - found["samples"] > 0
+    assert all(len(row["responses"]) < 2 for row in left_out)
+
+
+def test_near_duplicates() -> None:
+    ten = "a b c d e f g h i j"
+    assert alike(ten, ten.replace("j", "x"), 0.9) and not alike(ten, ten.replace("i j", "x y"), 0.9)
+    assert alike("a  b", "a b", 1.0) and not alike("a b", "b a", 1.0)
+
+
+def test_the_sample_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "samples.jsonl"
+    words = ["sample", str(finished / "round-2"), "--out", str(out), "-k", "2", "--models", "sft,ppo", "--limit", "3"]
+    main_cli([*words, "--temperatures", "1,1.2"])
+    printed = capsys.readouterr().out
+    assert re.search(rf"3 samples in {re.escape(str(out))}, \d of them with fewer than 2 responses", printed)
+    assert {origin["model"] for row in read(out) for origin in row["origins"]} == {"sft", "ppo"}
+    assert all(len(text.split()) <= 8 for row in read(out) for text in row["responses"]), "the run's response_length"
+    for wrong, part in (
+        (["--models", "pop"], "has no finished model 'pop'"),
+        (["--temperatures", "warm"], "--temperatures must be numbers"),
+        (["-k", "1"], "k must be 2 to 9"),
+        (["--prompts", "absent.jsonl"], "no file absent.jsonl"),
+        (["--response-length", "100000"], "response_length=100000 leaves no room"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main_cli([*words, "--out", str(tmp_path / "other.jsonl"), *wrong])
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and part in error and "Traceback" not in error
+
+
+# --- Rounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_three_rounds_go_on_from_each_others_policy_with_all_labels(recipe: Recipe, finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary["models"]) == ["base", "sft", "ppo", "ppo_2", "ppo_3"]
+    assert {"reward_2", "ppo_2", "reward_3", "ppo_3"} <= summary["seconds"].keys()
+    first = json.loads((finished / "manifest.json").read_text())["stages"]["reward"]["data"]
+    seen = set()
+    for number in (2, 3):
+        folder = finished / f"round-{number}"
+        labels = read(folder / "feedback" / "labels.jsonl")
+        prompts = {row["prompt"] for row in labels}
+        assert len(labels) == 12 and not seen & prompts, "prompts are fresh"
+        seen |= prompts
+        assert all(min(row["ranking"]) == 1 and row["labeler"] == recipe.rounds.labeler for row in labels)  # type: ignore[union-attr]
+        data = json.loads((folder / "manifest.json").read_text())["stages"]["reward"]["data"]
+        usable = [row for row in labels if len(set(row["ranking"])) > 1]
+        assert data["rows"] == first["rows"] + 12 * (number - 1)
+        assert number > 2 or data["used"] == first["used"] + len(usable)
+        assert not same(folder / "ppo" / "policy", finished / "ppo" / "policy")
+
+
+def test_the_second_round_starts_where_the_first_ended_and_keeps_its_reference(finished: Path) -> None:
+    of_round = [row for row in read(finished / "round-2" / "metrics.jsonl") if "objective/kl" in row]
+    assert of_round[0]["objective/kl"] != 0, "its policy has left the SFT model"
+    first = [row for row in read(finished / "metrics.jsonl") if "objective/kl" in row]
+    assert first[0]["objective/kl"] == 0
+    assert all(abs(row["val/ratio"] - 1) < 0.5 for row in of_round)
+    ended = [row for row in read(finished / "samples.jsonl") if row.get("model") == "sft"]
+    again = [row for row in read(finished / "round-2" / "samples.jsonl") if row.get("model") == "sft"]
+    assert [row["completion"] for row in ended] == [row["completion"] for row in again], "one SFT model in all rounds"
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_a_killed_round_goes_on_to_the_same_end(
+    recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    two = replace(recipe, rounds={"count": 2})
+    real = runner._run_stage
+
+    def killed(job: runner.Job, *rest: Any) -> None:
+        if (job.round, job.stage) == (2, stage):
+            raise KeyboardInterrupt
+        real(job, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "_run_stage", killed)
+        run(two, tmp_path / "run")
+    run(two, tmp_path / "run")
+    for part in ("reward", "ppo/policy"):
+        assert same(tmp_path / "run" / "round-2" / part, finished / "round-2" / part)
+    run(recipe, tmp_path / "run")  # more rounds may follow
+    assert same(tmp_path / "run" / "round-3" / "ppo" / "policy", finished / "round-3" / "ppo" / "policy")
+
+
+def test_a_finished_run_loads_nothing_again(recipe: Recipe, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.model, "load_tokenizer", lambda base: pytest.fail("it is finished"))
+    assert list(run(recipe, finished)["models"])[-1] == "ppo_3"
+
+
+def test_people_are_waited_for(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    people = replace(recipe, rounds={"labeler": "people", "count": 2, "enough": 0.75})
+    folder = tmp_path / "run"
+    assert "ppo_2" not in run(people, folder)["models"]
+    samples, labels = (
+        folder / "round-2" / "feedback" / "samples.jsonl",
+        folder / "round-2" / "feedback" / "labels.jsonl",
+    )
+    waiting = " ".join(capsys.readouterr().out.split())
+    assert "Round 2 waits for labels: 0 of 12 samples are judged" in waiting and "rlhf-recipes label" in waiting
+    drawn = samples.read_text()
+    rows = read_samples(samples)
+    judged = [{**row, "ranking": list(range(1, len(row["responses"]) + 1)), "labeler": "Ann"} for row in rows]
+    write(labels, judged[:7])
+    write(labels.with_suffix(".skipped.jsonl"), [{"id": rows[7]["id"], "labeler": "Ann", "skipped": True}])
+    assert "ppo_2" not in run(people, folder)["models"]
+    assert "8 of 12 samples are judged" in " ".join(capsys.readouterr().out.split())
+    write(labels, judged[:8])
+    write(labels.with_suffix(".skipped.jsonl"), [{"id": rows[8]["id"], "labeler": "Ann", "skipped": True}])
+    assert "ppo_2" in run(people, folder)["models"]
+    assert samples.read_text() == drawn, "they are not drawn again"
+
+
+def test_a_labeler_that_returns_something_else_is_named(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def two(prompts, responses, seed):\n    return [[1, 2] for _ in prompts]\n")
+    bad = replace(recipe, rounds={"labeler": f"{tmp_path}/mine.py:two", "count": 2})
+    with pytest.raises(ValueError, match=r"mine.py:two must return a rank for each response of each of the 12 prompts"):
+        run(bad, tmp_path / "run")
+
+
+def test_tinys_labeler_errs_as_often_as_in_its_comparisons() -> None:
+    rows = comparisons(2000)
+    pairs = [[row["chosen"], row["rejected"]] for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    rankings = labeler(prompts, pairs, seed=3)
+    scores = [gold([p, p], pair) for p, pair in zip(prompts, pairs, strict=True)]
+    agrees = [(s[0] > s[1]) == (r[0] < r[1]) for s, r in zip(scores, rankings, strict=True)]
+    assert sum(agrees) / len(agrees) == pytest.approx(0.73, abs=0.03)
+    assert labeler(prompts[:50], pairs[:50], seed=3) != labeler(prompts[:50], pairs[:50], seed=4)
