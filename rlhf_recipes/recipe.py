@@ -139,6 +139,7 @@ class Rounds:
     models: tuple[str, ...] = ("ppo",)  # what is sampled: ppo (of the round before), sft, base
     temperatures: tuple[float, ...] = (1.0,)
     enough: float = 1.0  # share of the samples that people must have judged or skipped
+    constitution: str | None = None  # of a judge: a file of principles; None: its own criteria
 
 
 @dataclass(frozen=True)

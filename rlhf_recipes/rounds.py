@@ -1,15 +1,16 @@
 """What a round of feedback after the first begins with: fresh samples of the policy, and their labels."""
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import release_memory
 from transformers import PreTrainedTokenizerBase
 
 from . import data
 from .config import PPOConfig
+from .feedback import client, constitution, judge
 from .feedback.rows import read_samples
 from .feedback.sample import Settings, adapter, draw, keep_settings, load, prompt_id, prompts_of
 from .files import Journal, write_text
@@ -37,6 +38,7 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"rounds: {error}") from error
     if is_function(rounds.labeler):
         function(rounds.labeler)
+    _criteria(recipe)
 
 
 def folder(run_dir: Path, number: int) -> Path:
@@ -95,8 +97,7 @@ def collect(
         shared = load(recipe, {name: adapter(before, recipe, name) for name in rounds.models})
         draw(shared, tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
         del shared
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
     return labels if _label(recipe, samples, labels, seed) else None
 
 
@@ -116,9 +117,20 @@ def _label(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bool:
     if is_function(rounds.labeler):
         if not labels.is_file():
             _simulate(rounds.labeler, samples, labels, seed)
-    else:
-        raise NotImplementedError
+    elif len(Journal(labels).rows) < len(Journal(samples).rows):
+        judge.judge(read_samples(samples), labels, client.connect(client.Settings(rounds.labeler)), _criteria(recipe))
+        release_memory()
     return True
+
+
+def _criteria(recipe: Recipe) -> judge.Settings:
+    """How a judge judges: by its own criteria, or by the principles of `rounds.constitution`."""
+    rounds = recipe.rounds
+    assert rounds is not None
+    if rounds.constitution is None:
+        return judge.Settings(seed=recipe.seed)
+    principles = constitution.read(Path(rounds.constitution), needs_principle=True)
+    return judge.Settings(tuple(principles), seed=recipe.seed)
 
 
 def progress(samples: Path, labels: Path) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from endpoint import Endpoint, longer
 from tiny_models import save_model
 
 from rlhf_recipes import Base, PPOStage, Recipe, Rounds, Source, Stage, replace, run, runner
@@ -330,3 +331,19 @@ def test_tinys_labeler_errs_as_often_as_in_its_comparisons() -> None:
     agrees = [(s[0] > s[1]) == (r[0] < r[1]) for s, r in zip(scores, rankings, strict=True)]
     assert sum(agrees) / len(agrees) == pytest.approx(0.73, abs=0.03)
     assert labeler(prompts[:50], pairs[:50], seed=3) != labeler(prompts[:50], pairs[:50], seed=4)
+
+
+def test_a_judge_labels_a_round(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "principles.txt").write_text("Choose the answer with more words.\n")
+    folder = tmp_path / "run"
+    with Endpoint(longer) as endpoint:
+        rounds = {"labeler": endpoint.url, "count": 2, "size": 4, "constitution": str(tmp_path / "principles.txt")}
+        assert "ppo_2" in run(replace(recipe, rounds=rounds), folder)["models"]
+    labels = read(folder / "round-2" / "feedback" / "labels.jsonl")
+    assert len(labels) == 4 and {row["labeler"] for row in labels} == {"judge:scripted"}
+    for row in labels:
+        lengths = [len(text) for text in row["responses"]]
+        assert row["ranking"] == [1 + sum(other > length for other in lengths) for length in lengths]
+    assert all("more words" in body["messages"][0]["content"] for body in endpoint.bodies)
+    data = json.loads((folder / "round-2" / "manifest.json").read_text())["stages"]["reward"]["data"]
+    assert data["rows"] == 44
