@@ -3,10 +3,10 @@
     rlhf-recipes run tiny-rounds
     rlhf-recipes run tiny-rounds rounds.labeler=people
 
-The first round is `tiny` with a quarter of its labels and a third of its PPO updates. After it, and after the second,
-the simulated labelers choose between two answers of the policy to each of a thousand fresh prompts, the reward model is
-trained anew on all comparisons so far, and PPO goes on. A reward model that saw only other people's answers is gamed
-where the policy leaves them; here it learns of the policy's own.
+The first round is `tiny` with fewer labels, a third of its PPO updates and a fifth of its KL penalty. After it, and
+after the second, the simulated labelers choose between two answers of the policy to each of 600 fresh prompts, the
+reward model is trained anew on all comparisons so far, and PPO goes on. A reward model that saw only other people's
+answers is gamed where the policy leaves them; here it learns of the policy's own.
 
 Hardware: 2 idle CPU cores, about four minutes with the base.
 
@@ -19,12 +19,16 @@ from rlhf_recipes import load, main, replace
 recipe = replace(
     load("tiny"),
     name="tiny-rounds",
-    reward={"limit": 1000},  # [T]
-    ppo={"total_episodes": 2560, "kl_coef": 0.05, "eval_steps": 10},  # [T]: 20 updates a round
+    reward={"limit": 600},  # [T]
+    ppo={
+        "total_episodes": 2560,  # [T]: 20 updates a round
+        "kl_coef": 0.02,  # [T]: with one round, and as many labels, the reward model is gamed here
+        "eval_steps": 10,
+    },
     rounds={
         "labeler": "rlhf_recipes.tiny:labeler",
         "count": 3,
-        "size": 1000,  # [T]: in each round as many labels as the first has
+        "size": 600,  # in each round as many labels as the first has
         "responses": 2,
     },
 )

@@ -1,5 +1,6 @@
 """Files that a kill leaves whole: written in one piece, or row by row."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(scratch, path)
+    _sync_folder(path.parent)
 
 
 class Journal:
@@ -50,15 +52,34 @@ class Journal:
             self.rows.append(row)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write a row, flushed and synced to disk."""
+        """Write a row, flushed and synced to disk. Where that fails (a full disk) the file stays as it was."""
+        new, line = not self.path.exists(), (json.dumps(row) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        with self.path.open("ab", buffering=0) as stream:
+            size = stream.tell()
+            try:
+                if stream.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, "there is no room for another row", str(self.path))
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(size)
+                raise
+        if new:
+            _sync_folder(self.path.parent)
         self.rows.append(row)
 
     def remove(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
         """Take rows out again. The file is replaced in one step, so that no other row is ever at risk."""
-        self.rows = [row for row in self.rows if not unwanted(row)]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        kept = [row for row in self.rows if not unwanted(row)]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.rows = kept
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a new name in a folder on disk, where folders can be opened for that (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,24 @@ def test_a_journal_names_the_line_that_is_none(tmp_path: Path, line: str, part: 
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\n' + line)
     with pytest.raises(ValueError, match=part):
         Journal(tmp_path / "rows.jsonl")
+
+
+def test_a_full_disk_costs_no_row_but_the_one_that_did_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from rlhf_recipes.files import Journal;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); journal = Journal(Path(sys.argv[1]));"
+        "limit = lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY));"
+        "[journal.append({'id': name}) for name in 'ab']; limit(journal.path.stat().st_size + 5)\n"
+        "try: journal.append({'id': 'lost'})\n"
+        "except OSError: pass\n"
+        "limit(5)\n"
+        "try: journal.remove(lambda row: row['id'] == 'a')\n"
+        "except OSError: pass\n"
+        "limit(resource.RLIM_INFINITY); journal.append({'id': 'c'}); journal.remove(lambda row: row['id'] == 'b')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert Journal(path).rows == [{"id": "a"}, {"id": "c"}]
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------
