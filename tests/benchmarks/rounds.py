@@ -2,14 +2,13 @@
 
     python tests/benchmarks/rounds.py [--seeds 0,1,2] [--out DIR] [--json FILE] [key=value ...]
 
-Both runs of a seed have as many labels and PPO updates, and the same SFT model. Gold is compared at equal KL: between
-the evaluations of a run it is interpolated over sqrt(KL), at the KL that both reach. Results are read from the run
-folders: run again, it goes on. More settings (`ppo.kl_coef=0.1`) go to both.
+Both runs of a seed have as many labels and PPO updates, the same KL penalty and the same SFT model. Beside their ends, the
+best gold of any evaluation is compared at equal KL: the smaller of the two at the end, and half of it. Results are read
+from the run folders: run again, it goes on. More settings (`ppo.kl_coef=0.1`) go to both.
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -17,11 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlhf_recipes import load, replace
 from rlhf_recipes.recipe import parse_overrides
 
+SHARES = {"KL": 1.0, "KL/2": 0.5}
 Curve = list[tuple[float, float]]  # (KL in nats, gold) of each evaluation
 
 
@@ -62,11 +60,9 @@ def curve(folder: Path) -> Curve:
     return points
 
 
-def gold_at(points: Curve, kl: float) -> float:
-    """Gold where a curve first reaches a KL."""
-    last = next((index for index, (found, _) in enumerate(points) if found >= kl), len(points) - 1)
-    (before, low), (after, high) = points[max(last - 1, 0)], points[last]
-    return float(np.interp(math.sqrt(kl), [math.sqrt(max(before, 0)), math.sqrt(max(after, 1e-9))], [low, high]))
+def within(points: Curve, kl: float) -> float:
+    """The best gold of all evaluations with no more KL than that: what early stopping could have had."""
+    return max(gold for found, gold in points if found <= kl)
 
 
 def main() -> None:
@@ -86,14 +82,15 @@ def main() -> None:
             summary = json.loads((folder / "summary.json").read_text())
             last = next(name for name in reversed(summary["models"]) if name.startswith("ppo"))
             curves[kind], ends[kind] = curve(folder), summary["models"][last]
-        kl = min(max(kl for kl, _ in points) for points in curves.values())
+        kl = min(end["kl"] for end in ends.values())
         row: dict[str, Any] = {"seed": seed, "kl": kl}
         for kind, end in ends.items():
             row |= {
-                f"{kind} at {name}": gold_at(curves[kind], share * kl) for name, share in (("KL", 1.0), ("KL/2", 0.5))
+                f"{kind} gold": end["gold"],
+                f"{kind} KL": end["kl"],
+                f"{kind} wins": end["win_rate_vs_sft"]["rate"],
             }
-            row |= {f"{kind} end gold": end["gold"], f"{kind} end KL": end["kl"]}
-            row |= {f"{kind} wins": end["win_rate_vs_sft"]["rate"], f"{kind} best": max(g for _, g in curves[kind])}
+            row |= {f"{kind} best within {name}": within(curves[kind], share * kl) for name, share in SHARES.items()}
         found.append({**row, "curves": curves})
         print(json.dumps(row), flush=True)
     names = [name for name in found[0] if name not in ("seed", "curves")]
