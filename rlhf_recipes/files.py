@@ -40,16 +40,18 @@ class Journal:
 
     def _read(self, stream: BinaryIO) -> None:
         for number, line in enumerate(stream, 1):
-            if not line.endswith(b"\n"):
-                stream.truncate(stream.tell() - len(line))
-                return
             try:
                 row = json.loads(line)
             except ValueError as error:
+                if not line.endswith(b"\n"):
+                    stream.truncate(stream.tell() - len(line))
+                    return
                 raise ValueError(f"{self.path}, line {number}: not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{self.path}, line {number}: {type(row).__name__}, not an object.")
             self.rows.append(row)
+            if not line.endswith(b"\n"):  # an editor may leave out the last one
+                stream.write(b"\n")
 
     def append(self, row: dict[str, Any]) -> None:
         """Write a row, flushed and synced to disk. Where that fails (a full disk) the file stays as it was."""

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import random
 import shutil
 from math import exp, log
@@ -18,9 +19,9 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes import Base, Lora, Recipe, Stage, replace, reward, run
 from rlhf_recipes.config import RewardConfig
-from rlhf_recipes.data import prepare
+from rlhf_recipes.data import merge, prepare
 from rlhf_recipes.model import BIAS, SharedBase, load_base, load_tokenizer
-from rlhf_recipes.reward import RewardTrainer, fold, ranking_loss, untied
+from rlhf_recipes.reward import RewardTrainer, fold, preferences_of, ranking_loss, untied
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -48,6 +49,90 @@ def test_margin_smoothing_and_centering_by_hand() -> None:
     tie = 0.5 * softplus(-0.5) + 0.5 * softplus(0.5)  # neither a margin nor smoothing
     squares = 0.01 * (2.5**2 + 3.0**2 + 4.5**2)
     assert found.item() == pytest.approx((first + second + tie + squares) / 3)
+
+
+def test_soft_labels_by_hand() -> None:
+    scores, ranking = torch.tensor([[0.5, 2.0, 2.5]]), torch.tensor([[2, 1, 2]])
+    preferences = torch.full((1, 3, 3), math.nan)
+    preferences[0, 0, 1], preferences[0, 0, 2] = 0.3, 0.6  # of the last pair nothing is known but its ranks
+    found = ranking_loss(scores, ranking, label_smoothing=0.1, preferences=preferences)
+    first = 0.3 * softplus(1.5) + 0.7 * softplus(-1.5)  # 0.5 against 2.0
+    second = 0.6 * softplus(2.0) + 0.4 * softplus(-2.0)  # 0.5 against 2.5: a tie by rank
+    third = 0.9 * softplus(0.5) + 0.1 * softplus(-0.5)  # 2.0 over 2.5
+    assert found.item() == pytest.approx((first + second + third) / 3)
+
+
+def test_certain_soft_labels_are_hard_ones() -> None:
+    torch.manual_seed(0)
+    scores, ranking = torch.randn(6, 4), torch.stack([torch.randint(1, 5, (4,)) for _ in range(6)])
+    rows = [{"ranking": ranks, "preferences": certain(ranks)} for ranks in ranking.tolist()]
+    soft = ranking_loss(scores, ranking, preferences=preferences_of(rows))
+    torch.testing.assert_close(soft, ranking_loss(scores, ranking))
+
+
+def certain(ranks: list[int]) -> list[float]:
+    return [0.5 + 0.5 * ((one < other) - (one > other)) for one, other in itertools.combinations(ranks, 2)]
+
+
+def test_soft_labels_stand_at_their_pairs_whatever_else_is_in_the_batch() -> None:
+    rows = [{"ranking": [1, 2], "preferences": [0.9]}, {"ranking": [1, 2, 3], "preferences": [0.8, 0.7, 0.6]}]
+    found = preferences_of([*rows, {"ranking": [2, 1], "preferences": None}])
+    assert found.shape == (3, 3, 3) and int(found.isnan().sum()) == 27 - 4
+    assert found[0, 0, 1] == 0.9 and [found[1, i, j] for i, j in ((0, 1), (0, 2), (1, 2))] == [0.8, 0.7, 0.6]
+
+
+def test_soft_labels_come_from_the_file_to_the_loss(tmp_path: Path, folder: Path) -> None:
+    ranked = {"prompt": "w4 w5", "responses": ["w6", "w7 w8", "w9"], "ranking": [1, 2, 3]}
+    rows = [ranked | {"preferences": [0.9, 0.8, 0.7]}, ranked, ranked | {"preferences": [0.9, 0.8]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepare("reward", Stage(str(tmp_path / "rows.jsonl"), heldout=0), make_tokenizer(), None)
+    assert found.report["dropped"] == {"lengths differ": 1}
+    assert found.train["preferences"][:] == [[0.9, 0.8, 0.7], None]
+    rows = found.train.to_list()
+    trainer = trainer_of(RewardTrainer, folder, rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["preferences"].shape == (2, 3, 3), "the Trainer keeps the column"
+    (loss, _), (hard, _) = (
+        loss_and_gradient(trainer, [{**row, "preferences": soft} for row in rows[:1]])
+        for soft in ([0.9, 0.8, 0.7], None)
+    )
+    assert loss != pytest.approx(hard)
+
+
+@pytest.mark.parametrize(
+    ("preferences", "part"), [([0.5, 0.5, 1.5], "not a probability"), ([True, 0.1, 0.2], "not a probability")]
+)
+def test_soft_labels_that_are_none(tmp_path: Path, preferences: list[float], part: str) -> None:
+    row = {"prompt": "w4", "responses": ["w6", "w7", "w9"], "ranking": [1, 2, 3], "preferences": preferences}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"row 1, field 'preferences': {part}"):
+        prepare("reward", Stage(str(tmp_path / "rows.jsonl")), make_tokenizer(), None)
+
+
+def test_comparisons_and_rankings_are_merged(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"w{i}", "chosen": "w6", "rejected": "w7 w8", "source": "old"} for i in range(4, 14)]
+    ranked = [
+        {"prompt": f"w{i}", "responses": ["w6", "w7", "w8"], "ranking": [2, 1, 2], "preferences": [0.1, 0.5, 0.9]}
+        for i in range(10, 20)
+    ]
+    parts = []
+    for name, rows in (("pairs", pairs), ("ranked", ranked)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        parts.append(prepare("reward", Stage(str(tmp_path / f"{name}.jsonl"), heldout=0.3), make_tokenizer(), None))
+    whole = merge(parts)
+    assert len(whole.train) == sum(len(part.train) for part in parts) == whole.report["train"]
+    assert len(whole.heldout) == sum(len(part.heldout) for part in parts) == whole.report["heldout"]
+    assert whole.report["rows"] == 20 and whole.report["dropped"] == {}
+    rows = whole.train.to_list()
+    old = parts[0].train.to_list()
+    for row, pair in zip(rows, old, strict=False):
+        assert row["responses_ids"] == [pair["chosen_ids"], pair["rejected_ids"]] and row["ranking"] == [1, 2]
+        assert row["preferences"] is None and row["source"] == "old" and row["prompt_length"] == pair["prompt_length"]
+    assert rows[-1]["preferences"] == [0.1, 0.5, 0.9] and rows[-1]["source"] is None
+    starts = [
+        {tuple(row["responses_ids"][0][: row["prompt_length"]]) for row in side} for side in (rows, whole.heldout)
+    ]
+    assert not starts[0] & starts[1], "no prompt is on both sides"
 
 
 def test_the_order_of_the_responses_does_not_matter() -> None:

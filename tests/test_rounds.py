@@ -100,6 +100,9 @@ def test_a_journal_keeps_what_was_appended_and_cuts_a_torn_line(tmp_path: Path) 
     again.append({"id": 4})
     again.remove(lambda row: row["id"] == 2)
     assert Journal(path).rows == [{"id": 1}, {"id": 4}] == read(path)
+    path.write_text('{"id": 1}\n{"id": 5}')  # whole, but for its end
+    Journal(path).append({"id": 6})
+    assert read(path) == [{"id": 1}, {"id": 5}, {"id": 6}]
 
 
 @pytest.mark.parametrize(("line", "part"), [("{oops}\n", "line 2: not JSON"), ("[1]\n", "line 2: list, not an object")])

@@ -27,7 +27,7 @@ examples:
   rlhf-recipes check comparisons.jsonl
   rlhf-recipes check comparisons.csv --columns chosen=better rejected=worse --model Qwen/Qwen3-0.6B-Base
   rlhf-recipes check --recipe qwen3-0-6b-hh --stage reward
-  rlhf-recipes check helpsteer3 --stage reward       a named source, from the Hub (see --sources)
+  rlhf-recipes check helpsteer3 --stage reward        a named source, from the Hub (see --sources)
   rlhf-recipes check copy.jsonl --convert helpsteer3  a copy of it
 
 exit code: 0, or 1 where the stage would refuse the data, or 2 where it cannot be read"""
@@ -47,6 +47,7 @@ exit code: 0, or 1 where the stage would refuse the data, or 2 where it cannot b
     add("--max-length", type=int, metavar="N", help="tokens of the longest row (default: the stage's own)")
     add("--heldout", type=float, metavar="SHARE", help="of the prompts, kept from training (default: 0.05)")
     add("--other", metavar="DATA", help="a second source, say of evaluation: which prompts are in both")
+    add("--other-split", metavar="NAME", help="its split; without --other, of the same dataset (default: as --split)")
     add("--rows", type=int, default=3, metavar="N", help="show the first N usable rows (default: 3)")
     add("--refused", type=int, default=20, metavar="N", help="name the first N refused rows (default: 20)")
     add("--json", action="store_true", help="print JSON")
@@ -262,12 +263,12 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=positive_int,
         default=16,
         metavar="N",
         help="of an endpoint's answer; a model that thinks first needs thousands (default: 16)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples (default: all)")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N samples (default: all)")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
 Each pair of responses is compared in both orders: one wins where both agree, else the pair is a tie. Where the
@@ -301,6 +302,13 @@ def _judge(options: argparse.Namespace) -> None:
     print(judge.report(found, out))
 
 
+def positive_int(text: str) -> int:
+    """A whole number above 0, for argparse, which names the option where it is none."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def _model_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Which model answers, how it is reached, and what it may cost."""
     parser.add_argument(
@@ -311,7 +319,7 @@ def _model_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     )
     parser.add_argument(
         "--parallel",
-        type=int,
+        type=positive_int,
         default=8,
         metavar="N",
         help="requests to an endpoint at once, or rows in a local model's batch (default: 8)",
@@ -335,10 +343,10 @@ def _model_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         metavar="N",
         help="after time-outs, lost connections, 429 and 5xx, ever later or as Retry-After says (default: 5)",
     )
-    cost = parser.add_argument_group("cost", "What earlier calls spent on the same file is counted.")
+    cost = parser.add_argument_group("cost", "Earlier calls for the same file count; what is under way is finished.")
     cost.add_argument("--price-in", type=float, default=0.0, metavar="P", help="of 10^6 prompt tokens (default: 0)")
     cost.add_argument("--price-out", type=float, default=0.0, metavar="P", help="of 10^6 answer tokens (default: 0)")
-    cost.add_argument("--max-cost", type=float, metavar="P", help="ask no more once this is spent (default: no limit)")
+    cost.add_argument("--max-cost", type=float, metavar="P", help="ask no more once it is spent (default: no limit)")
 
 
 def _model(options: argparse.Namespace) -> dict[str, Any]:
@@ -367,12 +375,16 @@ def _critique_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of principles, one drawn for each revision (default: our own)",
     )
-    parser.add_argument("--revisions", type=int, default=1, metavar="N", help="of each answer, in turn (default: 1)")
+    parser.add_argument("--revisions", type=positive_int, default=1, metavar="N", help="of each answer (default: 1)")
     parser.add_argument(
-        "--max-tokens", type=int, default=512, metavar="N", help="of an answer, a critique, a revision (default: 512)"
+        "--max-tokens",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="of an answer, a critique, a revision (default: 512)",
     )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest (default: 1.0)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows (default: all)")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows (default: all)")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
 The model answers each prompt (or takes the row's own `completion` or `response`), criticises the answer by a principle,

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/rounds.py [--seeds 0,1,2] [--out DIR] [--json FILE] [key=value ...]
 
-Both runs of a seed have as many labels and PPO updates, the same KL penalty and the same SFT model. Beside their ends, the
-best gold of any evaluation is compared at equal KL: the smaller of the two at the end, and half of it. Results are read
-from the run folders: run again, it goes on. More settings (`ppo.kl_coef=0.1`) go to both.
+Both runs of a seed have as many labels and PPO updates, the same KL penalty and the same SFT model. Beside their
+ends, the best gold of any evaluation is compared at equal KL: the smaller of the two at the end, and half of it.
+Results are read from the run folders: run again, it goes on. More settings (`ppo.kl_coef=0.1`) go to both.
 """
 
 import argparse
