@@ -161,7 +161,8 @@ def run(
     later = _unfinished_rounds(recipe, run_dir) if "ppo" in wanted else []
     console, waiting = Console(), None
     if todo or later:
-        planned = _plan(recipe, {stage: configs[stage] for stage in todo}, force, console)
+        ahead = [stage for stage in configs if stage in todo or (later and stage in ("reward", "ppo"))]
+        planned = _plan(recipe, {stage: configs[stage] for stage in ahead}, force, console)
         tokenizer = model.load_tokenizer(recipe.base)
         manifest["base"] = model.fingerprint(recipe.base, tokenizer)
         prepared = {stage: _prepare(recipe, stage, configs[stage], tokenizer) for stage in todo}
@@ -179,7 +180,7 @@ def run(
             if labels is None:
                 waiting = rounds.instructions(recipe, run_dir, number)
                 break
-            _run_round(recipe, run_dir, number, tokenizer, bool(planned), console)
+            _run_round(recipe, run_dir, number, configs, tokenizer, bool(planned), console)
     manifests = [_read_manifest(rounds.folder(run_dir, number)) for number in _rounds_of(recipe)]
     result = summary.summarize(manifest, [of_round for of_round in manifests if of_round["stages"]])
     write_json(run_dir / "summary.json", result)
@@ -201,19 +202,24 @@ def _unfinished_rounds(recipe: Recipe, run_dir: Path) -> list[int]:
 
 
 def _run_round(
-    recipe: Recipe, run_dir: Path, number: int, tokenizer: PreTrainedTokenizerBase, planned: bool, console: Console
+    recipe: Recipe,
+    run_dir: Path,
+    number: int,
+    configs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    planned: bool,
+    console: Console,
 ) -> None:
     """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
     folder = rounds.folder(run_dir, number)
-    configs = {stage: _config(recipe, stage, folder) for stage in STAGES if getattr(recipe, stage) is not None}
     manifest = _read_manifest(folder)
     manifest["base"] = model.fingerprint(recipe.base, tokenizer)
     write_json(folder / "recipe.json", to_dict(recipe))
     for stage in ("reward", "ppo"):
         if manifest["stages"].get(stage, {}).get("state") == "done":
             continue
-        config = configs[stage]
-        config.run_name = f"{run_dir.name}-{folder.name}-{stage}"
+        config = copy.copy(configs[stage])
+        config.output_dir, config.run_name = str(folder / stage), f"{run_dir.name}-{folder.name}-{stage}"
         config.data_seed = recipe.seed + number  # each round takes the rows in another order
         prepared = _prepare(recipe, stage, config, tokenizer)
         if stage == "reward":
@@ -232,7 +238,7 @@ def _labels(
     for earlier in range(2, number + 1):
         path = str(rounds.files(run_dir, earlier)[1])
         assert recipe.reward is not None
-        source = dataclasses.replace(recipe.reward, data=path, columns={}, limit=None)
+        source = dataclasses.replace(recipe.reward, data=path, columns={}, convert=None, limit=None)
         limit = model.longest_row(recipe.base, config.max_length)
         yield data.prepare("reward", source, tokenizer, limit, recipe.seed)
 
@@ -449,7 +455,9 @@ def _prepare_others(
         others["ptx"] = _held_out("ptx", "ptx", recipe.ptx, tokenizer, None, recipe.seed)
     if stage == "dpo":
         own = {f.name: getattr(recipe.dpo, f.name) for f in fields(Source)}
-        source = Source(**own | ({"data": recipe.dpo.prompts, "columns": {}} if recipe.dpo.prompts else {}))
+        source = Source(
+            **own | ({"data": recipe.dpo.prompts, "columns": {}, "convert": None} if recipe.dpo.prompts else {})
+        )
         limit = model.longest_row(recipe.base, None, configs["dpo"].response_length, "dpo.response_length")
         try:
             others["prompts"] = _held_out("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)

@@ -58,17 +58,17 @@ def _check(options: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):  # libraries print notes as they load; standard output is the report alone
         from rich.console import Console
 
-        from . import check
+        from . import check, check_page
 
     if options.sources:
-        check.show_sources(Console(highlight=False))
+        check_page.show_sources(Console(highlight=False))
         return
     with redirect_stdout(sys.stderr):
         report = check.run(options)
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        check.show(report, Console(highlight=False))
+        check_page.show(report, Console(highlight=False))
     if report["problems"]:
         raise SystemExit(1)
 

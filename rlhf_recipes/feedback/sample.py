@@ -86,7 +86,11 @@ def prompts_of(of: Recipe) -> Source:
     """
     assert of.ppo is not None
     own = {f.name: getattr(of.ppo, f.name) for f in dataclasses.fields(Source)}
-    others = {"data": of.rounds.prompts, "columns": {}} if of.rounds is not None and of.rounds.prompts else {}
+    others = (
+        {"data": of.rounds.prompts, "columns": {}, "convert": None}
+        if of.rounds is not None and of.rounds.prompts
+        else {}
+    )
     return _all(Source(**own | others))
 
 

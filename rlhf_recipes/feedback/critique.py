@@ -1,0 +1,225 @@
+"""A model criticises and revises its own answers by a constitution: the supervised half of Constitutional AI
+(arXiv:2212.08073, section 3.1). What comes of it is data for the `sft` stage as it is.
+"""
+
+import asyncio
+import functools
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .. import data
+from ..chat import Messages
+from ..files import Journal
+from ..recipe import Source
+from . import constitution
+from .client import Answer, Client, said
+from .constitution import Principle
+from .ledger import Ledger, Prices, bill, in_parallel, resumable
+from .rows import Row, text
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are revised."""
+
+    # one is drawn for each revision
+    principles: tuple[Principle, ...] = field(default_factory=lambda: tuple(constitution.read(constitution.DEFAULT)))
+    revisions: int = 1  # of each answer, one after the other
+    max_tokens: int = 512  # of each answer, critique and revision
+    temperature: float = 1.0
+    seed: int = 0  # of the drawn principles, and of sampling
+
+    def drawn(self, id: str) -> list[Principle]:
+        """The principles of a prompt's revisions."""
+        return [constitution.draw(self.principles, self.seed, f"{id} {number}") for number in range(self.revisions)]
+
+
+def critique(
+    prompts: list[Row],
+    out: Path,
+    client: Client,
+    settings: Settings | None = None,
+    prices: Prices | None = None,
+    parallel: int = 8,
+) -> dict[str, Any]:
+    """Write demonstrations of revised answers, or go on with what an earlier call left of it.
+
+    Args:
+        prompts: as `read_prompts` gives them. A row's own response is revised in place of an answer of the model's.
+        out: where the demonstrations go. Beside it, *.asked.jsonl holds every question and answer.
+        client: the model; it is closed at the end.
+        parallel: so many prompts at once.
+    Returns:
+        rows: written in all; of: prompts; left_out: prompts without a revision of use, by reason; prompt_tokens,
+        completion_tokens, cost: of all questions so far; stopped: whether the money is spent.
+    Raises:
+        ValueError: `out` is of another model or other settings, an endpoint that is gone, or a model none of whose
+            first 20 answers are of use. What was written before that is on disk.
+    """
+    run = _Run(prompts, out, client, settings or Settings(), prices or Prices())
+    asyncio.run(run.go(parallel))
+    return run.summary()
+
+
+def read_prompts(source: Source) -> tuple[list[Row], dict[str, int]]:
+    """The different rows of a source that the `ppo` stage can use, and how many were dropped, by reason.
+
+    A row has `id`, `prompt` as messages, and `response`: its own `completion` or `response`, or None.
+    Raises ValueError where the source cannot be read or has no usable row.
+    """
+    rows, bad, survey = data._load("ppo", source)
+    dropped = data._report_bad("ppo", source, bad, survey.total)["dropped"]
+    found = {}
+    for row in rows:
+        prompt = row.prompt if not isinstance(row.prompt, str) else [{"role": "user", "content": row.prompt}]
+        response = row.columns.get("completion") or row.columns.get("response")
+        response = text(response).strip() if response else None
+        id = hashlib.sha256(json.dumps([prompt, response]).encode()).hexdigest()[:16]
+        found[id] = {"id": id, "prompt": prompt, "response": response}
+    return list(found.values()), dropped
+
+
+class _LeftOut(Exception):
+    """An answer that must not become a demonstration. Args: why."""
+
+
+class _Run:
+    """One call of `critique`."""
+
+    def __init__(self, rows: list[Row], out: Path, client: Client, settings: Settings, prices: Prices) -> None:
+        self.rows, self.client, self.settings = rows, client, settings
+        self.written = Journal(out)
+        self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
+        self.left_out: Counter[str] = Counter()
+        self.done = {row["id"] for row in self.written.rows}
+        for row in self.written.rows:
+            principles = [principle.label for principle in settings.drawn(row["id"])]
+            if (row["model"], row["principles"]) != (client.name, principles):
+                raise ValueError(
+                    f"{out} holds rows of another model, constitution, seed or number of revisions (row {row['id']}: "
+                    f"{row['model']}, {'; '.join(row['principles'])}). Name another --out."
+                )
+
+    async def go(self, parallel: int) -> None:
+        """Revise what has not been revised yet."""
+        start = len(self.done & {row["id"] for row in self.rows})
+        with tqdm(total=len(self.rows), initial=start, desc="critique", unit="prompt") as bar:
+
+            async def work(row: Row) -> None:
+                try:
+                    self.written.append(await self.revised(row))
+                except _LeftOut as reason:
+                    self.left_out[str(reason)] += 1
+                bar.update()
+
+            rows = f"{self.written.path} holds the rows so far"
+            async with resumable(self.client, lambda: f"{rows}, {len(self.written.rows)}."):
+                await in_parallel(work, self.todo(), parallel)
+
+    def todo(self) -> Iterator[Row]:
+        """The prompts that are not done, until the money is spent."""
+        for row in self.rows:
+            if self.ledger.spent():
+                return
+            if row["id"] not in self.done:
+                yield row
+
+    async def revised(self, row: Row) -> Row:
+        """The demonstration that comes of a prompt. Raises _LeftOut."""
+        prompt, principles = row["prompt"], self.settings.drawn(row["id"])
+        first = response = row["response"] or await self.say(row["id"], "response", prompt)
+        critiques, revisions = [], []
+        for number, principle in enumerate(principles, 1):
+            talk = [*prompt, _message("assistant", response), _message("user", principle.critique_request())]
+            criticism = await self.say(row["id"], f"critique {number}", talk)
+            talk = [*talk, _message("assistant", criticism), _message("user", principle.revision_request())]
+            response = await self.say(row["id"], f"revision {number}", talk)
+            if fault := degenerate(response, prompt, criticism, principle):
+                raise _LeftOut(fault)
+            critiques.append(criticism)
+            revisions.append(response)
+        return {
+            "id": row["id"],
+            "prompt": prompt,
+            "completion": [_message("assistant", response)],
+            "response": first,
+            "critiques": critiques,
+            "principles": [principle.label for principle in principles],
+            "revisions": revisions,
+            "model": self.client.name,
+        }
+
+    async def say(self, id: str, step: str, messages: Messages) -> str:
+        """What the model says, asked once more where it says nothing. Raises _LeftOut."""
+        answer: Row = {}
+        for attempt in range(2):
+            key = (id, step, attempt)
+            how = (
+                self.settings.max_tokens,
+                self.settings.temperature,
+                zlib.crc32(f"{self.settings.seed} {key}".encode()),
+            )
+            ask = functools.partial(self.client.chat, messages, *how)
+            answer = await self.ledger.ask(key, messages, ask, is_something)
+            if answer["used"]:
+                break
+        if not answer["used"]:
+            raise _LeftOut(f"no {step.partition(' ')[0]}" + (f" ({answer['error']})" if answer["error"] else ""))
+        if step.startswith("revision") and not answer["ended"]:
+            # A demonstration that breaks off teaches to break off.
+            raise _LeftOut("revision cut off at --max-tokens")
+        return said(answer["text"])
+
+    def summary(self) -> dict[str, Any]:
+        """What came of it: see `critique`."""
+        return {
+            "rows": len(self.written.rows),
+            "of": len(self.rows),
+            "left_out": dict(self.left_out.most_common()),
+            "prompt_tokens": self.ledger.prompt_tokens,
+            "completion_tokens": self.ledger.completion_tokens,
+            "cost": self.ledger.cost(),
+            "stopped": self.ledger.spent(),
+        }
+
+
+def report(found: Mapping[str, Any], out: Path, dropped: Mapping[str, int]) -> str:
+    """The summary of `critique` in words."""
+    lines = [f"{found['rows']:,} demonstrations in {out}, of {found['of']:,} prompts."]
+    for what, reasons in (("rows cannot be used", dropped), ("prompts left out", found["left_out"])):
+        if reasons:
+            first = [f"{reason} ({number:,})" for reason, number in reasons.items()][:5]
+            lines.append(f"{sum(reasons.values()):,} {what}: {', '.join(first)}{', ...' * (len(reasons) > 5)}.")
+    return "\n".join([*lines, bill(found)])
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def is_something(answer: Answer) -> bool:
+    """Whether an answer says anything at all."""
+    return answer.text is not None and bool(said(answer.text))
+
+
+def degenerate(revision: str, prompt: Messages, criticism: str, principle: Principle) -> str | None:
+    """Why a revision is none: it repeats what it was given. None where it is one."""
+    repeated = {
+        "revision repeats the prompt": [message["content"] for message in prompt],
+        "revision repeats the critique": [criticism],
+        "revision repeats the request": [principle.critique_request(), principle.revision_request()],
+    }
+    same = _words(revision)
+    return next((why for why, texts in repeated.items() if same in map(_words, texts)), None)
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().split()
