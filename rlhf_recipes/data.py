@@ -20,7 +20,12 @@ Comparisons may have a `margin`, a `weight` (the trust in their labeler) and a `
 rankings soft labels, `preferences`: of each pair (1st and 2nd, 1st and 3rd, ..., 2nd and 3rd, ...) the probability that
 its first response is the better one. What people or judges are to rank has no `ranking` yet.
 
-Transcripts of Anthropic's HH kind ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages.
+Transcripts of Anthropic's HH kind ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages. Public data of other
+formats have conversions (see `sources`).
+
+No row can be judged before all have been seen, because the format is that of most rows. So there are two passes: a
+`Survey` of the columns, then `normalize`, `encode` and `check_length`. `prepare` takes all rows at once through them,
+`feedback.check` a few at a time.
 """
 
 import csv
@@ -30,6 +35,8 @@ import io
 import json
 import math
 import re
+import shutil
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -56,8 +63,10 @@ from .chat import (
     render_completion,
     render_prompt,
     response_end,
+    stop_token_id,
 )
 from .recipe import Source, function, is_function, suggestion
+from .sources import MOST_RESPONSES, conversion, resolve
 
 StageName = Literal["sft", "reward", "ppo", "dpo", "ptx", "rank", "label"]
 
@@ -75,15 +84,27 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected", "margin")
 COLUMNS += ("responses", "ranking", "preferences", "weight", "source", "text")  # all but the last are ours
-MOST_RESPONSES = 9  # InstructGPT ranked 4 to 9
+MIXED = "mixed formats"  # the reason for which rows of text among messages are refused, and of messages among text
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # arguments of reward functions, and our column
 
 
 # --- Sources ----------------------------------------------------------------------------------------------------------
 
 
-def _read(name: str, stage: Source) -> Iterator[tuple[int, Any]]:
-    """The rows of a stage's source with their numbers, from 1: lines of a JSONL file, data rows of all others."""
+def read(name: str, stage: Source) -> Iterator[tuple[int, Any]]:
+    """The first `stage.limit` rows of a stage's source, with their numbers.
+
+    These count from 1: lines of a JSONL file, data rows of all others, and what a conversion has made.
+    """
+    stage = resolve(stage)
+    numbered = _read_source(name, stage)
+    if stage.convert is not None:
+        convert = conversion(f"{name}.convert", stage.convert)
+        numbered = enumerate(convert(row for _, row in numbered), 1)
+    return islice(numbered, stage.limit)
+
+
+def _read_source(name: str, stage: Source) -> Iterator[tuple[int, Any]]:
     path = Path(stage.data)
     if is_function(stage.data):
         yield from enumerate(function(stage.data)(), 1)
@@ -117,8 +138,11 @@ def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _read_json(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """One JSON list, or JSON lines, which are common under this suffix as well."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
-    return iter(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else _json_lines(io.StringIO(text))
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
+    while (first := text.read(1)).isspace():
+        pass
+    text.seek(0)
+    return iter(enumerate(json.load(text), 1)) if first == "[" else _json_lines(text)
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
@@ -140,10 +164,15 @@ def _read_csv(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    batches = pq.ParquetFile(io.BytesIO(file.read())).iter_batches()
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows, 1):
-        yield number, {column: _decode(cell) for column, cell in row.items()}
+    with tempfile.TemporaryFile() as whole:
+        if isinstance(file, gzip.GzipFile):  # in which nothing can be sought
+            shutil.copyfileobj(file, whole)
+            file = whole
+        # In small pieces: a row group may hold a million rows.
+        table = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+        rows = (row for batch in table.iter_batches(batch_size=1000) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield number, {column: _decode(cell) for column, cell in row.items()}
 
 
 READERS: dict[str, Callable[[Any], Iterator[tuple[int, Any]]]] = {
@@ -179,7 +208,7 @@ def _read_hub(name: str, stage: Source) -> Iterable[Any]:
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
-class _BadRow(Exception):
+class BadRow(Exception):
     """A row that cannot be used. Args: the reason it is counted under, the field, and what more there is to say."""
 
     def __init__(self, reason: str, field: str, detail: str = "") -> None:
@@ -188,7 +217,7 @@ class _BadRow(Exception):
 
 
 @dataclass
-class _Row:
+class Row:
     number: int  # in its source
     columns: dict[str, Any]  # under TRL's names
     prompt: Text = ""
@@ -199,58 +228,101 @@ class _Row:
     ids: dict[str, Ids] = field(default_factory=dict)  # the completions tokenized, with the stop token
 
 
-def _rename(name: str, stage: Source, numbered: list[tuple[int, Any]]) -> list[_Row]:
-    """Apply `stage.columns`. Raises ValueError for a name that TRL or the source does not have."""
-    found = list(dict.fromkeys(str(column) for _, row in numbered if isinstance(row, dict) for column in row))
-    for ours, theirs in stage.columns.items():
-        if ours not in COLUMNS:
-            raise ValueError(f"{name}.columns: TRL has no column {ours!r}.{suggestion(ours, COLUMNS)}")
-        if theirs not in found:
-            raise ValueError(f"{name}.columns: {stage.data} has no column {theirs!r}.{suggestion(theirs, found)}")
-    rows = []
-    for number, row in numbered:
-        if isinstance(row, dict):
-            renamed = {ours: row[theirs] for ours, theirs in stage.columns.items() if theirs in row}
-            row = {key: cell for key, cell in row.items() if key not in stage.columns.values()} | renamed
-        rows.append(_Row(number, row))
-    return rows
+def accepted(name: str) -> str:
+    """The formats that a stage takes, in words."""
+    return ", or ".join(" + ".join(columns) for columns in FORMATS[name])
 
 
-def _choose_format(name: str, stage: Source, rows: list[_Row]) -> tuple[str, ...]:
-    """The source's format: the first that at least half as many rows have as have the most frequent one.
+@dataclass
+class Survey:
+    """What a pass over all rows of a source finds out. Before it no row can be judged.
 
-    A few rows without a prompt must not make all of them rows with an implicit one, nor a stray column decide for all.
+    Attributes:
+        stage: the source.
+        total: how many rows it has.
+        theirs: its columns, in their order.
+        ours: the columns under TRL's names.
+        having: which of COLUMNS a row has -> number of such rows.
     """
-    dicts = [row.columns for row in rows if isinstance(row.columns, dict)]
-    counts = {
-        columns: sum(all(row.get(column) is not None for column in columns) for row in dicts)
-        for columns in FORMATS[name]
-    }
-    if not any(counts.values()):
-        found = ", ".join(dict.fromkeys(str(column) for row in dicts for column in row)) or "none"
-        accepted = ", or ".join(" + ".join(columns) for columns in FORMATS[name])
-        example = f"{name}.columns={{'{FORMATS[name][-1][0]}': 'its name in the source'}}"
-        raise ValueError(
-            f"{name}.data: {stage.data} has the columns: {found}. This stage takes {accepted}. If they have other "
-            f"names there, map them: {example}."
-        )
-    return next(columns for columns in FORMATS[name] if 2 * counts[columns] >= max(counts.values()))
+
+    stage: Source
+    total: int = 0
+    theirs: dict[str, None] = field(default_factory=dict)
+    ours: dict[str, None] = field(default_factory=dict)
+    having: Counter[frozenset[str]] = field(default_factory=Counter)
+
+    def add(self, row: Any) -> Any:
+        """Count a row, and return it with its columns renamed."""
+        self.total += 1
+        if not isinstance(row, dict):
+            return row
+        self.theirs |= dict.fromkeys(map(str, row))
+        row = self.rename(row)
+        self.ours |= dict.fromkeys(map(str, row))
+        self.having[frozenset(column for column in COLUMNS if row.get(column) is not None)] += 1
+        return row
+
+    def rename(self, row: Any) -> Any:
+        """The row with `stage.columns` applied."""
+        names = self.stage.columns
+        if not names or not isinstance(row, dict):
+            return row
+        renamed = {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
+        return {key: cell for key, cell in row.items() if key not in names.values()} | renamed
+
+    def check(self, name: str) -> None:
+        """Raises ValueError for a source without rows, or a name that TRL or the source does not have."""
+        if not self.total:
+            raise ValueError(f"{name}.data: {self.stage.data} holds no rows.")
+        for ours, theirs in self.stage.columns.items():
+            if ours not in COLUMNS:
+                raise ValueError(f"{name}.columns: TRL has no column {ours!r}.{suggestion(ours, COLUMNS)}")
+            if theirs not in self.theirs:
+                found = suggestion(theirs, self.theirs)
+                raise ValueError(f"{name}.columns: {self.stage.data} has no column {theirs!r}.{found}")
+
+    def counts(self, name: str) -> dict[tuple[str, ...], int]:
+        """Each format that a stage takes, and how many rows have it."""
+        return {
+            columns: sum(count for having, count in self.having.items() if having.issuperset(columns))
+            for columns in FORMATS[name]
+        }
+
+    def format(self, name: str) -> tuple[str, ...]:
+        """The format that a stage reads: the first that half as many rows have as have the most frequent one.
+
+        A few rows without a prompt must not make all of them rows with an implicit one, nor a stray column decide for
+        all. Raises ValueError where no row has one of the stage's formats.
+        """
+        counts = self.counts(name)
+        if not any(counts.values()):
+            found = ", ".join(self.ours) or "none"
+            example = f"{name}.columns={{'{FORMATS[name][-1][0]}': 'its name in the source'}}"
+            raise ValueError(
+                f"{name}.data: {self.stage.data} has the columns: {found}. This stage takes {accepted(name)}. If they "
+                f"have other names there, map them: {example}."
+            )
+        return next(columns for columns in FORMATS[name] if 2 * counts[columns] >= max(counts.values()))
+
+    def numbers(self, name: str) -> tuple[str, ...]:
+        """The columns of numbers that every row of this stage must have if a usable one has them, as some row has."""
+        return tuple(column for column in ("margin", "weight") if name == "reward" and column in self.ours)
 
 
 def _check_text(name: str, value: Any) -> None:
     if value is None:
-        raise _BadRow("missing field", name)
+        raise BadRow("missing field", name)
     if isinstance(value, str):
         texts = [value]
     elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
         texts = [message.get(key) for message in value for key in ("role", "content")]
     else:
-        raise _BadRow("wrong type", name, f"{type(value).__name__}, not text or a list of messages")
+        raise BadRow("wrong type", name, f"{type(value).__name__}, not text or a list of messages")
     for text in texts:
         if not isinstance(text, str):
-            raise _BadRow("wrong type", name, "a message's role and content must be text")
+            raise BadRow("wrong type", name, "a message's role and content must be text")
         if re.search("[\ud800-\udfff]", text):
-            raise _BadRow("not Unicode", name, "half of a surrogate pair")
+            raise BadRow("not Unicode", name, "half of a surrogate pair")
 
 
 def _is_empty(value: Text) -> bool:
@@ -269,12 +341,12 @@ def _transcript(text: Any) -> Messages | None:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def _normalize(row: _Row, columns: tuple[str, ...], name: str) -> None:
-    """Fill in the row's prompt and completions. Raises _BadRow."""
+def _normalize(row: Row, columns: tuple[str, ...], name: str) -> None:
+    """Fill in the row's prompt and completions. Raises BadRow."""
     if not isinstance(row.columns, dict):
-        raise _BadRow("wrong type", "row", f"{type(row.columns).__name__}, not an object")
+        raise BadRow("wrong type", "row", f"{type(row.columns).__name__}, not an object")
     if None in row.columns:  # the csv module's key for what has no column
-        raise _BadRow("wrong type", "row", "it has more cells than the header")
+        raise BadRow("wrong type", "row", "it has more cells than the header")
     values: dict[str, Any] = {column: row.columns.get(column) for column in columns}
     if "responses" in values:
         values = _unfold_responses(row, values)
@@ -286,84 +358,97 @@ def _normalize(row: _Row, columns: tuple[str, ...], name: str) -> None:
         prompt, completions = _split_preference(values, name)
     elif "text" in values:
         if not isinstance(values["text"], str):
-            raise _BadRow("wrong type", "text", "messages, not text")
+            raise BadRow("wrong type", "text", "messages, not text")
         prompt, completions = values["text"], {}
     else:
         prompt, completions = _split_transcript(values.pop("prompt"), values)
     if _is_empty(prompt):
-        raise _BadRow("empty", "prompt")
+        raise BadRow("empty", "prompt")
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise _BadRow("no answer can follow", "prompt", "it ends with an assistant's message")
+        raise BadRow("no answer can follow", "prompt", "it ends with an assistant's message")
     row.prompt = prompt
     if name != "ppo":
         row.completions = {key: value for key, value in completions.items() if (name, key) != ("sft", "rejected")}
     for column, value in row.completions.items():
         _check_completion(prompt, column, value)
     if "ranking" in columns:
-        if name == "reward" and len(set(row.columns["ranking"])) == 1:
-            raise _BadRow("all tied", "ranking", f"{row.columns['ranking']} prefers nothing")
         _check_ranking(list(row.completions.values()), row.columns["ranking"])
         _check_preferences(row)
+        if name == "reward" and len(set(row.columns["ranking"])) == 1:
+            _rank_softly(row)
+
+
+def _rank_softly(row: Row) -> None:
+    """Rank what is all tied by its soft labels: by how often a response is expected to win. Raises BadRow."""
+    wins = [0.0] * len(row.completions)
+    soft = row.columns.get("preferences") or [0.5] * math.comb(len(wins), 2)
+    for (one, other), preference in zip(combinations(range(len(wins)), 2), soft, strict=True):
+        wins[one] += preference
+        wins[other] += 1 - preference
+    wins = [round(win, 9) for win in wins]
+    if len(set(wins)) == 1:
+        raise BadRow("all tied", "ranking", f"{row.columns['ranking']} prefers nothing")
+    row.columns["ranking"] = [1 + sum(other > win for other in wins) for win in wins]
 
 
 def _check_completion(prompt: Text, column: str, value: Text) -> None:
     if isinstance(value, str) != isinstance(prompt, str):
         kinds = ("text", "messages") if isinstance(value, str) else ("messages", "text")
-        raise _BadRow("wrong type", column, "{} after a prompt of {}".format(*kinds))
+        raise BadRow("wrong type", column, "{} after a prompt of {}".format(*kinds))
     if _is_empty(value):
-        raise _BadRow("empty", column)
+        raise BadRow("empty", column)
     if not isinstance(value, str) and [message["role"] for message in value] != ["assistant"]:
         roles = ", ".join(message["role"] for message in value)
-        raise _BadRow("not one assistant message", column, f"after the prompt there is: {roles}")
+        raise BadRow("not one assistant message", column, f"after the prompt there is: {roles}")
 
 
-def _unfold_responses(row: _Row, values: dict[str, Any]) -> dict[str, Any]:
-    """The prompt, and each response as a value of its own. Raises _BadRow where they and a ranking do not fit."""
+def _unfold_responses(row: Row, values: dict[str, Any]) -> dict[str, Any]:
+    """The prompt, and each response as a value of its own. Raises BadRow where they and a ranking do not fit."""
     lists = {column: _list(column, values[column]) for column in values if column != "prompt"}
     responses = lists["responses"]
     if not 2 <= len(responses) <= MOST_RESPONSES:
-        raise _BadRow("number of responses", "responses", f"{len(responses)}, not 2 to {MOST_RESPONSES}")
+        raise BadRow("number of responses", "responses", f"{len(responses)}, not 2 to {MOST_RESPONSES}")
     if "ranking" in lists:
         ranking = lists["ranking"]
         if len(ranking) != len(responses):
-            raise _BadRow("lengths differ", "ranking", f"{len(ranking)} ranks for {len(responses)} responses")
+            raise BadRow("lengths differ", "ranking", f"{len(ranking)} ranks for {len(responses)} responses")
         if any(isinstance(rank, bool) or rank not in range(1, len(ranking) + 1) for rank in ranking):
-            raise _BadRow("wrong ranks", "ranking", f"{ranking}, not whole numbers from 1, the best, to {len(ranking)}")
+            raise BadRow("wrong ranks", "ranking", f"{ranking}, not whole numbers from 1, the best, to {len(ranking)}")
         row.columns["ranking"] = [int(rank) for rank in ranking]
     numbered = {f"responses[{i}]": [x] if isinstance(x, dict) else x for i, x in enumerate(responses)}
     return {"prompt": values["prompt"], **numbered}
 
 
 def _list(column: str, value: Any) -> list[Any]:
-    """A list, or a CSV cell that holds one as JSON. Raises _BadRow."""
+    """A list, or a CSV cell that holds one as JSON. Raises BadRow."""
     if value is None:
-        raise _BadRow("missing field", column)
+        raise BadRow("missing field", column)
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise _BadRow("wrong type", column, f"{value!r} is no JSON list") from error
+            raise BadRow("wrong type", column, f"{value!r} is no JSON list") from error
     if not isinstance(value, list):
-        raise _BadRow("wrong type", column, f"{type(value).__name__}, not a list")
+        raise BadRow("wrong type", column, f"{type(value).__name__}, not a list")
     return value
 
 
-def _check_preferences(row: _Row) -> None:
-    """Soft labels, where the row has them, are a probability for each pair. Raises _BadRow."""
+def _check_preferences(row: Row) -> None:
+    """Soft labels, where the row has them, are a probability for each pair. Raises BadRow."""
     if row.columns.get("preferences") is None:
         return
     found, pairs = _list("preferences", row.columns["preferences"]), math.comb(len(row.completions), 2)
     if len(found) != pairs:
-        raise _BadRow("lengths differ", "preferences", f"{len(found)} for {pairs} pairs of responses")
+        raise BadRow("lengths differ", "preferences", f"{len(found)} for {pairs} pairs of responses")
     if not all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in found):
-        raise _BadRow("not a probability", "preferences", f"{found}, not numbers from 0 to 1")
+        raise BadRow("not a probability", "preferences", f"{found}, not numbers from 0 to 1")
     row.columns["preferences"] = [float(p) for p in found]
 
 
 def _check_ranking(responses: list[Text], ranking: list[int]) -> None:
     for (one, above), (other, below) in combinations(zip(responses, ranking, strict=True), 2):
         if one == other and above != below:
-            raise _BadRow("equal texts ranked differently", "responses", f"ranks {above} and {below}")
+            raise BadRow("equal texts ranked differently", "responses", f"ranks {above} and {below}")
 
 
 def _split_messages(messages: Messages, name: str) -> tuple[Text, dict[str, Text]]:
@@ -371,13 +456,13 @@ def _split_messages(messages: Messages, name: str) -> tuple[Text, dict[str, Text
     if answers:
         return messages[: answers[-1]], {"completion": messages[answers[-1] : answers[-1] + 1]}
     if name != "ppo":
-        raise _BadRow("missing field", "messages", "there is no assistant message")
+        raise BadRow("missing field", "messages", "there is no assistant message")
     return messages, {}
 
 
 def _split_preference(values: dict[str, Any], name: str) -> tuple[Text, dict[str, Text]]:
     if name in ("reward", "dpo") and values["chosen"] == values["rejected"]:
-        raise _BadRow("chosen equals rejected", "chosen")
+        raise BadRow("chosen equals rejected", "chosen")
     pair: dict[str, Any] = {column: _transcript(values[column]) or values[column] for column in ("chosen", "rejected")}
     # Whole conversations hold their prompt, and win over a prompt beside them (which is often its text alone).
     whole = all(isinstance(value, list) and value and value[0]["role"] != "assistant" for value in pair.values())
@@ -385,13 +470,13 @@ def _split_preference(values: dict[str, Any], name: str) -> tuple[Text, dict[str
         return _split_transcript(values["prompt"], {column: values[column] for column in pair})
     for column, value in pair.items():
         if _is_empty(value):
-            raise _BadRow("empty", column)
+            raise BadRow("empty", column)
     if isinstance(pair["chosen"], str) != isinstance(pair["rejected"], str):
-        raise _BadRow("wrong type", "rejected", "one of chosen and rejected is text, the other messages")
+        raise BadRow("wrong type", "rejected", "one of chosen and rejected is text, the other messages")
     # Trailing spaces would lead TRL's function astray where nothing is shared.
     pair = {column: value.rstrip() if isinstance(value, str) else value for column, value in pair.items()}
     if pair["chosen"] == pair["rejected"]:
-        raise _BadRow("chosen equals rejected", "chosen")
+        raise BadRow("chosen equals rejected", "chosen")
     extracted: dict[str, Any] = extract_prompt(pair)
     return extracted.pop("prompt"), extracted
 
@@ -447,25 +532,14 @@ def prepare(
         ValueError: the source cannot be read or understood, a column is mapped wrongly, no usable row is left, or
             `stage.bad_rows` is "refuse" and there are bad rows.
     """
-    if not 0 <= stage.heldout <= 0.9:
-        raise ValueError(f"{name}.heldout must be between 0 and 0.9, not {stage.heldout}.")
-    for key in ("limit", "heldout_limit"):
-        if (getattr(stage, key) or 0) < 0:
-            raise ValueError(f"{name}.{key} must not be negative, but is {getattr(stage, key)}.")
-    rows, bad, total = _load(name, stage)
-    conversational = not isinstance(rows[0].prompt, str) if rows else False
-    for column in ("margin", "weight") if name == "reward" else ():
-        if any(column in row.columns for row in rows):
-            rows = _sift(rows, lambda row, column=column: _check_number(row, column), bad)
-    end, stop = response_end(tokenizer, conversational)
-    rows = _sift(rows, lambda row: _render_row(tokenizer, row, end), bad)
-    _tokenize(tokenizer, rows, conversational, stop)
-    if name == "ptx":
-        for row in rows:
-            row.prompt_ids = np.append(row.prompt_ids, np.int32(stop))
-    rows = _sift(rows, lambda row: _check_length(row, max_length), bad)
+    check_shares(name, stage)
+    rows, bad, survey = load(name, stage)
+    total, conversational = survey.total, bool(rows) and not isinstance(rows[0].prompt, str)
+    numbers = [column for column in survey.numbers(name) if any(column in row.columns for row in rows)]
+    rows = encode(name, rows, numbers, tokenizer, conversational, bad)
+    rows = sift(rows, lambda row: check_length(row, max_length), bad)
     report = {"source": stage.data, "rows": total, "used": len(rows)}
-    dropped = _report_bad(name, stage, bad, total)
+    dropped = report_bad(name, stage, bad, total)
 
     train, heldout = _split(rows, stage.heldout, seed)
     if name == "ppo":
@@ -481,19 +555,59 @@ def prepare(
     # empty range must still begin inside the table.
     table = _table(name, stage, [*heldout, *train])
     kept, trained = range(len(heldout)), range(len(heldout), len(table))
+    stop = stop_token_id(tokenizer, conversational)
     return Prepared(table.select(trained), table.select(kept), conversational, stop, report)
 
 
-def _load(name: str, stage: Source) -> tuple[list[_Row], list[tuple[int, _BadRow]], int]:
-    """The usable rows of a source, all text or all messages, the bad ones, and the number of both."""
-    rows = _rename(name, stage, list(islice(_read(name, stage), stage.limit)))
-    if not rows:
-        raise ValueError(f"{name}.data: {stage.data} holds no rows.")
-    total, bad = len(rows), []
-    columns = _choose_format(name, stage, rows)
-    rows = _sift(rows, lambda row: _normalize(row, columns, name), bad)
+def check_shares(name: str, stage: Source) -> None:
+    """Raises ValueError for a share or a limit that is none."""
+    if not 0 <= stage.heldout <= 0.9:
+        raise ValueError(f"{name}.heldout must be between 0 and 0.9, not {stage.heldout}.")
+    for key in ("limit", "heldout_limit"):
+        if (getattr(stage, key) or 0) < 0:
+            raise ValueError(f"{name}.{key} must not be negative, but is {getattr(stage, key)}.")
+
+
+def load(name: str, stage: Source) -> tuple[list[Row], list[tuple[int, BadRow]], Survey]:
+    """The usable rows of a source, all text or all messages, and the bad ones."""
+    survey, bad = Survey(stage), []
+    rows = [Row(number, survey.add(row)) for number, row in read(name, stage)]
+    survey.check(name)
+    rows = normalize(name, rows, survey.format(name), bad)
     conversational = bool(rows) and _sides(rows).most_common(1)[0][0]
-    return _sift(rows, lambda row: _check_side(row, conversational), bad), bad, total
+    return sift(rows, lambda row: check_side(row, conversational), bad), bad, survey
+
+
+def normalize(name: str, rows: list[Row], columns: tuple[str, ...], bad: list[tuple[int, BadRow]]) -> list[Row]:
+    """The rows with their prompt and completions, from the columns of a format; the others go to `bad`."""
+    return sift(rows, lambda row: _normalize(row, columns, name), bad)
+
+
+def encode(
+    name: str,
+    rows: list[Row],
+    numbers: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    conversational: bool,
+    bad: list[tuple[int, BadRow]],
+) -> list[Row]:
+    """The rows with their texts and tokens (without a tokenizer, only their numbers are checked); others go to `bad`.
+
+    Args:
+        rows: what `normalize` returned; all of messages (`conversational`) or all of text.
+        numbers: columns of numbers that every row must have, because some have them.
+    """
+    for column in numbers:
+        rows = sift(rows, lambda row, column=column: _check_number(row, column), bad)
+    if tokenizer is None:
+        return rows
+    end, stop = response_end(tokenizer, conversational)
+    rows = sift(rows, lambda row: _render_row(tokenizer, row, end), bad)
+    _tokenize(tokenizer, rows, conversational, stop)
+    if name == "ptx":
+        for row in rows:
+            row.prompt_ids = np.append(row.prompt_ids, np.int32(stop))
+    return rows
 
 
 def items(kind: Literal["rank", "label"], path: Path) -> list[dict[str, Any]]:
@@ -504,8 +618,8 @@ def items(kind: Literal["rank", "label"], path: Path) -> list[dict[str, Any]]:
     """
     source = Source(str(path), bad_rows="refuse")
     try:
-        rows, bad, total = _load(kind, source)
-        _report_bad(kind, source, bad, total)
+        rows, bad, survey = load(kind, source)
+        report_bad(kind, source, bad, survey.total)
     except ValueError as error:
         message = str(error).removeprefix(f"{kind}.data: ").replace(f" or set {kind}.bad_rows=drop", "")
         raise ValueError(message) from error
@@ -539,53 +653,53 @@ def merge(parts: list[Prepared]) -> Prepared:
     return Prepared(table.select(trained), table.select(kept), parts[0].conversational, parts[0].stop_token_id, report)
 
 
-def _sift(rows: list[_Row], check: Callable[[_Row], None], bad: list[tuple[int, _BadRow]]) -> list[_Row]:
+def sift(rows: list[Row], check: Callable[[Row], None], bad: list[tuple[int, BadRow]]) -> list[Row]:
     """The rows that pass; the others go to `bad`."""
     kept = []
     for row in rows:
         try:
             check(row)
-        except _BadRow as error:
+        except BadRow as error:
             bad.append((row.number, error))
         else:
             kept.append(row)
     return kept
 
 
-def _sides(rows: list[_Row]) -> Counter[bool]:
+def _sides(rows: list[Row]) -> Counter[bool]:
     return Counter(not isinstance(row.prompt, str) for row in rows)
 
 
-def _check_side(row: _Row, conversational: bool) -> None:
+def check_side(row: Row, conversational: bool) -> None:
     if isinstance(row.prompt, str) == conversational:
         kinds = ("text", "messages") if conversational else ("messages", "text")
-        raise _BadRow("mixed formats", "prompt", "this row is {}, most are {}".format(*kinds))
+        raise BadRow(MIXED, "prompt", "this row is {}, most are {}".format(*kinds))
 
 
-def _check_number(row: _Row, column: str) -> None:
+def _check_number(row: Row, column: str) -> None:
     cell = row.columns.get(column)
     if cell is None:
-        raise _BadRow("missing field", column)
+        raise BadRow("missing field", column)
     try:
         row.columns[column] = float(cell)  # a CSV cell is text
     except (TypeError, ValueError):
         row.columns[column] = math.nan
     if not math.isfinite(row.columns[column]):
-        raise _BadRow("wrong type", column, f"{cell!r} is no finite number")
+        raise BadRow("wrong type", column, f"{cell!r} is no finite number")
     if column == "weight" and row.columns[column] <= 0:
-        raise _BadRow("not above 0", column, f"{cell!r}")
+        raise BadRow("not above 0", column, f"{cell!r}")
 
 
-def _render_row(tokenizer: PreTrainedTokenizerBase, row: _Row, end: str) -> None:
+def _render_row(tokenizer: PreTrainedTokenizerBase, row: Row, end: str) -> None:
     try:
         row.prompt_text = render_prompt(tokenizer, row.prompt)
         for column, completion in row.completions.items():
             row.texts[column] = render_completion(tokenizer, row.prompt, row.prompt_text, completion, end)
     except TemplateError as error:
-        raise _BadRow("refused by the chat template", "prompt", str(error)) from error
+        raise BadRow("refused by the chat template", "prompt", str(error)) from error
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], conversational: bool, stop: int) -> None:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[Row], conversational: bool, stop: int) -> None:
     prompt_texts = [row.prompt_text for row in rows]
     prompt_ids = prompt_token_ids(tokenizer, prompt_texts, conversational)
     for row, ids in zip(rows, prompt_ids, strict=True):
@@ -599,46 +713,65 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], conversation
             row.ids[column] = ids
 
 
-def _check_length(row: _Row, limit: int | None) -> None:
+def check_length(row: Row, limit: int | None) -> None:
     for column, ids in row.ids.items() or (("prompt", ()),):
         length = len(row.prompt_ids) + len(ids)
         if limit is not None and length > limit:
-            raise _BadRow("too long", column, f"{length} tokens, limit {limit}")
+            raise BadRow("too long", column, f"{length} tokens, limit {limit}")
 
 
-def _report_bad(name: str, stage: Source, bad: list[tuple[int, _BadRow]], total: int) -> dict[str, Any]:
+def report_bad(name: str, stage: Source, bad: list[tuple[int, BadRow]], total: int) -> dict[str, Any]:
     """What the report says of bad rows. Raises ValueError if they are refused, or are all there is."""
     bad = sorted(bad, key=lambda item: item[0])
     dropped = dict(Counter(error.reason for _, error in bad).most_common())
-    unit = "data row" if _kind(Path(stage.data)) == ".csv" else "row"
-    examples = [f"{stage.data}, {unit} {number}, {error}" for number, error in bad[:20]]
+    examples = [example(stage, number, error) for number, error in bad[:20]]
     if bad and (stage.bad_rows == "refuse" or len(bad) == total):
         counts = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
         fix = f"Correct them or set {name}.bad_rows=drop." if len(bad) < total else "No usable row is left."
-        first = "".join(f"\n  {example}" for example in examples[:5])
+        first = "".join(f"\n  {line}" for line in examples[:5])
         raise ValueError(f"{name}.data: {len(bad)} of {total} rows cannot be used ({counts}). {fix} The first:{first}")
     return {"dropped": dropped, "examples": examples}
 
 
+def example(stage: Source, number: int, error: BadRow | str) -> str:
+    """A bad row, as messages name it."""
+    unit = "data row" if _kind(Path(stage.data)) == ".csv" else "row"
+    return f"{stage.data}, {unit} {number}, {error}"
+
+
+def prompt_hash(prompt: Text, seed: int) -> int:
+    """64 bits that tell prompts apart, whatever spaces surround their texts. The first 48 are their position."""
+    canonical = prompt.strip() if isinstance(prompt, str) else [[m["role"], m["content"].strip()] for m in prompt]
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{json.dumps(canonical)}".encode()).digest()[:8])
+
+
 def _position(prompt: Text, seed: int) -> float:
     """Where a prompt lies in [0, 1): below `Stage.heldout` it is held out, in whatever stage, order or file."""
-    canonical = prompt.strip() if isinstance(prompt, str) else [[m["role"], m["content"].strip()] for m in prompt]
-    digest = hashlib.sha256(f"{seed}\n{json.dumps(canonical)}".encode()).digest()
-    return int.from_bytes(digest[:6]) / 2**48
+    return (prompt_hash(prompt, seed) >> 16) / 2**48
 
 
-def _split(rows: list[_Row], share: float, seed: int) -> tuple[list[_Row], list[_Row]]:
+def heldout_below(share: float, second: float, last: float) -> float:
+    """The position below which prompts are held out. With two prompts or more neither side is empty.
+
+    Args:
+        share: of the prompts, above 0.
+        second, last: the second lowest and the highest position of a prompt.
+    """
+    return min(max(share, second), last)
+
+
+def _split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Training rows in their order, and held-out rows. With two prompts or more neither side is empty."""
     positions = [_position(row.prompt, seed) for row in rows]
     distinct = sorted(set(positions))
     if share == 0 or len(distinct) < 2:
         return rows, []
-    threshold = min(max(share, distinct[1]), distinct[-1])
+    threshold = heldout_below(share, distinct[1], distinct[-1])
     sides = list(zip(rows, positions, strict=True))
     return [row for row, at in sides if at >= threshold], [row for row, at in sides if at < threshold]
 
 
-def _table(name: str, stage: Source, rows: list[_Row]) -> datasets.Dataset:
+def _table(name: str, stage: Source, rows: list[Row]) -> datasets.Dataset:
     """The rows in the columns that the stage's trainer takes as they are."""
     columns: dict[str, list[Any]]
     if name == "sft":

@@ -67,8 +67,8 @@ class Lora:
 class Source:
     """Where rows come from.
 
-    `data` is a named source (`rlhf-recipes check --sources`), a Hub dataset id, a local JSONL, JSON, CSV or Parquet file
-    (also .gz), or `module:function`, a function without arguments that returns rows.
+    `data` is a named source (`rlhf-recipes check --sources`), a Hub dataset id, a local JSONL, JSON, CSV or Parquet
+    file (also .gz), or `module:function`, a function without arguments that returns rows.
 
     `convert` brings rows of another format into one that is accepted: a named source's conversion, for a copy of it, or
     `module:function`, which takes all rows and returns rows, best one by one.
@@ -137,7 +137,7 @@ class Rounds:
     size: int = 256  # prompts labelled in a round
     responses: int = 4  # to each prompt, 2 to 9
     models: tuple[str, ...] = ("ppo",)  # what is sampled: ppo (of the round before), sft, base
-    temperatures: tuple[float, ...] = (1.0,)
+    temperatures: tuple[float, ...] = (1.0,)  # each model answers at each of them in turn
     enough: float = 1.0  # share of the samples that people must have judged or skipped
     constitution: str | None = None  # of a judge: a file of principles; None: its own criteria
 

@@ -1,9 +1,12 @@
 """What every test needs before torch is imported: one thread (faster for tiny tensors), no network, its own cache."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -26,3 +29,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"needs a browser: none of {', '.join(names)} is installed")
+    flags = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"]
+    flags += ["disable-sync", "no-first-run"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=[f"--{flag}" for flag in flags])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Callable[[str, str], Page]]:
+    """Opens the link in a browser profile of its own, under a name. No script may fail on any page."""
+    contexts, errors = [], []
+
+    def open_page(link: str, name: str) -> Page:
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(link)
+        page.keyboard.type(name)  # the field has the focus
+        page.keyboard.press("Enter")
+        expect(page.locator("#labeler")).to_have_text(name)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 import pytest
 import uvicorn
 from hostile import HOSTILE, ODD
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from starlette.exceptions import HTTPException
 from test_cli import error_of
 from tiny_models import make_tokenizer
@@ -475,42 +474,6 @@ def test_a_shared_page_has_any_name_but_still_needs_the_token(tmp_path: Path) ->
 
 
 # --- The page in Chromium ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"needs a browser: none of {', '.join(names)} is installed")
-    flags = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"]
-    flags += ["disable-sync", "no-first-run"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=[f"--{flag}" for flag in flags])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(browser: Browser) -> Iterator[Callable[[str, str], Page]]:
-    """Opens the link in a browser profile of its own, under a name. No script may fail on any page."""
-    contexts, errors = [], []
-
-    def open_page(link: str, name: str) -> Page:
-        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(link)
-        page.keyboard.type(name)  # the field has the focus
-        page.keyboard.press("Enter")
-        expect(page.locator("#labeler")).to_have_text(name)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not errors
 
 
 def press(page: Page, keys: str) -> None:

@@ -460,3 +460,12 @@ def test_members_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 def test_options_out_of_range_are_refused(recipe: Recipe, tmp_path: Path, key: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=rf"reward\.{key} must be .*{message}"):
         run(replace(recipe, reward={key: value}), tmp_path / "run")
+
+
+def test_ties_with_soft_labels_are_ranked_by_them(tmp_path: Path) -> None:
+    tied = {"prompt": "w4", "responses": ["w6", "w7", "w9"], "ranking": [1, 1, 1]}
+    rows = [{**tied, "preferences": soft} for soft in ([0.4, 0.5, 0.7], [0.5, 0.5, 0.5], [0.6, 0.4, 0.6], None)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepare("reward", Stage(str(tmp_path / "rows.jsonl"), heldout=0), make_tokenizer(), None)
+    # Wins expected of the first: 0.9, 1.3, 0.8. The third is a ring, and as tied as the second and the fourth.
+    assert found.train["ranking"][:] == [[2, 1, 3]] and found.report["dropped"] == {"all tied": 3}

@@ -42,9 +42,8 @@ def shorter_first(prompts: list[Any], responses: list[list[Any]], seed: int) -> 
     return [[1 + sorted(of_prompt).index(length) for length in of_prompt] for of_prompt in lengths]
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    folder = tmp_path_factory.mktemp("rounds")
+def make_recipe(folder: Path) -> Recipe:
+    """A recipe of three rounds on a tiny random model and rows in the folder."""
     save_model(folder / "base")
     prompts = [{"prompt": f"{one} {WORDS[-1 - index]}"} for index, one in enumerate(WORDS[:40])]
     pairs = [{**row, "chosen": "w5 w6", "rejected": "w7 w8 w9 w10"} for row in prompts]
@@ -63,6 +62,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         rounds=Rounds(count=3, labeler=f"{__file__}:shorter_first", size=12, responses=3),
         tracker="none",
     )
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return make_recipe(tmp_path_factory.mktemp("rounds"))
 
 
 @pytest.fixture(scope="module")

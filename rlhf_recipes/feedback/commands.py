@@ -134,7 +134,7 @@ def _sample(options: argparse.Namespace) -> None:
     print(
         f"{found['samples']:,} samples in {out}, {found['short']:,} of them with fewer than {options.k} responses; "
         f"{found['left_out']:,} prompts left out, without two different ones.\n"
-        f"Have people rank them with `rlhf-recipes label {out}`, or a model with `rlhf-recipes judge {out} --judge ...`."
+        f"Have people rank them with `rlhf-recipes label {out}`, or a model with `rlhf-recipes judge`."
     )
 
 

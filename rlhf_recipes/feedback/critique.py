@@ -75,8 +75,8 @@ def read_prompts(source: Source) -> tuple[list[Row], dict[str, int]]:
     A row has `id`, `prompt` as messages, and `response`: its own `completion` or `response`, or None.
     Raises ValueError where the source cannot be read or has no usable row.
     """
-    rows, bad, survey = data._load("ppo", source)
-    dropped = data._report_bad("ppo", source, bad, survey.total)["dropped"]
+    rows, bad, survey = data.load("ppo", source)
+    dropped = data.report_bad("ppo", source, bad, survey.total)["dropped"]
     found = {}
     for row in rows:
         prompt = row.prompt if not isinstance(row.prompt, str) else [{"role": "user", "content": row.prompt}]
