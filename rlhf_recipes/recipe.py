@@ -139,6 +139,7 @@ class Rounds:
     models: tuple[str, ...] = ("ppo",)  # what is sampled: ppo (of the round before), sft, base
     temperatures: tuple[float, ...] = (1.0,)  # each model answers at each of them in turn
     enough: float = 1.0  # share of the samples that people must have judged or skipped
+    weigh_labelers: bool = False  # each by what it is worth: see `rlhf-recipes agreement`
     constitution: str | None = None  # of a judge: a file of principles; None: its own criteria
 
 

@@ -1,5 +1,6 @@
 """What a round of feedback after the first begins with: fresh samples of the policy, and their labels."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def check(recipe: Recipe) -> None:
     if is_function(rounds.labeler):
         function(rounds.labeler)
     _criteria(recipe)
+    if rounds.weigh_labelers and importlib.util.find_spec("crowdkit") is None:
+        raise ValueError("rounds.weigh_labelers needs packages: pip install 'rlhf_recipes[label]'.")
 
 
 def folder(run_dir: Path, number: int) -> Path:
@@ -83,7 +86,7 @@ def collect(
 ) -> Path | None:
     """Sample the policy of the round before on a round's prompts and have the samples ranked.
 
-    What is there already is not done again. Returns the file of labels, or None where people have to label first.
+    What is there already is not done again. Returns the file to train on, or None where people have to label first.
     """
     rounds = recipe.rounds
     assert rounds is not None
@@ -98,13 +101,26 @@ def collect(
         draw(shared, tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
         del shared
         release_memory()
-    return labels if _label(recipe, samples, labels, seed) else None
+    if not _label(recipe, samples, labels, seed):
+        return None
+    if rounds.weigh_labelers:
+        from .feedback import agreement  # needs the extra `label`
+
+        agreement.report(agreement.read([labels])).write(training_file(recipe, run_dir, number))
+    return training_file(recipe, run_dir, number)
 
 
 def files(run_dir: Path, number: int) -> tuple[Path, Path]:
     """A round's files of samples and of labels."""
     place = folder(run_dir, number) / "feedback"
     return place / "samples.jsonl", place / "labels.jsonl"
+
+
+def training_file(recipe: Recipe, run_dir: Path, number: int) -> Path:
+    """What a round gives the reward stage: its labels, with the labelers' weights where the recipe wants them."""
+    assert recipe.rounds is not None
+    _, labels = files(run_dir, number)
+    return labels.with_suffix(".weighted.jsonl") if recipe.rounds.weigh_labelers else labels
 
 
 def _label(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bool:

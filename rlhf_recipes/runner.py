@@ -236,7 +236,7 @@ def _labels(
 ) -> Iterator[data.Prepared]:
     """The labels of each round up to this one."""
     for earlier in range(2, number + 1):
-        path = str(rounds.files(run_dir, earlier)[1])
+        path = str(rounds.training_file(recipe, run_dir, earlier))
         assert recipe.reward is not None
         source = dataclasses.replace(recipe.reward, data=path, columns={}, convert=None, limit=None)
         limit = model.longest_row(recipe.base, config.max_length)

@@ -30,10 +30,8 @@ def keys(lengths: list[int]) -> str:
 def test_from_a_policy_to_two_people_and_back(
     tmp_path: Path, opened: Callable[[str, str], Page], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    people, folder = (
-        replace(make_recipe(tmp_path), rounds={"labeler": "people", "count": 2, "size": 6}),
-        tmp_path / "run",
-    )
+    rounds = {"labeler": "people", "count": 2, "size": 6, "weigh_labelers": True}
+    people, folder = replace(make_recipe(tmp_path), rounds=rounds), tmp_path / "run"
     run(people, folder)
     place = folder / "round-2" / "feedback"
     samples, labels = place / "samples.jsonl", place / "labels.jsonl"
@@ -68,6 +66,7 @@ def test_from_a_policy_to_two_people_and_back(
     assert "ppo_2" in run(people, folder)["models"]
     report = json.loads((folder / "round-2" / "manifest.json").read_text())["stages"]["reward"]["data"]
     ties = sum(len(set(row["ranking"])) == 1 for row in found)
+    assert read(place / "labels.weighted.jsonl") == read(weighted)
     assert report["rows"] == 40 + len(found) and report["dropped"].get("all tied", 0) == ties
     after = safetensors.torch.load_file(folder / "round-2" / "ppo" / "policy" / "adapter_model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before)

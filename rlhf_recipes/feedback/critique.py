@@ -2,7 +2,6 @@
 (arXiv:2212.08073, section 3.1). What comes of it is data for the `sft` stage as it is.
 """
 
-import asyncio
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from ..recipe import Source
 from . import constitution
 from .client import Answer, Client, said
 from .constitution import Principle
-from .ledger import Ledger, Prices, bill, in_parallel, resumable
+from .ledger import Ledger, Prices, bill, complete, in_parallel, resumable
 from .rows import Row, text
 
 
@@ -65,7 +64,7 @@ def critique(
             first 20 answers are of use. What was written before that is on disk.
     """
     run = _Run(prompts, out, client, settings or Settings(), prices or Prices())
-    asyncio.run(run.go(parallel))
+    complete(run.go(parallel))
     return run.summary()
 
 

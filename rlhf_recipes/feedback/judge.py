@@ -5,7 +5,6 @@ response's rank is by the pairs that it won, where a tie is half a pair (Copelan
 is known, its mean over both orders is the soft label of the pair, which place favours alike.
 """
 
-import asyncio
 import functools
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from ..files import Journal
 from . import constitution
 from .client import Client
 from .constitution import COMPARISON, Principle
-from .ledger import Ledger, Prices, bill, in_parallel, resumable
+from .ledger import Ledger, Prices, bill, complete, in_parallel, resumable
 from .rows import Row, text
 
 OPTIONS = ("A", "B")
@@ -69,7 +68,7 @@ def judge(
             first 20 answers can be understood. What was judged before that is on disk.
     """
     run = _Run(samples[:limit], out, client, settings or Settings(), prices or Prices())
-    asyncio.run(run.go(parallel))
+    complete(run.go(parallel))
     return run.summary()
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,6 +108,17 @@ def bill(found: Mapping[str, Any]) -> str:
     if found["cost"]:
         words += f", which cost {found['cost']:.4f}"
     return f"{words}{'; stopped at --max-cost' if found['stopped'] else ''}."
+
+
+def complete(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end; in a thread of its own where a loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, work).result()
 
 
 async def in_parallel(work: Callable[[T], Awaitable[None]], items: Iterable[T], parallel: int) -> None:
