@@ -657,3 +657,11 @@ def test_a_server_that_is_gone_is_named(capsys: pytest.CaptureFixture[str]) -> N
         client = connect(Settings(endpoint.url, retries=0))
     with pytest.raises(NoAnswer, match="Connection error"):
         asyncio.run(client.chat([{"role": "user", "content": "?"}], 5, 0.0, 0))
+
+
+def test_a_judge_may_be_asked_where_a_loop_is_running(samples: Path) -> None:
+    async def cell() -> Rows:  # of a notebook
+        return run(samples, endpoint.url)
+
+    with Endpoint(longer) as endpoint:
+        assert len(asyncio.run(cell())) == 4

@@ -365,7 +365,8 @@ def test_a_judge_labels_a_round(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with Endpoint(longer) as endpoint:
         rounds = {"labeler": endpoint.url, "count": 2, "size": 4, "constitution": str(tmp_path / "principles.txt")}
-        assert "ppo_2" in run(replace(recipe, rounds=rounds), folder)["models"]
+        assert "ppo_2" in run(replace(recipe, rounds=rounds, tracker="wandb"), folder)["models"]
+    assert len(list((folder / "round-2" / "wandb").glob("offline-run-*"))) == 2, "one W&B run a stage"
     labels = read(folder / "round-2" / "feedback" / "labels.jsonl")
     assert len(labels) == 4 and {row["labeler"] for row in labels} == {"judge:scripted"}
     for row in labels:
