@@ -86,6 +86,7 @@ def test_a_consistent_judge_ranks_every_sample(samples: Path, capsys: pytest.Cap
     assert all(row["messages"] == body["messages"] for row in rows[:1] for body in endpoint.bodies[:1])
     printed = capsys.readouterr().out
     assert "4 labels in" in printed and "agree on 100%" in printed and "chosen 50%" in printed
+    assert "Warning" not in printed
     assert "168 tokens of prompts and 72 of answers" in printed  # 24 requests of 7 + 3
 
 
@@ -95,6 +96,7 @@ def test_a_judge_that_favours_a_place_prefers_nothing(samples: Path, capsys: pyt
     assert [row["ranking"] for row in found] == [[1, 1, 1]] * 4
     printed = capsys.readouterr().out
     assert "4 of them are ties throughout" in printed and "agree on 0%" in printed and "chosen 100%" in printed
+    assert "These labels say little" in printed
 
 
 def test_soft_labels_are_the_mean_of_both_orders_and_reach_the_reward_stage(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from .ledger import Ledger, Prices, bill, complete, in_parallel, resumable
 from .rows import Row, text
 
 OPTIONS = ("A", "B")
+LOW_AGREEMENT = 0.6  # of the two orders of a pair
+LOW_MASS = 0.5
 Shown = tuple[int, int]  # the response shown as A, and that shown as B
 
 
@@ -190,6 +192,10 @@ def report(found: Mapping[str, Any], out: Path) -> str:
         lines.append(f"The response shown first was chosen {found['first']:.0%} of the time (50% without a bias).")
     if found["mass"] is not None:
         lines.append(f"A and B together had {found['mass']:.1%} of the probability, on average.")
+    if found["pairs"] and found["agree"] < LOW_AGREEMENT:
+        lines.append("Warning: one who throws coins agrees with himself on 50%. These labels say little.")
+    if found["mass"] is not None and found["mass"] < LOW_MASS:
+        lines.append("Warning: the model seldom answers A or B, so that its choice is of two things it hardly says.")
     return "\n".join([*lines, bill(found)])
 
 
