@@ -1,26 +1,28 @@
-"""Three rounds with fresh labels against one round with as many: the table of the README.
+"""Three rounds with fresh labels against one round with as many: the table and the picture of the README.
 
-    python tests/benchmarks/rounds.py [--seeds 0,1,2] [--out DIR] [--json FILE] [key=value ...]
+    python tests/benchmarks/rounds.py [--kl-coefs 0.02,0.05,0.1] [--seeds 0,1,2] [--out DIR] [--figure FILE] [KEY=VALUE]
 
-Both runs of a seed have as many labels and PPO updates, the same KL penalty and the same SFT model. Beside their
-ends, the best gold of any evaluation is compared at equal KL: the smaller of the two at the end, and half of it.
-Results are read from the run folders: run again, it goes on. More settings (`ppo.kl_coef=0.1`) go to both.
+Both runs of a seed and a KL coefficient have as many labels, as many PPO updates and the same SFT model. What they
+reach is compared at equal KL, between the means over the seeds. Results are read from the run folders: run again, it
+goes on. More settings (`rounds.size=300`) go to both.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf_recipes import load, replace
 from rlhf_recipes.recipe import parse_overrides
+from rlhf_recipes.summary import with_interval
 
-SHARES = {"KL": 1.0, "KL/2": 0.5}
-Curve = list[tuple[float, float]]  # (KL in nats, gold) of each evaluation
+KINDS = {"one": "one round", "three": "three rounds"}
+End = tuple[float, float, dict[str, float]]  # gold, KL in nats and wins over SFT of the last policy
 
 
 def settings(kind: str, more: list[str]) -> list[str]:
@@ -30,73 +32,81 @@ def settings(kind: str, more: list[str]) -> list[str]:
     labels = (recipe.reward.limit or 0) + (recipe.rounds.count - 1) * recipe.rounds.size
     episodes = recipe.rounds.count * recipe.ppo.args["total_episodes"]
     one = ["rounds.count=1", f"reward.limit={labels}", f"ppo.total_episodes={episodes}"]
-    return one if kind == "one" else []
+    return [*more, *(one if kind == "one" else [])]
 
 
-def run(kind: str, seed: int, folder: Path, more: list[str]) -> None:
-    """Run the recipe in a process of its own with one thread."""
-    words = [
-        "run",
-        "tiny-rounds",
-        "--run-dir",
-        str(folder),
-        f"seed={seed}",
-        "tracker=none",
-        *more,
-        *settings(kind, more),
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log:
-        command = [sys.executable, "-m", "rlhf_recipes.cli", *words]
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+def end(kind: str, seed: int, folder: Path, more: list[str]) -> End:
+    """Run the recipe in a process of its own with one thread, unless it is done, and return what it reached."""
+    if not (folder / "summary.json").is_file():
+        words = ["run", "tiny-rounds", "--run-dir", str(folder), f"seed={seed}", "tracker=none", *settings(kind, more)]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("a") as log:
+            command = [sys.executable, "-m", "rlhf_recipes.cli", *words]
+            subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+    models = json.loads((folder / "summary.json").read_text())["models"]
+    last = next(models[name] for name in reversed(models) if name.startswith("ppo"))
+    return last["gold"], last["kl"], last["win_rate_vs_sft"]
 
 
-def curve(folder: Path) -> Curve:
-    """The evaluations of a run through all its rounds."""
-    points = []
-    for path in [folder / "metrics.jsonl", *sorted(folder.glob("round-*/metrics.jsonl"))]:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        points += [(row["eval_kl"], row["eval_gold"]) for row in rows if row["stage"] == "ppo" and "eval_gold" in row]
-    return points
+def line(name: str, ends: list[End]) -> str:
+    """A row of the table: the mean, and each seed."""
+    cells = []
+    for index, form in ((0, "{:.2f}"), (1, "{:.1f}")):
+        values: Any = [found[index] for found in ends]
+        cells.append(f"{form.format(np.mean(values))} ({', '.join(map(form.format, values))})")
+    rates = [wins["rate"] for *_, wins in ends]
+    whole = with_interval(float(np.mean(rates)), int(sum(wins["prompts"] for *_, wins in ends)))
+    cells.append(", ".join(f"{rate:.1%}" for rate in rates))
+    cells.append(f"{whole['rate']:.1%} ({whole['low']:.1%} to {whole['high']:.1%})")
+    return f"| {name} | {' | '.join(cells)} |"
 
 
-def within(points: Curve, kl: float) -> float:
-    """The best gold of all evaluations with no more KL than that: what early stopping could have had."""
-    return max(gold for found, gold in points if found <= kl)
+def draw(found: dict[tuple[str, str], list[End]], path: Path) -> None:
+    """Gold over KL: each run a point, and a line through the means of each KL coefficient."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for kind, colour in (("one", "#888888"), ("three", "#1a5fb4")):
+        ends = [(coef, gold, kl) for (coef, of), many in found.items() if of == kind for gold, kl, _ in many]
+        axes.scatter([kl for *_, kl in ends], [gold for _, gold, _ in ends], s=14, color=colour, alpha=0.5)
+        axes.plot(*means(found, kind), "o-", color=colour, label=KINDS[kind])
+    axes.set(xlabel="KL to the SFT model, nats", ylabel="gold score", title="As many labels, at once or in rounds")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def means(found: dict[tuple[str, str], list[End]], kind: str) -> tuple[Any, Any]:
+    """KL and gold, means over the seeds, of each KL coefficient, by rising KL."""
+    points = sorted(
+        (np.mean([e[1] for e in many]), np.mean([e[0] for e in many])) for (_, of), many in found.items() if of == kind
+    )
+    return tuple(np.array(points).T)  # type: ignore[return-value]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kl-coefs", default="0.02,0.05,0.1")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, default=Path("runs/rounds"))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    found: list[dict[str, Any]] = []
-    for seed in map(int, options.seeds.split(",")):
-        curves, ends = {}, {}
-        for kind in ("one", "three"):
-            folder = options.out / f"{kind}-{seed}"
-            if not (folder / "summary.json").is_file():
-                run(kind, seed, folder, options.settings)
-            summary = json.loads((folder / "summary.json").read_text())
-            last = next(name for name in reversed(summary["models"]) if name.startswith("ppo"))
-            curves[kind], ends[kind] = curve(folder), summary["models"][last]
-        kl = min(end["kl"] for end in ends.values())
-        row: dict[str, Any] = {"seed": seed, "kl": kl}
-        for kind, end in ends.items():
-            row |= {
-                f"{kind} gold": end["gold"],
-                f"{kind} KL": end["kl"],
-                f"{kind} wins": end["win_rate_vs_sft"]["rate"],
-            }
-            row |= {f"{kind} best within {name}": within(curves[kind], share * kl) for name, share in SHARES.items()}
-        found.append({**row, "curves": curves})
-        print(json.dumps(row), flush=True)
-    names = [name for name in found[0] if name not in ("seed", "curves")]
-    print(json.dumps({name: statistics.mean(row[name] for row in found) for name in names}))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    found: dict[tuple[str, str], list[End]] = {}
+    for coef in options.kl_coefs.split(","):
+        more = [*options.settings, f"ppo.kl_coef={coef}"]
+        for kind, name in KINDS.items():
+            seeds = [int(seed) for seed in options.seeds.split(",")]
+            found[coef, kind] = [end(kind, seed, options.out / f"{kind}-{coef}-{seed}", more) for seed in seeds]
+            print(line(f"{coef} | {name}", found[coef, kind]), flush=True)
+    one, three = means(found, "one"), means(found, "three")
+    for kl in np.linspace(max(one[0].min(), three[0].min()), min(one[0].max(), three[0].max()), 3):
+        print(f"at KL {kl:.1f}: gold {np.interp(kl, *one):.2f} with one round, {np.interp(kl, *three):.2f} with three")
+    if options.figure:
+        draw(found, options.figure)
 
 
 if __name__ == "__main__":
