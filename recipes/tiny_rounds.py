@@ -3,10 +3,10 @@
     rlhf-recipes run tiny-rounds
     rlhf-recipes run tiny-rounds rounds.labeler=people
 
-The first round is `tiny` with fewer labels, a third of its PPO updates and a fifth of its KL penalty. After it, and
-after the second, the simulated labelers choose between two answers of the policy to each of 600 fresh prompts, the
-reward model is trained anew on all comparisons so far, and PPO goes on. A reward model that saw only other people's
-answers is gamed where the policy leaves them; here it learns of the policy's own.
+The first round is `tiny` with fewer labels, a third of its PPO updates and half its KL penalty. After it, and after
+the second, the simulated labelers choose between two answers of the policy to each of 600 fresh prompts, the reward
+model is trained anew on all comparisons so far, and PPO goes on. A reward model that saw only other people's answers
+is gamed where the policy leaves them; here it learns of the policy's own.
 
 Hardware: 2 idle CPU cores, about four minutes with the base.
 
@@ -22,7 +22,7 @@ recipe = replace(
     reward={"limit": 600},  # [T]
     ppo={
         "total_episodes": 2560,  # [T]: 20 updates a round
-        "kl_coef": 0.02,  # [T]: with one round, and as many labels, the reward model is gamed here
+        "kl_coef": 0.05,  # [T]: at 0.02 one round with as many labels is gamed, at 0.1 the policy hardly moves
         "eval_steps": 10,
     },
     rounds={
