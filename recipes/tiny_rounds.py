@@ -8,7 +8,7 @@ the second, the simulated labelers choose between two answers of the policy to e
 model is trained anew on all comparisons so far, and PPO goes on. A reward model that saw only other people's answers
 is gamed where the policy leaves them; here it learns of the policy's own.
 
-Hardware: 2 idle CPU cores, about four minutes with the base.
+Hardware: 2 idle CPU cores, two minutes, and one more for the base.
 
 Sources: [T] tuned on this world. Labels of the current policy, round after round: InstructGPT, arXiv:2203.02155, and
 Bai et al., arXiv:2204.05862.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import load, replace
+from rlhf_recipes import Recipe, load, replace
 from rlhf_recipes.runner import run
 from rlhf_recipes.tiny import build_base
 
@@ -21,16 +21,27 @@ def rows(run_dir: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
-def test_the_tiny_recipe_goes_from_base_to_ppo_and_measures_gold(tmp_path: Path) -> None:
-    build_base(tmp_path / "base", steps=30)
-    recipe = replace(
-        load("tiny"),
+def small(name: str, base: Path, reward: int, episodes: int) -> Recipe:
+    """A recipe of the tiny world with a base that has hardly learned, and few rows."""
+    build_base(base, steps=30)
+    return replace(
+        load(name),
         tracker="none",
-        base={"model": str(tmp_path / "base")},
+        base={"model": str(base)},
         sft={"limit": 160, "num_train_epochs": 1},
-        reward={"limit": 320},
-        ppo={"limit": 400, "total_episodes": 256, "response_length": 16, "heldout_limit": 32, "eval_on_start": False},
+        reward={"limit": reward},
+        ppo={
+            "limit": 400,
+            "total_episodes": episodes,
+            "response_length": 16,
+            "heldout_limit": 32,
+            "eval_on_start": False,
+        },
     )
+
+
+def test_the_tiny_recipe_goes_from_base_to_ppo_and_measures_gold(tmp_path: Path) -> None:
+    recipe = small("tiny", tmp_path / "base", reward=320, episodes=256)
     summary = run(recipe, tmp_path / "run")
     assert set(summary["gold_score"]) == set(summary["reward_score"]) == {"base", "sft", "ppo"}
     assert 0 <= summary["win_rate_vs_sft"]["low"] <= summary["win_rate_vs_sft"]["rate"] <= 1
@@ -41,16 +52,7 @@ def test_the_tiny_recipe_goes_from_base_to_ppo_and_measures_gold(tmp_path: Path)
 
 
 def test_the_recipe_of_rounds_labels_its_own_answers(tmp_path: Path) -> None:
-    build_base(tmp_path / "base", steps=30)
-    recipe = replace(
-        load("tiny-rounds"),
-        tracker="none",
-        base={"model": str(tmp_path / "base")},
-        sft={"limit": 160, "num_train_epochs": 1},
-        reward={"limit": 160},
-        ppo={"limit": 400, "total_episodes": 128, "response_length": 16, "heldout_limit": 32, "eval_on_start": False},
-        rounds={"size": 32, "count": 2},
-    )
+    recipe = replace(small("tiny-rounds", tmp_path / "base", reward=160, episodes=128), rounds={"size": 32, "count": 2})
     summary = run(recipe, tmp_path / "run")
     assert set(summary["gold_score"]) == {"base", "sft", "ppo", "ppo_2"}
     labels = rows(tmp_path / "run" / "round-2" / "feedback", "labels.jsonl")
