@@ -94,7 +94,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--response-length", type=int, metavar="N", help="tokens at most (default: as the run's ppo stage, else 256)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument(
         "--similarity",
         type=float,
@@ -102,11 +102,16 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="draw a response again that shares this much of its words with another (default: 0.9; 1: only equal ones)",
     )
-    parser.add_argument("--attempts", type=int, default=3, help="to get a different response (default: 3)")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows at once: memory and speed alone (default: 64)")
-    parser.epilog = (
-        "Stopped, the same command goes on. A prompt without two different responses goes to *.left_out.jsonl."
+    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="to get a different response (default: 3)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="rows at once: memory and speed alone (default: 64)"
     )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """\
+Stopped, the same command goes on. A prompt without two different responses goes to *.left_out.jsonl.
+
+  rlhf-recipes sample runs/mine --models sft,ppo --limit 500
+  rlhf-recipes sample runs/mine --prompts fresh.jsonl -k 2 --temperatures 0.7,1.0 --out samples.jsonl"""
 
 
 def _sample(options: argparse.Namespace) -> None:
