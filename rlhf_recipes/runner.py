@@ -234,13 +234,18 @@ def _run_round(
 def _labels(
     recipe: Recipe, run_dir: Path, number: int, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> Iterator[data.Prepared]:
-    """The labels of each round up to this one."""
+    """The labels of each round up to this one, with the round as their source where they name none."""
     for earlier in range(2, number + 1):
         path = str(rounds.training_file(recipe, run_dir, earlier))
         assert recipe.reward is not None
         source = dataclasses.replace(recipe.reward, data=path, columns={}, convert=None, limit=None)
         limit = model.longest_row(recipe.base, config.max_length)
-        yield data.prepare("reward", source, tokenizer, limit, recipe.seed)
+        part = data.prepare("reward", source, tokenizer, limit, recipe.seed)
+        if "source" not in part.train.column_names:  # the reward card then tells the rounds apart
+            named = {side: [f"round-{earlier}"] * len(getattr(part, side)) for side in ("train", "heldout")}
+            train, heldout = (getattr(part, side).add_column("source", named[side]) for side in named)
+            part = dataclasses.replace(part, train=train, heldout=heldout)
+        yield part
 
 
 def _train(job: Job, manifest: dict[str, Any], planned: bool, console: Console) -> None:

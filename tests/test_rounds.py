@@ -279,6 +279,8 @@ def test_three_rounds_go_on_from_each_others_policy_with_all_labels(recipe: Reci
         assert data["rows"] == first["rows"] + 12 * (number - 1)
         assert number > 2 or data["used"] == first["used"] + len(usable)
         assert not same(folder / "ppo" / "policy", finished / "ppo" / "policy")
+        card = json.loads((folder / "reward" / "card.json").read_text())
+        assert set(card["by_source"]) <= {"round-2", "round-3"} and card["by_source"], "the card tells them apart"
 
 
 def test_the_second_round_starts_where_the_first_ended_and_keeps_its_reference(finished: Path) -> None:
