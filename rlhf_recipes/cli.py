@@ -25,6 +25,7 @@ from .recipe import (
     load,
     load_module,
     names,
+    of_run,
     parse_overrides,
     parse_value,
     replace,
@@ -59,6 +60,9 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
             subparser.add_argument("--tflops", type=float, metavar="N", help="give hours, at so many TFLOP/s")
     subparser = commands.add_parser("options", help="list every option with its default, meaning and source")
     subparser.add_argument("sections", nargs="*", metavar="SECTION", help="only of ppo, reward, base, ...")
+    _add_chat(
+        commands.add_parser("chat", help="talk to the models of a run", description="talk to the models of a run")
+    )
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.purpose, description=command.purpose))
     options = _parse(parser, argv)
@@ -71,12 +75,43 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
             print(_show(options))
         elif options.command == "plan":
             _plan(options)
+        elif options.command == "chat":
+            _chat(options)
         elif options.command == "options":
             with redirect_stdout(sys.stderr):  # as in _show
                 from .reference import page
             print(page(options.sections).rstrip())
         else:
             _run(load(options.recipe), options)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--model", metavar="NAME", help="base, sft, ppo or dpo (default: the last that the run has)")
+    parser.add_argument("--compare", metavar="NAME", help="another that answers beside it (default: none)")
+    parser.add_argument("--system", metavar="TEXT", help="a system message (default: none)")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0: the likeliest (default: as the run's ppo stage, else 0.7)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    recipe = of_run(options.run)
+    temperature = options.temperature
+    if temperature is None:
+        temperature = recipe.ppo.args.get("temperature", 0.7) if recipe.ppo is not None else 0.7
+    with redirect_stdout(sys.stderr):  # as in _show
+        import torch
+
+        from .feedback.sample import last_model
+        from .talk import Talk, converse
+
+        models = [options.model or last_model(options.run, recipe), *([options.compare] if options.compare else [])]
+        talk = Talk(options.run, models, temperature, options.max_tokens, options.system)
+        torch.manual_seed(options.seed)
+    converse(talk, options.compare)
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:

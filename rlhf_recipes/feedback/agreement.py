@@ -25,7 +25,7 @@ from rich.text import Text
 from ..data import MOST_RESPONSES
 from ..files import write_text
 from ..summary import with_interval
-from .rows import Row, read_labels, text
+from .rows import Row, printable, read_labels, text
 
 try:
     import krippendorff
@@ -558,13 +558,13 @@ def _tables(numbers: dict[str, Any]) -> Iterator[Table]:
     """Two labelers at a time, what each one's judgements are worth, what they lean to, and how they are made."""
     two = _table("labelers", "prompts", "agreement", "Cohen's kappa")
     for pair in numbers["between"]:
-        found, names = pair["agreement"], " and ".join(map(shown, pair["labelers"]))
+        found, names = pair["agreement"], " and ".join(map(printable, pair["labelers"]))
         two.add_row(Text(names), f"{found['prompts']:,}", _share(found), _coefficient("kappa", pair))
     worth = _table("labeler", "labels", "ties", "with majority", "accuracy", "weight")
     leaning = _table("labeler", "shown first", "longer", "same again")
     making = _table("labeler", "seconds", "an hour", "too fast", "longest run", "its chance")
     for name, own in numbers["labelers"].items():
-        first, pace, streak = Text(shown(name)), own["pace"] or {}, own["streak"] or {}
+        first, pace, streak = Text(printable(name)), own["pace"] or {}, own["streak"] or {}
         counts = (f"{own['labels']:,}", f"{own['ties']:.1%}", _share(own["majority"]))
         worth.add_row(first, *counts, _format(own["accuracy"], ".1%"), f"{own['weight']:.2f}")
         leaning.add_row(first, *(_share(own[key]) for key in ("first_shown", "longer", "again")))
@@ -590,11 +590,6 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def shown(name: str) -> str:
-    """A name as it may meet a terminal: what does not print, escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _format(value: float | None, form: str) -> str:

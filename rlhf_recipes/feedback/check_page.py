@@ -9,6 +9,7 @@ from rich.text import Text as Line
 
 from ..sources import SOURCES
 from .check import QUANTILES
+from .rows import printable
 
 
 def escape(text: str, longest: int = 600) -> str:
@@ -16,7 +17,7 @@ def escape(text: str, longest: int = 600) -> str:
     if len(text) > longest:
         half = longest // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return printable(text)
 
 
 def lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:

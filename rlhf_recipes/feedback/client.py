@@ -119,7 +119,7 @@ def connect(settings: Settings) -> Client:
 
 def _of_run(run_dir: Path, role: str | None) -> "Local":
     of = of_run(run_dir)
-    role = role or next((name for name in ("ppo", "dpo", "sft") if getattr(of, name) is not None), "base")
+    role = role or sample.last_model(run_dir, of)
     shared = sample.load(of, {role: sample.adapter(run_dir, of, role)})
     return Local(shared, load_tokenizer(of.base), f"{run_dir.resolve().name}/{role}", role)
 

@@ -209,6 +209,20 @@ def adapter(run_dir: Path, of: Recipe, name: str) -> Path | None:
     raise ValueError(f"{run_dir} has no finished model {name!r}.{suggestion(name, known)}")
 
 
+def newest_first(run_dir: Path) -> list[Path]:
+    """The folders of a run's rounds, the newest first, and at last the run's own."""
+    rounds = sorted(run_dir.glob("round-*"), key=lambda folder: -int(folder.name.removeprefix("round-")))
+    return [*rounds, run_dir]
+
+
+def last_model(run_dir: Path, of: Recipe) -> str:
+    """The name of what a run has trained last: the policy of its newest finished round, or of PPO, DPO, SFT."""
+    for folder in newest_first(run_dir)[:-1]:
+        if (folder / "ppo" / "policy" / "adapter_config.json").is_file():
+            return f"{folder.name}/ppo"
+    return next((name for name in ("ppo", "dpo", "sft") if getattr(of, name) is not None), "base")
+
+
 def load(of: Recipe, folders: dict[str, Path | None]) -> SharedBase:
     """The base of a recipe with a role for each name; one without a folder is the base, or a base without SFT."""
     tokenizer = model.load_tokenizer(of.base)
