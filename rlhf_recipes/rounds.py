@@ -20,6 +20,7 @@ from .recipe import Recipe, function, is_function
 from .rewards import ROLE
 
 PEOPLE = "people"
+MODELS = ("base", "sft", "ppo")
 
 
 def check(recipe: Recipe) -> None:
@@ -33,6 +34,10 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"rounds.{key} must be above 0, not {getattr(rounds, key)}.")
     if not 0 < rounds.enough <= 1:
         raise ValueError(f"rounds.enough must be above 0 and at most 1, not {rounds.enough}.")
+    for name in rounds.models:
+        if name not in MODELS:
+            example = "rounds.models=('sft','ppo')"
+            raise ValueError(f"rounds.models may have {', '.join(MODELS)}, as in {example}, and not {name!r}.")
     try:
         Settings(rounds.models, rounds.temperatures, rounds.responses)
     except ValueError as error:

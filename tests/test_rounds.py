@@ -144,10 +144,11 @@ def test_a_recipe_comes_back_from_its_file(recipe: Recipe, finished: Path) -> No
 
 
 def test_rounds_are_set_key_by_key(recipe: Recipe) -> None:
-    words = ["rounds.temperatures=[0.7, 1.0]", "rounds.models=sft,ppo", "rounds.size=5", "rounds.temperatures=0.7"]
-    changed = replace(recipe, **parse_overrides(words[:1] + words[2:3]))
-    assert changed.rounds == Rounds(3, f"{__file__}:shorter_first", None, 5, 3, ("ppo",), (0.7, 1.0))
-    assert replace(recipe, **parse_overrides(words[3:])).rounds.temperatures == (0.7,)  # type: ignore[union-attr]
+    words = ["rounds.temperatures=[0.7, 1.0]", "rounds.models=('sft','ppo')", "rounds.size=5"]
+    changed = replace(recipe, **parse_overrides(words))
+    assert changed.rounds == Rounds(3, f"{__file__}:shorter_first", None, 5, 3, ("sft", "ppo"), (0.7, 1.0))
+    one = replace(recipe, **parse_overrides(["rounds.temperatures=0.7", "rounds.models=sft"])).rounds
+    assert one is not None and (one.temperatures, one.models) == ((0.7,), ("sft",))
     assert replace(replace(recipe, rounds=None), rounds={"size": 7}).rounds == Rounds(size=7)
     with pytest.raises(ValueError, match=r"no key rounds.sise. Did you mean size\?"):
         replace(recipe, rounds={"sise": 7})
@@ -159,6 +160,7 @@ def test_rounds_are_set_key_by_key(recipe: Recipe) -> None:
         ({"rounds": {"responses": 10}}, "rounds: k must be 2 to 9, not 10"),
         ({"rounds": {"count": 0}}, "rounds.count must be above 0"),
         ({"rounds": {"size": 0}}, "rounds.size must be above 0"),
+        ({"rounds": {"models": ("sft,ppo",)}}, r"as in rounds.models=\('sft','ppo'\), and not 'sft,ppo'"),
         ({"rounds": {"enough": 1.5}}, "rounds.enough must be above 0 and at most 1"),
         ({"rounds": {"temperatures": (0.0,)}}, "temperatures must be above 0"),
         ({"rounds": {"labeler": f"{__file__}:nobody"}}, "has no function 'nobody'"),

@@ -3,7 +3,7 @@
     python tests/benchmarks/rounds.py [--kl-coefs 0.02,0.05,0.1] [--seeds 0,1,2] [--out DIR] [--figure FILE] [KEY=VALUE]
 
 Both runs of a seed and a KL coefficient have as many labels, as many PPO updates and the same SFT model. What they
-reach is compared at equal KL, between the means over the seeds. Results are read from the run folders: run again, it
+reach is compared at equal KL, in bands of it. Results are read from the run folders: run again, it
 goes on. More settings (`rounds.size=300`) go to both.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rlhf_recipes import load, replace
 from rlhf_recipes.recipe import parse_overrides
 from rlhf_recipes.summary import with_interval
 
+BANDS = ((0, 2), (2, 5), (5, 10))  # of KL, in nats
 KINDS = {"one": "one round", "three": "three rounds"}
 End = tuple[float, float, dict[str, float]]  # gold, KL in nats and wins over SFT of the last policy
 
@@ -62,7 +64,7 @@ def line(name: str, ends: list[End]) -> str:
 
 
 def draw(found: dict[tuple[str, str], list[End]], path: Path) -> None:
-    """Gold over KL: each run a point, and a line through the means of each KL coefficient."""
+    """Gold over KL: each run a point, and the means of each band of KL."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,21 +72,26 @@ def draw(found: dict[tuple[str, str], list[End]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for kind, colour in (("one", "#888888"), ("three", "#1a5fb4")):
-        ends = [(coef, gold, kl) for (coef, of), many in found.items() if of == kind for gold, kl, _ in many]
-        axes.scatter([kl for *_, kl in ends], [gold for _, gold, _ in ends], s=14, color=colour, alpha=0.5)
-        axes.plot(*means(found, kind), "o-", color=colour, label=KINDS[kind])
+        ends = [run for (_, of), runs in found.items() if of == kind for run in runs]
+        axes.scatter([kl for _, kl, _ in ends], [gold for gold, *_ in ends], s=30, color=colour, label=KINDS[kind])
+        for low, high in BANDS:
+            if band := [gold for gold, kl, _ in ends if low <= kl < high]:
+                axes.hlines(np.mean(band), low, high, color=colour, alpha=0.6)
     axes.set(xlabel="KL to the SFT model, nats", ylabel="gold score", title="As many labels, at once or in rounds")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
-def means(found: dict[tuple[str, str], list[End]], kind: str) -> tuple[Any, Any]:
-    """KL and gold, means over the seeds, of each KL coefficient, by rising KL."""
-    points = sorted(
-        (np.mean([e[1] for e in many]), np.mean([e[0] for e in many])) for (_, of), many in found.items() if of == kind
-    )
-    return tuple(np.array(points).T)  # type: ignore[return-value]
+def in_bands(found: dict[tuple[str, str], list[End]]) -> Iterator[str]:
+    """Mean gold of the runs that end within a band of KL, with its standard error."""
+    for low, high in BANDS:
+        words = []
+        for kind, name in KINDS.items():
+            golds = [gold for (_, of), runs in found.items() if of == kind for gold, kl, _ in runs if low <= kl < high]
+            error = f" +- {np.std(golds, ddof=1) / len(golds) ** 0.5:.2f}" if len(golds) > 1 else ""
+            words.append(f"{name} {np.mean(golds):.2f}{error} ({len(golds)} runs)" if golds else f"{name} none")
+        yield f"KL {low} to {high}: {', '.join(words)}"
 
 
 def main() -> None:
@@ -102,9 +109,7 @@ def main() -> None:
             seeds = [int(seed) for seed in options.seeds.split(",")]
             found[coef, kind] = [end(kind, seed, options.out / f"{kind}-{coef}-{seed}", more) for seed in seeds]
             print(line(f"{coef} | {name}", found[coef, kind]), flush=True)
-    one, three = means(found, "one"), means(found, "three")
-    for kl in np.linspace(max(one[0].min(), three[0].min()), min(one[0].max(), three[0].max()), 3):
-        print(f"at KL {kl:.1f}: gold {np.interp(kl, *one):.2f} with one round, {np.interp(kl, *three):.2f} with three")
+    print("\n".join(in_bands(found)))
     if options.figure:
         draw(found, options.figure)
 
