@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -24,6 +24,34 @@ def write_text(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a JSONL file, none where there is no file. Another process may be writing it.
+
+    Raises ValueError where a line is no JSON object.
+    """
+    return _rows(path)[0]
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], int | None]:
+    """The rows of a JSONL file, and the bytes that they take; None where there are none."""
+    rows, whole = [], 0
+    if not path.is_file():
+        return [], None
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    break  # a kill has torn it
+                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: {type(row).__name__}, not an object.")
+            rows.append(row)
+            whole += len(line)
+    return rows, whole
+
+
 class Journal:
     """A JSONL file that grows by a row at a time, each on disk when `append` returns. One process writes it."""
 
@@ -33,25 +61,13 @@ class Journal:
         Raises ValueError where another line is no JSON object.
         """
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.is_file():
+        self.rows, whole = _rows(path)
+        if whole is not None:
             with path.open("r+b") as stream:
-                self._read(stream)
-
-    def _read(self, stream: BinaryIO) -> None:
-        for number, line in enumerate(stream, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    stream.truncate(stream.tell() - len(line))
-                    return
-                raise ValueError(f"{self.path}, line {number}: not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{self.path}, line {number}: {type(row).__name__}, not an object.")
-            self.rows.append(row)
-            if not line.endswith(b"\n"):  # an editor may leave out the last one
-                stream.write(b"\n")
+                stream.truncate(whole)
+                stream.seek(max(whole - 1, 0))
+                if whole and stream.read() != b"\n":  # an editor may leave out the last one
+                    stream.write(b"\n")
 
     def append(self, row: dict[str, Any]) -> None:
         """Write a row, flushed and synced to disk. Where that fails (a full disk) the file stays as it was."""

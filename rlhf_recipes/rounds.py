@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import release_memory
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from . import data
 from .config import PPOConfig
 from .feedback import client, constitution, judge
 from .feedback.rows import read_samples
 from .feedback.sample import Settings, adapter, draw, keep_settings, load, prompt_id, prompts_of
-from .files import Journal, write_text
+from .files import read_rows, write_text
 from .model import longest_row
 from .recipe import Recipe, function, is_function
 from .rewards import ROLE
@@ -42,11 +42,27 @@ def check(recipe: Recipe) -> None:
         Settings(rounds.models, rounds.temperatures, rounds.responses)
     except ValueError as error:
         raise ValueError(f"rounds: {error}") from error
-    if is_function(rounds.labeler):
-        function(rounds.labeler)
+    _check_labeler(rounds.labeler)
     _criteria(recipe)
     if rounds.weigh_labelers and importlib.util.find_spec("crowdkit") is None:
         raise ValueError("rounds.weigh_labelers needs packages: pip install 'rlhf_recipes[label]'.")
+
+
+def _check_labeler(labeler: str) -> None:
+    """Raises ValueError, before anything is trained, for a labeler that there is not."""
+    if is_function(labeler):
+        function(labeler)
+    elif client.Settings(labeler).is_endpoint:
+        if importlib.util.find_spec("openai") is None:
+            raise ValueError("rounds.labeler is an endpoint, which needs a package: pip install 'rlhf_recipes[judge]'.")
+    elif labeler != PEOPLE and not (Path(labeler) / "recipe.json").is_file():
+        try:
+            AutoConfig.from_pretrained(labeler)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"rounds.labeler: {labeler!r} is not {PEOPLE!r}, no function (module:function or file.py:function), "
+                f"URL, run folder or model that can be loaded: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def folder(run_dir: Path, number: int) -> Path:
@@ -98,7 +114,7 @@ def collect(
     samples, labels = files(run_dir, number)
     seed = recipe.seed + number
     settings = Settings(rounds.models, rounds.temperatures, rounds.responses, config.response_length, seed)
-    there = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in Journal(path).rows}
+    there = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in read_rows(path)}
     if not there.issuperset(map(prompt_id, prompts.train["prompt"])):
         keep_settings(samples, settings)
         before = folder(run_dir, number - 1)
@@ -138,7 +154,7 @@ def _label(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bool:
     if is_function(rounds.labeler):
         if not labels.is_file():
             _simulate(rounds.labeler, samples, labels, seed)
-    elif len(Journal(labels).rows) < len(Journal(samples).rows):
+    elif len(read_rows(labels)) < len(read_rows(samples)):
         judge.judge(read_samples(samples), labels, client.connect(client.Settings(rounds.labeler)), _criteria(recipe))
         release_memory()
     return True
@@ -156,8 +172,8 @@ def _criteria(recipe: Recipe) -> judge.Settings:
 
 def progress(samples: Path, labels: Path) -> tuple[int, int]:
     """How many samples people have judged or skipped, and of how many."""
-    judged = [row["id"] for path in (labels, labels.with_suffix(".skipped.jsonl")) for row in Journal(path).rows]
-    ids = {row["id"] for row in Journal(samples).rows}
+    judged = [row["id"] for path in (labels, labels.with_suffix(".skipped.jsonl")) for row in read_rows(path)]
+    ids = {row["id"] for row in read_rows(samples)}
     return len(ids.intersection(judged)), len(ids)
 
 

@@ -18,7 +18,7 @@ from rlhf_recipes.cli import main_cli
 from rlhf_recipes.feedback import sample as sampling
 from rlhf_recipes.feedback.rows import read_samples
 from rlhf_recipes.feedback.sample import Settings, alike, sample
-from rlhf_recipes.files import Journal
+from rlhf_recipes.files import Journal, read_rows
 from rlhf_recipes.recipe import from_dict, of_run, parse_overrides, to_dict
 from rlhf_recipes.runner import check
 from rlhf_recipes.tiny import comparisons, gold, labeler
@@ -99,6 +99,8 @@ def test_a_journal_keeps_what_was_appended_and_cuts_a_torn_line(tmp_path: Path) 
     journal.append({"id": 2, "text": "ü\u2028\n"})
     with path.open("a") as stream:
         stream.write('{"id": 3, "te')
+    torn = path.read_bytes()
+    assert [row["id"] for row in read_rows(path)] == [1, 2] and path.read_bytes() == torn, "only its writer mends it"
     again = Journal(path)
     assert again.rows == [{"id": 1}, {"id": 2, "text": "ü\u2028\n"}]
     again.append({"id": 4})
@@ -161,6 +163,8 @@ def test_rounds_are_set_key_by_key(recipe: Recipe) -> None:
         ({"rounds": {"count": 0}}, "rounds.count must be above 0"),
         ({"rounds": {"size": 0}}, "rounds.size must be above 0"),
         ({"rounds": {"models": ("sft,ppo",)}}, r"as in rounds.models=\('sft','ppo'\), and not 'sft,ppo'"),
+        ({"rounds": {"models": ()}}, "rounds: models must name at least one"),
+        ({"rounds": {"labeler": "peple"}}, "rounds.labeler: 'peple' is not 'people', no function"),
         ({"rounds": {"enough": 1.5}}, "rounds.enough must be above 0 and at most 1"),
         ({"rounds": {"temperatures": (0.0,)}}, "temperatures must be above 0"),
         ({"rounds": {"labeler": f"{__file__}:nobody"}}, "has no function 'nobody'"),

@@ -41,6 +41,8 @@ class Settings:
         for name in ("response_length", "attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        if not self.models:
+            raise ValueError("models must name at least one.")
         if not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError(f"temperatures must be above 0, not {', '.join(map(str, self.temperatures)) or 'none'}.")
         if not 0 < self.similarity <= 1:
