@@ -105,7 +105,7 @@ def _chat(options: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):  # as in _show
         import torch
 
-        from .feedback.sample import last_model
+        from .folder import last_model
         from .talk import Talk, converse
 
         models = [options.model or last_model(options.run, recipe), *([options.compare] if options.compare else [])]

@@ -13,8 +13,9 @@ from . import data
 from .config import PPOConfig
 from .feedback import client, constitution, judge
 from .feedback.rows import read_samples
-from .feedback.sample import Settings, adapter, draw, keep_settings, load, prompt_id, prompts_of
+from .feedback.sample import Settings, draw, keep_settings, prompt_id, prompts_of
 from .files import read_rows, write_text
+from .folder import adapter, load
 from .model import longest_row
 from .recipe import Recipe, function, is_function
 from .rewards import ROLE

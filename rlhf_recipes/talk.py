@@ -16,7 +16,7 @@ from . import ppo, reward
 from .backends import generation_config, sampling
 from .chat import Messages, stop_token_id, tokenize_prompt
 from .feedback.rows import printable
-from .feedback.sample import adapter, load, newest_first
+from .folder import adapter, load, newest_first
 from .model import load_tokenizer, longest_row
 from .recipe import of_run
 from .rollout import Sampler, autocast_of

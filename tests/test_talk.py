@@ -12,7 +12,7 @@ from test_rounds import make_recipe
 from rlhf_recipes import Recipe, replace, reward, run
 from rlhf_recipes.chat import tokenize_pair, tokenize_prompt
 from rlhf_recipes.cli import main_cli
-from rlhf_recipes.feedback.sample import last_model, newest_first
+from rlhf_recipes.folder import adapter, checkpoints, last_model, newest_first
 from rlhf_recipes.talk import Streamer, Talk
 
 
@@ -130,3 +130,10 @@ def test_the_last_model_is_that_of_the_newest_finished_round(recipe: Recipe, tmp
         (folder / name).touch()
     assert last_model(tmp_path, recipe) == "round-10/ppo"
     assert [folder.name for folder in newest_first(tmp_path)[:-1]] == ["round-11", "round-10", "round-2"]
+
+
+def test_checkpoints_are_models_by_name(recipe: Recipe, finished: Path) -> None:
+    names = checkpoints(finished)
+    steps = [int(name.removeprefix("ppo/checkpoint-")) for name in names]
+    assert steps == sorted(steps) and len(steps) == 2
+    assert [adapter(finished, recipe, name) for name in names] == [finished / name / "policy" for name in names]

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..chat import Messages, completion_token_ids, prompt_token_ids, render_prompt, stop_token_id, tokenize_prompt
+from ..folder import adapter, last_model, load
 from ..model import SharedBase, load_base, load_tokenizer
 from ..recipe import Base, of_run
 from ..rollout import autocast_of
-from . import sample
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def connect(settings: Settings) -> Client:
 
 def _of_run(run_dir: Path, role: str | None) -> "Local":
     of = of_run(run_dir)
-    role = role or sample.last_model(run_dir, of)
-    shared = sample.load(of, {role: sample.adapter(run_dir, of, role)})
+    role = role or last_model(run_dir, of)
+    shared = load(of, {role: adapter(run_dir, of, role)})
     return Local(shared, load_tokenizer(of.base), f"{run_dir.resolve().name}/{role}", role)
 
 
