@@ -1,4 +1,4 @@
-"""Variants of the recipe `tiny` side by side: the tables of the README.
+"""Variants of the recipe `tiny` side by side: the tables of the README beside this file.
 
     python tests/benchmarks/tiny_variants.py [--only ppo,rloo] [--seeds 0,1,2] [--jobs 2] [--out DIR] [--json FILE]
 
