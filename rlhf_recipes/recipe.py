@@ -22,8 +22,8 @@ OWNED = {
     "output_dir": "--run-dir says where a run is written",
     "resume_from_checkpoint": "running the same recipe again resumes it",
     "report_to": "set `tracker` of the recipe",
-    "run_name": "W&B runs are named after the run folder and the stage",
-    "project": "set the environment variable WANDB_PROJECT",
+    "run_name": "the tracker's runs are named after the run folder and the stage",
+    "project": "set the environment variable WANDB_PROJECT or TRACKIO_PROJECT",
     "seed": "set `seed` of the recipe",
     "data_seed": "set `seed` of the recipe",
     "bf16": "precision is chosen at run time; `base.dtype` sets it",
@@ -166,6 +166,7 @@ class Recipe:
     gold: str | None = None  # a reward function that measures true quality
     seed: int = 0  # of weights, data order, held-out split and sampling
     tracker: Literal["wandb", "trackio", "tensorboard", "none"] = "wandb"  # where curves go
+    artifacts: bool = False  # give the tracker the adapters of each stage and, at the end, the report
 
 
 SECTIONS: dict[str, type] = {

@@ -189,8 +189,8 @@ def train(job: "Job") -> dict[str, Any]:
     for index in range(job.config.ensemble_size):
         member = job.member(index)
         if not (member.folder / PROBES).is_file():
-            with nullcontext() if index == 0 else member.tracked():
-                train_member(member)
+            with nullcontext(job) if index == 0 else member.tracked(beside=True) as tracked:
+                train_member(tracked)
             gc.collect()
     return evaluate(job)
 

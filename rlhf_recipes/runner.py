@@ -1,23 +1,19 @@
-"""`run(recipe)`: the run folder, the stages in order, skip and resume, W&B, progress and the final table."""
+"""`run(recipe)`: the run folder, the stages in order, skip and resume, progress and the final table."""
 
 import copy
 import dataclasses
 import gc
 import importlib.metadata
-import importlib.util
 import json
-import netrc
-import os
 import platform
 import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlparse
 
 import datasets
 import pyarrow.compute
@@ -38,7 +34,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from . import __version__, backends, data, dpo, model, ppo, reward, rewards, rounds, sft, summary
+from . import __version__, backends, data, dpo, model, ppo, reward, rewards, rounds, sft, summary, tracking
 from .advice import out_of_memory, refuse
 from .config import DPOConfig, PPOConfig, RewardConfig
 from .dry_run import NoPlan
@@ -46,6 +42,7 @@ from .files import write_json, write_text
 from .memory import peak_memory_mib, reset_peak_memory, resident_mib
 from .plan import StagePlan, for_device, plan, settle, stage_plan
 from .recipe import STAGES, Recipe, Source, check_args, function, suggestion, to_dict
+from .tracking import Tracker
 
 CONFIGS: dict[str, type[TrainingArguments]] = {
     "sft": SFTConfig,
@@ -70,10 +67,17 @@ class Job:
     fingerprint: dict[str, Any]
     resume: str | None  # the checkpoint to go on from
     round: int = 1  # from the second on `run_dir` is the round's folder, inside the run's
+    callbacks: tuple[TrainerCallback, ...] = ()  # the user's, of every stage's trainer
+    tracker: Tracker | None = None  # while the stage runs
 
     @property
     def folder(self) -> Path:
         return Path(self.config.output_dir)
+
+    @property
+    def step(self) -> int | None:
+        """The step of the checkpoint to go on from."""
+        return None if self.resume is None else _state(self.resume).global_step
 
     @property
     def root(self) -> Path:
@@ -102,22 +106,25 @@ class Job:
         resume = last_checkpoint(Path(config.output_dir))
         return dataclasses.replace(self, stage=f"{self.stage}-{index}", config=config, resume=resume)
 
-    def tracked(self) -> AbstractContextManager[None]:
-        """The W&B run of an ensemble's further adapter."""
-        return _tracked(self)
+    @contextmanager
+    def tracked(self, beside: bool = False) -> Iterator["Job"]:
+        """The job with its run in the tracker; `beside` that of the stage, for an ensemble's further adapter."""
+        with tracking.track(self, beside) as tracker:
+            yield dataclasses.replace(self, tracker=tracker)
 
     def watch(self, trainer: Trainer) -> "Recorder":
         """Log the trainer to the run folder and the terminal, in place of transformers' own printing.
 
         Rows that an earlier attempt wrote after the checkpoint are dropped: they come again.
         """
-        step = 0 if self.resume is None else _step(self.resume)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _forget(self.run_dir / name, self.stage, step)
+            _forget(self.run_dir / name, self.stage, self.step or 0)
         trainer.remove_callback(PrinterCallback)
         recorder = Recorder(self, trainer)
         trainer.add_callback(recorder)
         trainer.add_callback(Progress(self.stage))
+        for callback in self.callbacks:
+            trainer.add_callback(callback)
         return recorder
 
     def train(self, trainer: Trainer) -> None:
@@ -127,7 +134,7 @@ class Job:
                 # TRL makes the adapters of a quantized base bfloat16, where a step of 1e-5 on a weight is lost.
                 parameter.data = parameter.data.float()
         if self.resume is not None:
-            state = TrainerState.load_from_json(str(Path(self.resume, "trainer_state.json")))
+            state = _state(self.resume)
             if state.global_step >= state.max_steps:
                 # From a checkpoint of the last step the Trainer would take one more, so it is only loaded.
                 best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
@@ -139,7 +146,11 @@ class Job:
 
 
 def run(
-    recipe: Recipe, run_dir: Path | None = None, stages: Sequence[str] | None = None, force: bool = False
+    recipe: Recipe,
+    run_dir: Path | None = None,
+    stages: Sequence[str] | None = None,
+    force: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
 
@@ -148,6 +159,7 @@ def run(
     Args:
         stages: only these, of `sft`, `reward`, `ppo`, `dpo`; what they build on must be finished in `run_dir`.
         force: run stages that cannot fit by the plan.
+        callbacks: given to the trainer of every stage, whose `args.output_dir` tells them which it is.
     Raises:
         ValueError: anything wrong with the recipe, its data or the folder, or a stage that cannot fit, before a weight
             is loaded; a stage that ran out of memory.
@@ -174,16 +186,19 @@ def run(
         for stage in todo:
             resume = last_checkpoint(run_dir / stage)
             of_stage = others[stage], prepared[stage], tokenizer, manifest["base"], resume
-            _train(Job(recipe, stage, run_dir, configs[stage], *of_stage), manifest, bool(planned), console)
+            job = Job(recipe, stage, run_dir, configs[stage], *of_stage, callbacks=tuple(callbacks))
+            _train(job, manifest, bool(planned), console)
         for number in later:
             labels = rounds.collect(recipe, run_dir, number, prompts[number - 2], tokenizer, configs["ppo"])
             if labels is None:
                 waiting = rounds.instructions(recipe, run_dir, number)
                 break
-            _run_round(recipe, run_dir, number, configs, tokenizer, bool(planned), console)
+            _run_round(recipe, run_dir, number, configs, tokenizer, bool(planned), console, tuple(callbacks))
     manifests = [_read_manifest(rounds.folder(run_dir, number)) for number in _rounds_of(recipe)]
     result = summary.summarize(manifest, [of_round for of_round in manifests if of_round["stages"]])
     write_json(run_dir / "summary.json", result)
+    if recipe.artifacts and (todo or later):
+        tracking.upload_report(recipe, run_dir)
     if result["models"]:
         console.print(summary.table(result))
     console.print(Text(f"{summary.footnote(result)}. Run folder: {run_dir}"))
@@ -209,6 +224,7 @@ def _run_round(
     tokenizer: PreTrainedTokenizerBase,
     planned: bool,
     console: Console,
+    callbacks: tuple[TrainerCallback, ...],
 ) -> None:
     """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
     folder = rounds.folder(run_dir, number)
@@ -226,7 +242,7 @@ def _run_round(
             prepared = data.merge([prepared, *_labels(recipe, run_dir, number, tokenizer, config)])
         others = _prepare_others(recipe, stage, configs, tokenizer, {})
         of_stage = others, prepared, tokenizer, manifest["base"], last_checkpoint(folder / stage)
-        job = Job(recipe, stage, folder, config, *of_stage, round=number)
+        job = Job(recipe, stage, folder, config, *of_stage, round=number, callbacks=callbacks)
         console.print(Text(f"round {number}", style="bold"), end=", ")
         _train(job, manifest, planned, console)
 
@@ -309,8 +325,7 @@ def check(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
 
     Raises ValueError naming the key and the nearest right one.
     """
-    if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
-        raise ValueError(f"tracker={recipe.tracker} needs a package: pip install {recipe.tracker}.")
+    tracking.check(recipe)
     configs = {}
     for stage in _stages(recipe, None):
         section = getattr(recipe, stage)
@@ -357,7 +372,7 @@ def _config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
         defaults["optim"] = "paged_adamw_8bit"  # QLoRA's, arXiv:2305.14314
     owned = {
         "output_dir": str(run_dir / stage),
-        "report_to": "none" if recipe.tracker == "none" else recipe.tracker,
+        "report_to": "none",  # see `tracking`
         "run_name": f"{run_dir.name}-{stage}",
         "seed": recipe.seed,
         "bf16": model.precision(recipe.base) == torch.bfloat16,
@@ -427,7 +442,7 @@ def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """`key: old there, new here` for each leaf that differs. Where a run is tracked does not matter."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = [key for key in {**old, **new} if prefix or key != "tracker"]
+        keys = [key for key in {**old, **new} if prefix or key not in ("tracker", "artifacts")]
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
     return [] if old == new else [f"{prefix[:-1].replace('.args.', '.')}: {old!r} there, {new!r} here"]
 
@@ -519,8 +534,10 @@ def _run_stage(job: Job, manifest: dict[str, Any], planned: StagePlan | None) ->
         already = 0.0 if torch.cuda.is_available() else resident_mib()
         record["planned_peak_mib"] = round(planned.peak_mib + already, 1)
     try:
-        with _tracked(job):
-            record["results"] = module.train(job)
+        with job.tracked() as tracked:
+            record["results"] = module.train(tracked)
+            took = {"seconds": before + time.perf_counter() - start, "peak_memory_mib": peak_memory_mib()}
+            tracking.conclude(tracked, record["results"] | took)
         record["state"] = "done"
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not should_reduce_batch_size(error):
@@ -547,8 +564,8 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _step(checkpoint: str) -> int:
-    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
+def _state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
 
 
 def _forget(path: Path, stage: str, step: int) -> None:
@@ -567,10 +584,11 @@ def _forget(path: Path, stage: str, step: int) -> None:
 
 
 class Recorder(TrainerCallback):
-    """Appends each logged row to `metrics.jsonl`, each evaluation's samples to `samples.jsonl` and to W&B."""
+    """Appends each logged row to `metrics.jsonl`, each evaluation's samples to `samples.jsonl`; both to the tracker."""
 
     def __init__(self, job: Job, trainer: Trainer) -> None:
-        self.job, self.trainer = job, trainer
+        assert job.tracker is not None
+        self.job, self.trainer, self.tracker = job, trainer, job.tracker
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.job.run_dir / name).open("a") as stream:
@@ -578,6 +596,8 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.append("metrics.jsonl", [{"stage": self.job.stage, "step": state.global_step, **logs}])
+        if "train_runtime" not in logs:  # the totals at the end are no points of a curve
+            self.tracker.point(logs, state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.trainer, ppo.PPOTrainer):
@@ -587,12 +607,7 @@ class Recorder(TrainerCallback):
         """Record held-out prompts with their responses and scores."""
         rows = [{"stage": self.job.stage, "step": step, **sample} for sample in samples]
         self.append("samples.jsonl", rows)
-        if self.job.recipe.tracker == "wandb":
-            import wandb
-
-            columns: list[Any] = list(rows[0])
-            cells: list[Any] = [[json.dumps(x) if isinstance(x, list) else x for x in row.values()] for row in rows]
-            wandb.log({"completions": wandb.Table(columns=columns, data=cells)})
+        self.tracker.table("completions", samples, step)
 
 
 class Progress(TrainerCallback):
@@ -626,38 +641,3 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
-
-
-@contextmanager
-def _tracked(job: Job) -> Iterator[None]:
-    """One W&B run for the stage, in the group of the run folder. Other trackers are transformers' affair."""
-    if job.recipe.tracker != "wandb":
-        yield
-        return
-    import wandb
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    tracker = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "rlhf-recipes"),
-        group=job.root.name,
-        job_type=job.stage,
-        name=job.config.run_name,
-        dir=job.run_dir,
-        config={"recipe": to_dict(job.recipe), "base": job.fingerprint},
-        mode=_wandb_mode(),
-        reinit="finish_previous",  # an ensemble has a run for each adapter
-    )
-    try:
-        yield
-    finally:
-        tracker.finish()
-
-
-def _wandb_mode() -> Any:
-    """WANDB_MODE where it is set, else offline where no key is found: a run must never stop to ask for one."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host)
-    except FileNotFoundError:
-        key = None
-    return os.environ.get("WANDB_MODE") or ("online" if key else "offline")

@@ -1,6 +1,5 @@
-"""A whole run: what its folder holds, and how it is skipped, resumed, refused and tracked."""
+"""A whole run: what its folder holds, and how it is skipped, resumed and refused."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -295,14 +294,6 @@ def test_another_tracker_is_the_same_recipe(
     recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
     assert run(replace(recipe, tracker="wandb"), copied) == finished[1]
-
-
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(recipe: Recipe, tmp_path: Path) -> None:
-    if importlib.util.find_spec("trackio") is not None:
-        pytest.skip("trackio is installed here")
-    with pytest.raises(ValueError, match="pip install trackio"):
-        run(replace(recipe, tracker="trackio"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_in_the_data_can_be_corrected_in_the_same_folder(recipe: Recipe, tmp_path: Path) -> None:
@@ -749,69 +740,3 @@ def test_peak_memory_is_measured_anew_for_each_stage() -> None:
     del block
     runner.reset_peak_memory()
     assert 0 < runner.peak_memory_mib() < before + 50
-
-
-# --- Weights & Biases -------------------------------------------------------------------------------------------------
-
-
-def wandb_records(path: Path) -> list[Any]:
-    """The records of an offline run's .wandb file, which wandb has no public reader for.
-
-    After 7 bytes of its own it is a LevelDB log: blocks of 32 KiB with chunks of checksum (4 bytes), length (2, little
-    endian), type (1: whole, 2: first, 3: middle, 4: last) and payload; a record is one wandb.proto `Record`.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    content, at, record, records = path.read_bytes(), 7, b"", []
-    assert content[:4] == b":W&B"
-    while at + 7 <= len(content):
-        if 2**15 - at % 2**15 < 7:  # no header fits in the rest of a block
-            at += 2**15 - at % 2**15
-            continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            records.append(Record.FromString(record))
-            record = b""
-    return records
-
-
-def test_wandb_without_a_key_is_offline_and_complete(
-    recipe: Recipe, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    few = {"max_steps": 2}
-    tracked = replace(recipe, tracker="wandb", sft=few, reward=few, ppo=few)
-    process = start(tracked, tmp_path / "tracked", HOME=str(tmp_path))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-
-    stages = {}
-    for path in (tmp_path / "tracked" / "wandb").glob("offline-run-*/*.wandb"):
-        records = wandb_records(path)
-        head = next(record.run for record in records if record.HasField("run"))
-        stages[head.job_type] = head, records, path.parent
-    assert stages.keys() == {"sft", "reward", "ppo"}
-    for stage, (head, records, _) in stages.items():
-        assert (head.run_group, head.display_name) == ("tracked", f"tracked-{stage}")
-        config = {item.key: item.value_json for item in head.config.update}
-        updates = [record.config for record in records if record.HasField("config")]
-        config |= {item.key: item.value_json for update in updates for item in update.update}
-        assert json.loads(config["recipe"])["ppo"]["args"]["kl_coef"] == 0.05
-        assert json.loads(config["base"])["dtype"] == "float32"
-        assert json.loads(config["max_steps"]) == 2  # transformers' callback adds the trainer's arguments
-
-    _, records, folder = stages["ppo"]
-    histories = [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.HasField("history")
-    ]
-    kl = [row["train/objective/kl"] for row in histories if "train/objective/kl" in row]
-    assert kl == [row["objective/kl"] for row in ppo_updates(tmp_path / "tracked")]
-    tables = [json.loads(path.read_text()) for path in folder.glob("files/media/table/completions*.table.json")]
-    samples = rows_of(tmp_path / "tracked", "ppo", "samples.jsonl")
-    assert sum(len(table["data"]) for table in tables) == len(samples)
-    assert {"model", "prompt", "completion", "score", "gold"} <= set(tables[0]["columns"])
