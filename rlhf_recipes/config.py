@@ -9,6 +9,9 @@ from typing import Any, Literal
 import trl
 from transformers import TrainingArguments
 
+# Of what evaluations during PPO measure, for `metric_for_best_model`; of all else more is better.
+LESS_IS_BETTER = ("kl", "ensemble_std", "perplexity", "response_length", "without_eos")
+
 
 def _option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
@@ -32,6 +35,12 @@ class RewardConfig(trl.RewardConfig):
     ensemble_size: int = _option(
         1, "Train so many reward adapters, each with its own head, seed and order of rows. [arXiv:2310.02743]"
     )
+    judge_share: float = _option(
+        0.0,
+        "Train one more reward adapter, the judge, on this share of the training prompts, which the others then do not "
+        "see. No policy is trained on it: it measures held-out quality where no gold is known. [a reward model that is "
+        "not optimized against: arXiv:2210.10760]",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +48,7 @@ class RewardConfig(trl.RewardConfig):
             raise ValueError(f"reward.label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
         if self.ensemble_size < 1:
             raise ValueError(f"reward.ensemble_size must be above 0, not {self.ensemble_size}.")
+        _check_range("reward", self, ("judge_share",), 0, 1 - 1e-9, "at least 0 and below 1")
 
 
 @dataclass
@@ -161,6 +171,14 @@ class PPOConfig(TrainingArguments):
     cliprange_value: float = _option(0.2, "Clip range of the values. [N+]")
     vf_coef: float = _option(0.1, "Weight of the value loss. [N+]")
 
+    # Which policy is kept
+    early_stopping_patience: int | None = _option(
+        None,
+        "Stop after so many evaluations in a row without a new best metric_for_best_model, which is `quality` unless "
+        "set: gold where the recipe has it, else the judge's score. load_best_model_at_end then goes back to that "
+        "policy. [transformers' EarlyStoppingCallback]",
+    )
+
     # Beside the reward
     ptx_coef: float = _option(
         0.0, "Weight of the language-model loss on the texts of `ptx` (PPO-ptx). [InstructGPT 27.8]"
@@ -177,6 +195,7 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._resolve_sizes()
+        self._choose_by_quality()
         super().__post_init__()
         infinity, least = float("inf"), 5e-324
         positive = (
@@ -189,6 +208,7 @@ class PPOConfig(TrainingArguments):
         )
         positive += ("cliprange", "cliprange_value", "total_episodes", "max_prompt_length", "num_generations")
         positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size", "mini_batch_size")
+        positive += ("early_stopping_patience",)
         _check_range("ppo", self, positive, least, infinity, "above 0")
         others = ("kl_coef", "vf_coef", "critic_learning_rate", "missing_eos_penalty", "length_penalty", "ptx_coef")
         _check_range("ppo", self, (*others, "uncertainty_coef", "critic_warmup_steps"), 0, infinity, "0 or more")
@@ -225,6 +245,27 @@ class PPOConfig(TrainingArguments):
             raise ValueError(f"ppo.critic_warmup_steps trains the critic alone, and {estimator} has none: set it to 0.")
         if estimator == "grpo" and self.kl_estimator == "k1":
             raise ValueError("ppo.kl_estimator=k1 has no gradient in grpo's loss: set k3.")
+
+    def _choose_by_quality(self) -> None:
+        """The best policy is that of the best held-out quality, and never of transformers' choice, the loss."""
+        chooses = [key for key in ("load_best_model_at_end", "early_stopping_patience") if getattr(self, key)]
+        chooses += ["save_strategy=best"] * (self.save_strategy == "best")
+        if not chooses:
+            return
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "quality"
+        if self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in LESS_IS_BETTER
+        if self.eval_strategy == "no":
+            raise ValueError(f"ppo.{chooses[0]} needs evaluations: set ppo.eval_strategy=steps and ppo.eval_steps.")
+        # transformers also takes a multiple, but then the best evaluation may be of a policy that was not saved.
+        saves, evaluates = (self.save_strategy, self.save_steps), (self.eval_strategy, self.eval_steps)
+        if self.load_best_model_at_end and self.save_strategy == self.eval_strategy == "steps" and saves != evaluates:
+            raise ValueError(
+                f"ppo.load_best_model_at_end needs a checkpoint of each evaluation: set ppo.save_steps and "
+                f"ppo.eval_steps to one number (they are {self.save_steps} and {self.eval_steps}), or "
+                "ppo.save_strategy=best."
+            )
 
     def _resolve_sizes(self) -> None:
         """Settle `mini_batch_size`, and where `auto` starts: with all there is, unless a plan says less."""

@@ -762,13 +762,31 @@ def heldout_below(share: float, second: float, last: float) -> float:
 
 def _split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Training rows in their order, and held-out rows. With two prompts or more neither side is empty."""
-    positions = [_position(row.prompt, seed) for row in rows]
+    train, heldout = _sides_of([_position(row.prompt, seed) for row in rows], share)
+    return [rows[index] for index in train], [rows[index] for index in heldout]
+
+
+def set_aside(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Rows of the `reward` stage without a share of their prompts, and the rows of that share.
+
+    It is independent of the held-out split. Raises ValueError where there are fewer than two prompts to share out.
+    """
+    if share == 0:
+        return rows, rows.select([])
+    wholes = rows["chosen_ids"] if "chosen_ids" in rows.column_names else (of[0] for of in rows["responses_ids"])
+    prompts = [whole[:length] for whole, length in zip(wholes, rows["prompt_length"], strict=True)]
+    rest, aside = _sides_of([_position(json.dumps(ids), seed) for ids in prompts], share)
+    if not aside:
+        raise ValueError("reward.judge_share shares out the training prompts, and there is only one.")
+    return rows.select(rest), rows.select(aside)
+
+
+def _sides_of(positions: list[float], share: float) -> tuple[list[int], list[int]]:
+    """The indices of the rows whose prompts' positions are above a share, and of those below."""
     distinct = sorted(set(positions))
-    if share == 0 or len(distinct) < 2:
-        return rows, []
-    threshold = heldout_below(share, distinct[1], distinct[-1])
-    sides = list(zip(rows, positions, strict=True))
-    return [row for row, at in sides if at >= threshold], [row for row, at in sides if at < threshold]
+    threshold = heldout_below(share, distinct[1], distinct[-1]) if share and len(distinct) > 1 else 0.0
+    above = [index for index, position in enumerate(positions) if position >= threshold]
+    return above, [index for index, position in enumerate(positions) if position < threshold]
 
 
 def _table(name: str, stage: Source, rows: list[Row]) -> datasets.Dataset:

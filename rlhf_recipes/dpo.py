@@ -11,11 +11,10 @@ import trl
 from datasets import Dataset
 from peft import PeftModel, TaskType
 
+from . import reward
 from .config import PPOConfig
 from .model import SharedBase, check_fingerprint, load_base, lora_config, write_fingerprint
-from .ppo import add_reward_roles
 from .recipe import function
-from .reward import PROBES
 from .rewards import ROLE, Rewards, resolve
 from .rollout import Sampler
 from .summary import Evaluator, compare, held_out_texts
@@ -104,10 +103,11 @@ def evaluator(job: "Job") -> Evaluator:
     )
     sources, args = (recipe.ppo.reward_funcs or (ROLE,), recipe.ppo.args) if recipe.ppo is not None else ((ROLE,), {})
     if ROLE in sources:
-        if (run_dir / "reward" / PROBES).is_file():
-            add_reward_roles(shared, run_dir)
+        if (run_dir / "reward" / reward.PROBES).is_file():
+            reward.add_roles(shared, reward.members(run_dir))
         else:  # this stage does not wait for the reward stage
             sources, args = (), {}
+    reward.add_roles(shared, reward.judge(run_dir))
     config = PPOConfig(str(job.folder), use_cpu=job.config.use_cpu, report_to="none", **args)
     gold = function(recipe.gold) if recipe.gold is not None else None
     texts = held_out_texts(job.others.get("ptx"), config.ptx_max_length)

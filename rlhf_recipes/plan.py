@@ -22,6 +22,7 @@ from .config import PPOConfig
 from .dry_run import COPIES, Shape, Trace, dry_run, read_config, skeleton, weight_bytes
 from .memory import resident_mib
 from .recipe import Recipe
+from .reward import JUDGE
 
 LAYERS = (2, 3)  # of the dry runs
 # Of all but the weights: what the allocator holds in fragments and, from 7B on, the CUDA context (0.5 GiB).
@@ -145,6 +146,8 @@ def roles(recipe: Recipe, stage: str, config: Any) -> list[tuple[str, bool, bool
     if rewards.ROLE in (recipe.ppo.reward_funcs or (rewards.ROLE,)):
         members = recipe.reward.args.get("ensemble_size", 1) if recipe.reward is not None else 1
         found += [(f"reward_{number}" if number else "reward", False, True) for number in range(members)]
+    if recipe.reward is not None and recipe.reward.args.get("judge_share"):
+        found.append((JUDGE, False, True))
     if config.has_critic:
         found.append(("head" if config.critic == "head" else "critic", True, True))
     used = (config.ema_decay is not None, config.max_kl is not None)
@@ -264,7 +267,7 @@ def work(recipe: Recipe, stage: str, config: Any) -> dict[str, float | None]:
     section, epochs = getattr(recipe, stage), config.num_train_epochs
     if stage == "ppo":
         tokens = config.rollout_size * shape.length
-        scored = len([name for name, *_ in shape.roles if name not in (*COPIES, "head")])
+        scored = len([name for name, *_ in shape.roles if name not in (*COPIES, "head", JUDGE)])
         trained = config.num_ppo_epochs * len([trains for _, trains, _ in shape.roles if trains])
         flop = tokens * weights * (2 + 2 * scored + training * trained)
         rows, per_step = config.total_episodes, config.rollout_size

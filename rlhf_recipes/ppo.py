@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.trainer.utils import identity
 
 from . import backends, objectives, reward, rewards
@@ -28,7 +28,7 @@ from .model import SharedBase, load_base
 from .recipe import function
 from .rewards import RewardFunc, Rewards
 from .rollout import Rollout, Sampler, state_values, text_loss
-from .summary import Evaluator, compare, held_out_texts
+from .summary import Evaluator, compare, held_out_texts, quality
 
 if TYPE_CHECKING:
     from .data import Prepared
@@ -96,6 +96,7 @@ class PPOTrainer(Trainer):
         counting.gradient_accumulation_steps = 1
         counting.remove_unused_columns = False
         counting.dataloader_drop_last = True
+        counting.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
         if args.total_episodes is not None:
             counting.max_steps = math.ceil(args.total_episodes / args.rollout_size)
         super().__init__(
@@ -107,6 +108,8 @@ class PPOTrainer(Trainer):
             data_collator=identity,
             callbacks=callbacks,
         )
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.sampler = self._sampler(stop_token_ids)
         sources = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else reward_funcs
         self.rewards = Rewards(self.sampler, args, rewards.resolve(sources), lambda: self.state)
@@ -349,6 +352,7 @@ class PPOTrainer(Trainer):
         with self.phase("evaluate"):
             self.samples = self.evaluator(self.result, dataset.to_list())
             means = self.evaluator.means(self.result, self.samples)
+            means |= quality(means)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -451,6 +455,22 @@ class PPOTrainer(Trainer):
         self.kl_coef, self.best_reward = state["kl_coef"], state["best_reward"]
         self.rewards.load_state_dict(state["rewards"])
 
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def choice(self) -> dict[str, Any]:
+        """The best evaluation, where evaluations are compared: `best_step`, `best_<metric>` and `stopped_early`.
+
+        With `load_best_model_at_end` the policy is that of this step. Where no evaluation was, both are None; where
+        nothing is saved, the step is.
+        """
+        metric, state = self.args.metric_for_best_model, self.state
+        if metric is None:
+            return {}
+        found = {"best_step": state.best_global_step, f"best_{metric.removeprefix('eval_')}": state.best_metric}
+        return found | {"stopped_early": state.global_step < state.max_steps}
+
 
 def check_fit(config: PPOConfig, prompts: int, has_texts: bool) -> None:
     """Raises ValueError where the configuration does not fit the processes, the number of prompts or the texts."""
@@ -501,7 +521,7 @@ def train(job: "Job") -> dict[str, Any]:
     models = {"base": "base", "reference": "sft", trainer.result: "ppo"}
     results, samples = compare(trainer.evaluator, job.data.heldout.to_list(), models)
     recorder.samples(trainer.state.global_step, samples)
-    return results
+    return results | trainer.choice()
 
 
 def add_roles(shared: SharedBase, job: "Job") -> None:
@@ -510,7 +530,8 @@ def add_roles(shared: SharedBase, job: "Job") -> None:
     shared.add_role("reference", job.sft)
     shared.add_role("policy", job.start, trainable=True)
     if rewards.ROLE in (recipe.ppo.reward_funcs or (rewards.ROLE,)):
-        add_reward_roles(shared, run_dir)
+        reward.add_roles(shared, reward.members(run_dir))
+    reward.add_roles(shared, reward.judge(run_dir))
     if not job.config.has_critic:
         return
     critic = job.config.critic or ("reward" if recipe.reward is not None else "sft")
@@ -520,11 +541,3 @@ def add_roles(shared: SharedBase, job: "Job") -> None:
     if critic == "sft":
         shared.add_role("critic", job.sft, trainable=True)
     shared.add_head("critic", on="policy" if critic == "head" else None)
-
-
-def add_reward_roles(shared: SharedBase, run_dir: Path) -> None:
-    """Attach the run's reward adapters as `reward`, `reward_1`, ..., and check that they score as in training."""
-    for number, folder in enumerate(reward.members(run_dir)):
-        role = f"{rewards.ROLE}_{number}" if number else rewards.ROLE
-        shared.add_role(role, folder, head=True)
-        reward.check_probes(shared, folder, role)

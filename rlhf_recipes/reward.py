@@ -4,6 +4,7 @@ A prompt's K responses are one element of a batch: each goes through the model o
 1 / C(K, 2) each (InstructGPT, arXiv:2203.02155, equation 1). A chosen and a rejected response are the case K = 2.
 """
 
+import dataclasses
 import gc
 import json
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl.trainer.utils import pad
 
-from . import card
+from . import card, data
 from .model import BIAS, HEAD, SharedBase, check_fingerprint, load_base, lora_config, write_fingerprint
 from .rollout import autocast_of, pad_right
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 PROBES = "probe.json"  # rows and their scores at the end of training; written last, so that it marks a finished adapter
 PROBE_ROWS = 8
+JUDGE = "judge"  # the folder in the stage's and the role of an adapter that measures, and that no policy is trained on
+JUDGE_SEED = 10_000  # beyond the recipe's; the members have the numbers from 0 on
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
@@ -181,18 +184,30 @@ class RewardTrainer(trl.RewardTrainer):
 
 
 def train(job: "Job") -> dict[str, Any]:
-    """Train the reward adapter, or an ensemble of them, each with its score head, into the stage's folder.
+    """Train the reward adapter, or an ensemble of them, and the judge, each with its score head, into their folders.
 
     An adapter that is finished is not trained again. Returns what `evaluate` measures.
     Raises RuntimeError if a saved adapter, loaded as PPO will load it, scores the probe rows differently.
     """
-    for index in range(job.config.ensemble_size):
-        member = job.member(index)
+    jobs = adapters(job)
+    for index, member in enumerate(jobs):
         if not (member.folder / PROBES).is_file():
             with nullcontext(job) if index == 0 else member.tracked(beside=True) as tracked:
                 train_member(tracked)
             gc.collect()
-    return evaluate(job)
+    return evaluate(jobs[0])
+
+
+def adapters(job: "Job") -> list["Job"]:
+    """The job of each adapter that the stage trains: the main one, an ensemble's others, and the judge, if any.
+
+    The judge has training prompts of its own, `judge_share` of all.
+    """
+    rest, aside = data.set_aside(job.data.train, job.config.judge_share, job.recipe.seed)
+    main = dataclasses.replace(job, data=dataclasses.replace(job.data, train=rest))
+    judge = dataclasses.replace(job, data=dataclasses.replace(job.data, train=aside))
+    others = [main.adapter(f"member-{index}", str(index), index) for index in range(1, job.config.ensemble_size)]
+    return [main, *others, *([judge.adapter(JUDGE, JUDGE, JUDGE_SEED)] if len(aside) else [])]
 
 
 def train_member(job: "Job") -> None:
@@ -230,10 +245,23 @@ def start_from(model: PeftModel, folder: Path, fingerprint: dict) -> None:
     set_peft_model_state_dict(model, {**sft, HEAD: own[HEAD]})
 
 
-def members(run_dir: Path) -> list[Path]:
-    """The folders of a run's reward adapters: the main one, then those that an ensemble has more."""
-    others = (run_dir / "reward").glob("member-*")
-    return [run_dir / "reward", *sorted(others, key=lambda folder: int(folder.name.rpartition("-")[2]))]
+def members(run_dir: Path) -> dict[str, Path]:
+    """The folders of a run's reward adapters by role: `reward`, and those that an ensemble has more."""
+    others = sorted((run_dir / "reward").glob("member-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return {"reward": run_dir / "reward"} | {f"reward_{number}": folder for number, folder in enumerate(others, 1)}
+
+
+def judge(run_dir: Path) -> dict[str, Path]:
+    """The folder of a run's judge by its role; nothing where the run has none."""
+    folder = run_dir / "reward" / JUDGE
+    return {JUDGE: folder} if (folder / PROBES).is_file() else {}
+
+
+def add_roles(shared: SharedBase, folders: dict[str, Path]) -> None:
+    """Attach reward adapters by role, each with its head, and check that they score as in training."""
+    for role, folder in folders.items():
+        shared.add_role(role, folder, head=True)
+        check_probes(shared, folder, role)
 
 
 # --- After training ---------------------------------------------------------------------------------------------------
@@ -244,29 +272,29 @@ def evaluate(job: "Job") -> dict[str, Any]:
 
     Writes the main adapter's reward card (see `card`). Returns its accuracy over the untied held-out pairs
     (heldout_accuracy), its loss on them without smoothing, weights or centering (heldout_loss), each member's accuracy
-    (members_accuracy) and the card.
+    (members_accuracy), the judge's (judge_accuracy), if there is one, and the card.
     """
     shared = SharedBase(load_base(job.recipe.base), job.recipe.lora, job.fingerprint)
     heldout = job.data.heldout.to_list()
     ranking = ranking_of(heldout)
     row, better, worse = untied(ranking)
-    rows, results, accuracies = [ids for one in heldout for ids in responses_of(one)], {}, []
-    for index, folder in enumerate(members(job.run_dir)):
-        role = f"reward_{index}" if index else "reward"
-        shared.add_role(role, folder, head=True)
-        check_probes(shared, folder, role)
+    rows, results, accuracies = [ids for one in heldout for ids in responses_of(one)], {}, {}
+    for role, folder in (members(job.run_dir) | judge(job.run_dir)).items():
+        add_roles(shared, {role: folder})
         demonstrations = set_bias(shared, folder, role, job.others.get("demonstrations"))
         scores = fold(score(shared, rows, role), ranking)  # (N, K)
         # Not TRL's figure, which is a mean over batches of unequal size.
-        accuracies.append((scores[row, better] > scores[row, worse]).float().mean().item())
-        if index == 0:
+        accuracies[role] = (scores[row, better] > scores[row, worse]).float().mean().item()
+        if role == "reward":
             margin = torch.tensor(job.data.heldout["margin"]) if "margin" in heldout[0] else None
             results["heldout_loss"] = ranking_loss(scores, ranking, margin).mean().item()
             # The other way round in every batch: a score must not depend on what it is computed beside.
             swapped = fold(score(shared, rows[::-1], role).flip(0), ranking)
             found = comparisons(heldout, ranking, scores, swapped)
             results["card"] = card.write(folder, found, demonstrations, count_pairs(job.data.train))
-    return {"heldout_accuracy": accuracies[0], "members_accuracy": accuracies, **results}
+    if JUDGE in accuracies:
+        results["judge_accuracy"] = accuracies.pop(JUDGE)
+    return {"heldout_accuracy": accuracies["reward"], "members_accuracy": list(accuracies.values()), **results}
 
 
 def comparisons(rows: list[dict[str, Any]], ranking: Tensor, scores: Tensor, swapped: Tensor) -> list[dict[str, Any]]:

@@ -75,22 +75,36 @@ class Rewards:
 
     def raw(self, rows: list[dict[str, Any]], samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What each source says (B,), as it says it, and statistics to log."""
-        scores, logs = {}, {}
+        scores, spreads = self._ask(rows, samples)
+        logs = {f"rewards/{name}/ensemble_std": spread.mean().item() for name, spread in spreads.items()}
+        for name, of_source in scores.items():
+            logs[f"rewards/{name}/mean"] = of_source.mean().item()
+            logs[f"rewards/{name}/std"] = of_source.std(correction=0).item()
+        return scores, logs
+
+    def _ask(self, rows: list[dict[str, Any]], samples: Samples) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What each source says (B,) and, of an ensemble, the standard deviation of its members (B,)."""
+        scores, spreads = {}, {}
         for name, source in self.sources.items():
             if isinstance(source, str):
                 members = torch.stack([self.sampler.reward_scores(samples, role) for role in self.members])  # (M, B)
                 scores[name] = aggregate(members, self.config.ensemble_aggregation, self.config.uncertainty_coef)
                 if len(members) > 1:
-                    logs[f"rewards/{name}/ensemble_std"] = members.std(0, correction=0).mean().item()
+                    spreads[name] = members.std(0, correction=0)
             else:
                 scores[name] = self.judge(source, rows, samples)
-            logs[f"rewards/{name}/mean"] = scores[name].mean().item()
-            logs[f"rewards/{name}/std"] = scores[name].std(correction=0).item()
-        return scores, logs
+        return scores, spreads
 
-    def plain(self, rows: list[dict[str, Any]], samples: Samples) -> Tensor:
-        """The weighted sum (B,) of the sources as they are: what evaluation reports, alike at every step."""
-        return self._sum(self.raw(rows, samples)[0])
+    def plain(self, rows: list[dict[str, Any]], samples: Samples) -> dict[str, Tensor]:
+        """What evaluation reports, alike at every step: `score` (B,), the weighted sum of the sources as they are.
+
+        Of an ensemble also `ensemble_std` (B,), how far its members differ.
+        """
+        scores, spreads = self._ask(rows, samples)
+        found = {"score": self._sum(scores)}
+        if spreads:
+            (found["ensemble_std"],) = spreads.values()  # the shared reward role is one source at most
+        return found
 
     def train(self, raw: dict[str, Tensor], samples: Samples) -> Tensor:
         """The score (B,) to train on, of a rollout's `raw`: normalised, weighted, summed, clipped, less penalties."""

@@ -94,21 +94,23 @@ class Job:
         """The adapter that the policy starts from: the SFT one, or the policy of the round before."""
         return self.sft if self.round == 1 else rounds.folder(self.root, self.round - 1) / "ppo" / "policy"
 
-    def member(self, index: int) -> "Job":
-        """The job of an ensemble's adapter: from number 1 on with a folder, a seed, a W&B run and a name of its own."""
-        if index == 0:
-            return self
+    def adapter(self, folder: str, name: str, seed: int) -> "Job":
+        """The job of a further reward adapter, in a folder, with a name and a tracked run of its own.
+
+        Args:
+            seed: is added to the stage's.
+        """
         config = copy.copy(self.config)
-        config.output_dir = str(self.folder / f"member-{index}")
-        config.run_name += f"-{index}"
-        config.seed += index
-        config.data_seed = None if config.data_seed is None else config.data_seed + index
+        config.output_dir = str(self.folder / folder)
+        config.run_name += f"-{name}"
+        config.seed += seed
+        config.data_seed = None if config.data_seed is None else config.data_seed + seed
         resume = last_checkpoint(Path(config.output_dir))
-        return dataclasses.replace(self, stage=f"{self.stage}-{index}", config=config, resume=resume)
+        return dataclasses.replace(self, stage=f"{self.stage}-{name}", config=config, resume=resume)
 
     @contextmanager
     def tracked(self, beside: bool = False) -> Iterator["Job"]:
-        """The job with its run in the tracker; `beside` that of the stage, for an ensemble's further adapter."""
+        """The job with its run in the tracker; `beside` that of the stage, for a further reward adapter."""
         with tracking.track(self, beside) as tracker:
             yield dataclasses.replace(self, tracker=tracker)
 
@@ -134,12 +136,15 @@ class Job:
                 # TRL makes the adapters of a quantized base bfloat16, where a step of 1e-5 on a weight is lost.
                 parameter.data = parameter.data.float()
         if self.resume is not None:
-            state = _state(self.resume)
-            if state.global_step >= state.max_steps:
-                # From a checkpoint of the last step the Trainer would take one more, so it is only loaded.
-                best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            state: Any = _state(self.resume)
+            # True of the last step, and where training stopped early or beyond max_kl.
+            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+                # From such a checkpoint the Trainer would take one more step, so it is only loaded. The path of the
+                # best one in its state may be that of a folder that has been moved since.
+                best = self.folder / f"checkpoint-{state.best_global_step}"
+                chosen = trainer.args.load_best_model_at_end and best.is_dir()
                 trainer.state = state
-                trainer._load_from_checkpoint(best or self.resume)
+                trainer._load_from_checkpoint(str(best) if chosen else self.resume)
                 trainer.remove_callback(Progress)
                 return
         trainer.train(resume_from_checkpoint=self.resume)
@@ -355,6 +360,25 @@ def _check_ppo(recipe: Recipe, config: PPOConfig) -> None:
         )
     if config.ptx_coef and recipe.ptx is None:
         raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")
+    if config.metric_for_best_model is None:
+        return
+    known, metric = _measured(recipe), config.metric_for_best_model.removeprefix("eval_")
+    if metric == "quality" and metric not in known:
+        raise ValueError(
+            "The best policy is that of the best held-out quality, which this recipe does not know: set gold, or "
+            "reward.judge_share above 0, or ppo.metric_for_best_model."
+        )
+    if metric not in known:
+        raise ValueError(f"ppo.metric_for_best_model: no evaluation has {metric!r}.{suggestion(metric, known)}")
+
+
+def _measured(recipe: Recipe) -> list[str]:
+    """What evaluations during PPO measure, by the names that `ppo.metric_for_best_model` takes."""
+    args = recipe.reward.args if recipe.reward is not None else {}
+    own = rewards.ROLE in (recipe.ppo.reward_funcs or (rewards.ROLE,))
+    has = {"gold": recipe.gold is not None, "judge": args.get("judge_share"), "perplexity": recipe.ptx is not None}
+    has |= {"ensemble_std": own and args.get("ensemble_size", 1) > 1, "quality": has["gold"] or has["judge"]}
+    return ["score", "kl", "response_length", "without_eos", *(name for name, known in has.items() if known)]
 
 
 def _stages(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
@@ -453,7 +477,10 @@ def _prepare(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedToken
         limit = model.longest_row(recipe.base, config.max_prompt_length, config.response_length, "ppo.response_length")
     else:
         limit = model.longest_row(recipe.base, config.max_length)
-    return _held_out(stage, stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+    prepared = _held_out(stage, stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+    if stage == "reward":  # what is wrong with the split is said now, and not after the SFT stage
+        data.set_aside(prepared.train, config.judge_share, recipe.seed)
+    return prepared
 
 
 def _prepare_others(
@@ -621,6 +648,7 @@ class Progress(TrainerCallback):
         "objective/kl": "KL",
         "response_length": "tokens",
         "eval_gold": "gold",
+        "eval_judge": "judge",
     }
 
     def __init__(self, stage: str) -> None:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from .rewards import RewardFunc, Rewards
     from .rollout import Sampler
 
+# What samples are measured by, as far as it is known; `Evaluator` says what each is.
+MEASURED = ("score", "ensemble_std", "gold", "judge", "kl", "response_length")
+# A win rate over the SFT model -> what decides it.
+WINS = {"win_rate_vs_sft": "gold", "judge_win_rate_vs_sft": "judge", "reward_win_rate_vs_sft": "score"}
+
 
 class Evaluator:
     """Samples roles on prompts, always with the same random numbers, and scores what they say."""
@@ -36,7 +41,8 @@ class Evaluator:
         """Sample one response to each row's prompt from a role.
 
         Returns a dict a row: prompt, completion, response_length (tokens), ended, kl (nats, to the reference, summed
-        over the response) and, where they are known, score (the sources' weighted sum) and gold.
+        over the response) and, where they are known, score (the sources' weighted sum), ensemble_std (the spread of an
+        ensemble's members), judge (the score of that reward role) and gold.
         """
         model = self.sampler.model
         devices = [model.device] if model.device.type == "cuda" else []
@@ -52,7 +58,9 @@ class Evaluator:
             "kl": kl.tolist(),
         }
         if self.rewards.sources:
-            columns["score"] = self.rewards.plain(rows, samples).tolist()
+            columns |= {name: values.tolist() for name, values in self.rewards.plain(rows, samples).items()}
+        if "judge" in model.heads:
+            columns["judge"] = self.sampler.reward_scores(samples, "judge").tolist()
         if self.gold is not None:
             columns["gold"] = self.rewards.judge(self.gold, rows, samples).tolist()
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -85,7 +93,7 @@ def compare(
         "models": {model: evaluate.means(role, samples[model]) for role, model in models.items()}
     }
     last = samples[list(models.values())[-1]]
-    for key, name in (("gold", "win_rate_vs_sft"), ("score", "reward_win_rate_vs_sft")):
+    for name, key in WINS.items():
         if key in last[0]:
             results[name] = win_rate([s[key] for s in last], [s[key] for s in samples["sft"]])
     return results, [{"model": model, **sample} for model, of_model in samples.items() for sample in of_model]
@@ -93,9 +101,15 @@ def compare(
 
 def means(samples: list[dict[str, Any]]) -> dict[str, float]:
     """Means of the samples' numbers, over the rows."""
-    names = [name for name in ("score", "gold", "kl", "response_length") if name in samples[0]]
+    names = [name for name in MEASURED if name in samples[0]]
     result = {name: sum(sample[name] for sample in samples) / len(samples) for name in names}
     return {**result, "without_eos": 1 - sum(sample["ended"] for sample in samples) / len(samples)}
+
+
+def quality(means: dict[str, float]) -> dict[str, float]:
+    """`quality`, by which a policy is chosen: gold where it is known, else what the judge says, else nothing."""
+    known = [means[name] for name in ("gold", "judge") if name in means]
+    return {"quality": known[0]} if known else {}
 
 
 def win_rate(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -126,31 +140,42 @@ def summarize(manifest: dict[str, Any], later: Sequence[dict[str, Any]] = ()) ->
         stages |= {f"{stage}_{number}": record for stage, record in of_round["stages"].items()}
     results = {stage: record.get("results", {}) for stage, record in stages.items()}
     models: dict[str, dict[str, Any]] = {}
-    wins = ("win_rate_vs_sft", "reward_win_rate_vs_sft")
     trained = [stage for stage in results if stage.startswith(("dpo", "ppo")) and "models" in results[stage]]
     trained.sort(key=lambda stage: (stage != "dpo", len(stage), stage))  # dpo, ppo, ppo_2, ..., ppo_10
     for stage in trained:
         of_stage = results[stage]
         models |= {name: of for name, of in of_stage["models"].items() if name != stage.partition("_")[0]}
         own = of_stage["models"][stage.partition("_")[0]]
-        models[stage] = own | {name: of_stage[name] for name in wins if name in of_stage}
+        models[stage] = own | {name: of_stage[name] for name in WINS if name in of_stage}
         if stage != "ppo" and stage != "dpo":  # each round has a reward model of its own
             for earlier in trained[: trained.index(stage)]:
-                models[earlier].pop("score", None)
+                for key in ("score", "ensemble_std", "judge"):
+                    models[earlier].pop(key, None)
     last = [name for name in trained if name != "dpo"]
     models = {name: models[name] for name in ("base", "sft", *last, "dpo") if name in models}
     main = models[trained[-1]] if trained else {}
-    accuracies = [results[stage].get("heldout_accuracy") for stage in results if stage.startswith("reward")]
+
+    def accuracy(name: str) -> float | None:
+        """Of the newest reward stage that is finished."""
+        found = [results[stage].get(name) for stage in results if stage.startswith("reward")]
+        return next((value for value in reversed(found) if value is not None), None)
+
     summary = {
-        **{name: main.get(name) for name in wins},
+        **{name: main.get(name) for name in WINS},
         "sft_heldout_loss": results.get("sft", {}).get("heldout_loss"),
-        "reward_model_accuracy": next((found for found in reversed(accuracies) if found is not None), None),
+        "reward_model_accuracy": accuracy("heldout_accuracy"),
+        "judge_accuracy": accuracy("judge_accuracy"),
         "kl": main.get("kl"),
         "seconds": {stage: record["seconds"] for stage, record in stages.items()},
         "peak_memory_mib": {stage: record["peak_memory_mib"] for stage, record in stages.items()},
         "models": models,
     }
-    names = {"gold_score": "gold", "reward_score": "score", "response_length": "response_length"}
+    names = {
+        "gold_score": "gold",
+        "reward_score": "score",
+        "judge_score": "judge",
+        "response_length": "response_length",
+    }
     for name, key in {**names, "without_eos": "without_eos"}.items():
         summary[name] = {model: values[key] for model, values in models.items() if key in values}
     return summary
@@ -161,6 +186,8 @@ def table(summary: dict[str, Any]) -> Table:
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "gold": ("gold", "{:.2f}".format),
         "wins vs SFT (95 %)": ("win_rate_vs_sft", _percent),
+        "judge": ("judge", "{:.2f}".format),
+        "wins by judge (95 %)": ("judge_win_rate_vs_sft", _percent),
         "reward": ("score", "{:.2f}".format),
         "KL": ("kl", "{:.2f}".format),
         "tokens": ("response_length", "{:.1f}".format),
@@ -168,6 +195,8 @@ def table(summary: dict[str, Any]) -> Table:
         "perplexity": ("perplexity", "{:.2f}".format),
     }
     models = summary["models"]
+    if summary["win_rate_vs_sft"] is not None:  # gold says more, and the table is wide enough
+        del columns["wins by judge (95 %)"]
     columns = {label: of for label, of in columns.items() if any(of[0] in values for values in models.values())}
     result = Table("model")
     for label in columns:
@@ -191,6 +220,8 @@ def footnote(summary: dict[str, Any]) -> str:
         lines.append(f"SFT held-out loss {summary['sft_heldout_loss']:.3f} nats per token")
     if summary["reward_model_accuracy"] is not None:
         lines.append(f"reward model held-out accuracy {summary['reward_model_accuracy']:.1%}")
+    if summary["judge_accuracy"] is not None:
+        lines[-1] += f" (judge {summary['judge_accuracy']:.1%})"
     minutes = sum(summary["seconds"].values()) / 60
     peak = max(summary["peak_memory_mib"].values(), default=0)
     return "; ".join([*lines, f"{minutes:.1f} minutes, peak memory {peak:,.0f} MiB"])

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text as Line
 from transformers import TextStreamer
 
-from . import ppo, reward
+from . import reward
 from .backends import generation_config, sampling
 from .chat import Messages, stop_token_id, tokenize_prompt
 from .feedback.rows import printable
@@ -80,7 +80,7 @@ class Talk:
             (folder for folder in newest_first(run_dir) if (folder / "reward" / reward.PROBES).is_file()), None
         )
         if judged_by is not None:
-            ppo.add_reward_roles(self.shared, judged_by)
+            reward.add_roles(self.shared, reward.members(judged_by))
         stops = [stop_token_id(self.tokenizer, conversational=True)]
         self.sampler = Sampler(self.shared, self.tokenizer, response_length, temperature or 1.0, 1, stops)
         self.config = generation_config(self.sampler)

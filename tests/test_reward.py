@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes import Base, Lora, Recipe, Stage, replace, reward, run
 from rlhf_recipes.config import RewardConfig
-from rlhf_recipes.data import merge, prepare
+from rlhf_recipes.data import merge, prepare, set_aside
 from rlhf_recipes.model import BIAS, SharedBase, load_base, load_tokenizer
 from rlhf_recipes.reward import RewardTrainer, fold, preferences_of, ranking_loss, untied
 
@@ -411,14 +411,14 @@ def test_a_stage_on_rankings_learns_them(recipe: Recipe, finished: Path) -> None
 
 def test_members_are_whole_adapters_of_their_own(recipe: Recipe, finished: Path) -> None:
     folders = reward.members(finished)
-    assert [folder.relative_to(finished) for folder in folders] == [Path("reward"), Path("reward/member-1")]
+    assert folders == {"reward": finished / "reward", "reward_1": finished / "reward" / "member-1"}
+    assert reward.judge(finished) == {}, "there is none unless it is asked for"
     assert recipe.sft is not None
     demonstrations = prepare("sft", recipe.sft, load_tokenizer(recipe.base), None).heldout["input_ids"]
     shared = SharedBase(load_base(recipe.base), recipe.lora)
     scores = []
-    for role, folder in zip(("reward", "reward_1"), folders, strict=True):
-        shared.add_role(role, folder, head=True)
-        reward.check_probes(shared, folder, role)
+    reward.add_roles(shared, folders)
+    for role, folder in folders.items():
         written = json.loads((folder / BIAS).read_text())
         assert written == {"bias": shared.biases[role], "demonstrations": len(demonstrations)} and written["bias"] != 0
         scores.append(reward.score(shared, demonstrations, role))
@@ -426,36 +426,141 @@ def test_members_are_whole_adapters_of_their_own(recipe: Recipe, finished: Path)
         assert (folder / "base.json").read_bytes() == (finished / "sft" / "base.json").read_bytes()
     assert not torch.allclose(*scores, atol=1e-2), "the members have different seeds"
     with pytest.raises(RuntimeError, match="scores its probe rows differently"):
-        reward.check_probes(shared, folders[1], "reward")
+        reward.check_probes(shared, folders["reward_1"], "reward")
+
+
+def killed(whole: Path, adapter: str, copy: Path) -> Path:
+    """A copy of a finished run as it is where it was killed after step 20 of one of its reward adapters."""
+    shutil.copytree(whole, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["stages"]["reward"]["state"] = "running"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    folder = copy / "reward" / adapter
+    for path in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
+        path.unlink()
+    shutil.rmtree(folder / "checkpoint-40")
+    return copy
+
+
+def assert_goes_on(recipe: Recipe, whole: Path, adapter: str, folder: Path) -> None:
+    """Run again, a killed run trains only the rest, and ends as the whole one did."""
+    still = (Path("reward") / WEIGHTS, Path("reward") / adapter / "checkpoint-20")
+    before = {path: (folder / path).stat().st_mtime_ns for path in still}
+    run(recipe, folder)
+    assert all((folder / path).stat().st_mtime_ns == written for path, written in before.items())
+    assert (folder / "reward" / adapter / WEIGHTS).read_bytes() == (whole / "reward" / adapter / WEIGHTS).read_bytes()
+    assert rows_of(folder) == rows_of(whole)
+    assert results_of(folder) == results_of(whole)
 
 
 def test_an_ensemble_goes_on_where_it_was_killed(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(finished, tmp_path / "run")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["stages"]["reward"]["state"] = "running"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    # As if killed in the second member, after its step 20.
-    member = folder / "reward" / "member-1"
-    for path in (*member.glob("*.json"), *member.glob("*.safetensors")):
-        path.unlink()
-    shutil.rmtree(member / "checkpoint-40")
-    before = {path: path.stat().st_mtime_ns for path in (folder / "reward" / WEIGHTS, member / "checkpoint-20")}
-    run(recipe, folder)
-    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
-    assert (member / WEIGHTS).read_bytes() == (finished / "reward" / "member-1" / WEIGHTS).read_bytes()
-    assert rows_of(folder) == rows_of(finished)
-    assert results_of(folder) == results_of(finished)
+    assert_goes_on(recipe, finished, "member-1", killed(finished, "member-1", tmp_path / "run"))
 
 
 def test_members_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (10, 2, 1):
         (tmp_path / "reward" / f"member-{number}").mkdir(parents=True)
-    assert [folder.name for folder in reward.members(tmp_path)] == ["reward", "member-1", "member-2", "member-10"]
+    found = {role: folder.name for role, folder in reward.members(tmp_path).items()}
+    assert [*found.items()] == [
+        ("reward", "reward"),
+        ("reward_1", "member-1"),
+        ("reward_2", "member-2"),
+        ("reward_3", "member-10"),
+    ]
+
+
+# --- The judge --------------------------------------------------------------------------------------------------------
+
+
+def starts(rows: Any) -> list[tuple[int, ...]]:
+    return [tuple(reward.responses_of(row)[0][: row["prompt_length"]]) for row in rows]
+
+
+@pytest.mark.parametrize("ranked_rows", [False, True])
+def test_the_judge_has_prompts_of_its_own(tmp_path: Path, ranked_rows: bool) -> None:
+    pair, ranks = {"chosen": "w4", "rejected": "w5"}, {"responses": ["w6", "w7", "w8"], "ranking": [1, 2, 3]}
+    rows = [{"prompt": f"w{i} w{j}", **(ranks if ranked_rows else pair)} for i in range(4, 24) for j in range(4, 14)]
+    prepared = read(write(tmp_path / "rows.jsonl", rows + rows[::3]), heldout=0.2)
+    rest, aside = set_aside(prepared.train, 0.3, seed=0)
+    sides = [set(starts(side)) for side in (rest, aside, prepared.heldout)]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 200, "no prompt is on two sides"
+    assert len(rest) + len(aside) == len(prepared.train)
+    assert 0.2 < len(sides[1]) / (len(sides[0]) + len(sides[1])) < 0.4
+    assert starts(rest) == [start for start in starts(prepared.train) if start in sides[0]], "in their order"
+    again, shuffled = (set_aside(prepared.train.shuffle(seed=seed), 0.3, seed=0)[1] for seed in (1, 2))
+    assert set(starts(again)) == set(starts(shuffled)) == sides[1]
+    assert set(starts(set_aside(prepared.train, 0.3, seed=1)[1])) != sides[1]
+    whole, none = set_aside(prepared.train, 0.0, seed=0)
+    assert whole.to_list() == prepared.train.to_list() and len(none) == 0
+
+
+def test_one_prompt_cannot_be_shared_out(recipe: Recipe, tmp_path: Path) -> None:
+    rows = [{"prompt": prompt, "chosen": "w4", "rejected": "w5"} for prompt in ("w6", "w7")]
+    data = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"reward\.judge_share shares out the training prompts, and there is only one"):
+        run(replace(recipe, reward={"data": data, "judge_share": 0.5}), tmp_path / "run")
+    assert not (tmp_path / "run" / "sft").exists(), "that is said before anything is trained"
+
+
+@pytest.fixture(scope="module")
+def judged(recipe: Recipe, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A run of the reward stage with a judge, on the same SFT adapter, and its recipe."""
+    folder = shutil.copytree(
+        finished, tmp_path_factory.mktemp("judged") / "run", ignore=shutil.ignore_patterns("reward")
+    )
+    (folder / "recipe.json").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["stages"]["reward"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "metrics.jsonl").unlink()
+    with_judge = replace(recipe, reward={"judge_share": 0.4, "ensemble_size": 1})
+    run(with_judge, folder)
+    return with_judge, folder
+
+
+def test_the_judge_is_an_adapter_like_the_others_and_no_member(
+    judged: tuple[Recipe, Path], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = judged
+    assert reward.members(folder) == {"reward": folder / "reward"}
+    assert reward.judge(folder) == {"judge": folder / "reward" / "judge"}
+    results = results_of(folder)
+    assert results["members_accuracy"] == [results["heldout_accuracy"]] and results["judge_accuracy"] > 0.6
+    evaluated = [row for row in rows_of(folder) if "eval_loss" in row]
+    assert [row["stage"] for row in evaluated] == ["reward", "reward-judge"]
+    shared = SharedBase(load_base(recipe.base), recipe.lora)
+    reward.add_roles(shared, reward.members(folder) | reward.judge(folder))  # which checks the probes
+    assert (folder / "reward" / "judge" / "base.json").read_bytes() == (finished / "sft" / "base.json").read_bytes()
+    assert shared.biases["judge"] != 0
+    rows = [[10, 20, 4, 4, 4, 2], [10, 20, 30, 40, 50, 2]]
+    assert not torch.allclose(reward.score(shared, rows, "reward"), reward.score(shared, rows, "judge"), atol=1e-2)
+    assert recipe.reward is not None
+    train = prepare("reward", recipe.reward, load_tokenizer(recipe.base), 1024).train
+    assert results["card"]["train_pairs"] == reward.count_pairs(set_aside(train, 0.4, 0)[0]), "less what the judge has"
+    summary = run(recipe, folder)
+    assert summary["judge_accuracy"] == results["judge_accuracy"]
+    assert f"(judge {results['judge_accuracy']:.1%})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_judge_goes_on_where_it_was_killed(judged: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, whole = judged
+    folder = killed(whole, "judge", tmp_path / "run")
+    assert reward.judge(folder) == {}, "it is not finished"
+    assert_goes_on(recipe, whole, "judge", folder)
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("label_smoothing", 0.5, "below 0.5"), ("label_smoothing", -0.1, "at least 0"), ("ensemble_size", 0, "above 0")],
+    [
+        ("label_smoothing", 0.5, "below 0.5"),
+        ("label_smoothing", -0.1, "at least 0"),
+        ("ensemble_size", 0, "above 0"),
+        ("judge_share", 1.0, "at least 0 and below 1"),
+        ("judge_share", -0.1, "at least 0 and below 1"),
+    ],
 )
 def test_options_out_of_range_are_refused(recipe: Recipe, tmp_path: Path, key: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=rf"reward\.{key} must be .*{message}"):

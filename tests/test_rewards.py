@@ -59,7 +59,7 @@ def test_sources_are_weighted_summed_and_logged_apart(tmp_path: Path) -> None:
     roles = {"reward": [1.0, 2.0, 6.0]}
     found, spoken = rewards(tmp_path, ["reward", length, solved], roles, reward_weights=[1.0, -0.5, 0.1])
     wanted = [1.0 - 1.0 + 0.0, 2.0 - 1.5 + 1.0, 6.0 - 0.5 + 2.0]
-    assert found.plain(ROWS, spoken.samples).tolist() == pytest.approx(wanted)
+    assert found.plain(ROWS, spoken.samples)["score"].tolist() == pytest.approx(wanted)
     assert trained(found, spoken) == pytest.approx(wanted)
     logs = found.raw(ROWS, spoken.samples)[1]
     assert logs["rewards/reward_model/mean"] == 3 and logs["rewards/length/mean"] == 2
@@ -80,7 +80,9 @@ def test_penalties_follow_the_clipping(tmp_path: Path) -> None:
     options = {"reward_clip": 2.5, "missing_eos_penalty": 1.0, "length_penalty": 0.1}
     found, spoken = rewards(tmp_path, [length], **options)
     assert trained(found, spoken) == pytest.approx([2.0 - 0.2, 2.5 - 1.0 - 0.3, 1.0 - 0.1])
-    assert found.plain(ROWS, spoken.samples).tolist() == [2.0, 3.0, 1.0], "evaluation reports the source as it is"
+    assert found.plain(ROWS, spoken.samples)["score"].tolist() == [2.0, 3.0, 1.0], (
+        "evaluation reports the source as it is"
+    )
 
 
 def test_an_ensemble_by_hand() -> None:
@@ -138,7 +140,7 @@ def test_trls_own_reward_functions_work(tmp_path: Path) -> None:
     found, spoken = rewards(tmp_path, [own])
     spoken.texts = lambda samples: ["<think>so</think> 4", "4", "<think>so 4"]  # type: ignore[method-assign]
     rows = [{"prompt": [{"role": "user", "content": "2 + 2"}], "prompt_ids": [1]}] * 3
-    assert found.plain(rows, spoken.samples).tolist() == [1.0, 0.0, 0.0]
+    assert found.plain(rows, spoken.samples)["score"].tolist() == [1.0, 0.0, 0.0]
 
 
 # External models
