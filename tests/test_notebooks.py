@@ -1,6 +1,8 @@
 """Every notebook runs from top to bottom, in a small setting, and holds no stale output."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
@@ -8,23 +10,88 @@ import pytest
 
 from rlhf_recipes.tiny import build_base
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_holds_no_output(path: Path, tmp_path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder beside which the notebooks' runs go, with a base that took seconds."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    build_base(folder / "base", steps=20)
+    (folder / "notebooks").mkdir()
+    return folder
+
+
+def executed(name: str, place: Path) -> tuple[list[Any], str]:
+    """The cells of a notebook after it ran with the test's base and for a few updates, and all its text output."""
+    notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
-
-    build_base(tmp_path / "base", steps=20)
-    for cell in cells:  # the same recipe on a base that took seconds, for a few updates
-        small = f'replace(load("tiny"), base={{"model": {str(tmp_path / "base")!r}}})'
+    small = f'replace(load("tiny"), base={{"model": {str(place / "base")!r}}}, ppo={{"response_length": 12}})'
+    for cell in cells:
         cell.source = cell.source.replace('load("tiny")', small).replace(
-            '"total_episodes": 640', '"total_episodes": 256'
+            '"total_episodes": 2560', '"total_episodes": 512'
         )
-    (tmp_path / "notebooks").mkdir()
-    nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "notebooks")}}
-    ).execute()
-    assert "win_rate_vs_sft" in (tmp_path / "runs/notebook-1/summary.json").read_text()
+    where = {"metadata": {"path": str(place / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=where).execute()
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    return cells, "\n".join(texts)
+
+
+def pictures(cells: list[Any]) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+
+
+def summary(place: Path, name: str) -> dict[str, Any]:
+    return json.loads((place / "runs" / name / "summary.json").read_text())
+
+
+def test_every_notebook_is_tested_and_starts_with_its_installation() -> None:
+    assert [*NOTEBOOKS] == ["1_run_a_recipe", "2_adapt_a_recipe", "3_inside_ppo", "4_read_a_run"]
+    for path in NOTEBOOKS.values():
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        assert "%pip install" in first.source and "find_spec" in first.source
+
+
+def test_run_a_recipe(place: Path) -> None:
+    cells, text = executed("1_run_a_recipe", place)
+    assert "Did you mean tracker?" in text
+    assert f"{summary(place, 'notebook-1')['win_rate_vs_sft']['rate']:.1%}" in text.replace(" %", "%")
+    assert pictures(cells) == 1
+
+
+def test_adapt_a_recipe(place: Path) -> None:
+    cells, text = executed("2_adapt_a_recipe", place)
+    assert "polite" in text and "words" in text
+    assert pictures(cells) >= 1, "the callback's curves"
+    metrics = [json.loads(line) for line in (place / "runs/notebook-2/metrics.jsonl").read_text().splitlines()]
+    assert any("rewards/is_short/mean" in row and "rewards/reward_model/mean" in row for row in metrics)
+    assert summary(place, "notebook-2")["reward_model_accuracy"] > 0.9, "that politeness is liked is easily learned"
+
+
+def test_inside_ppo(place: Path) -> None:
+    cells, _ = executed("3_inside_ppo", place)
+    at_start, later = eval(cells[4].outputs[-1]["data"]["text/plain"])
+    assert at_start == 0 and later != 0
+    drawn = [
+        output["data"]["text/html"]
+        for cell in cells
+        for output in cell.outputs
+        if "text/html" in output.get("data", {})
+    ]
+    assert sum("<span title=" in page for page in drawn) == 2
+    lines = cells[-1].outputs[-1]["data"]["text/plain"].splitlines()[1:]
+    steps = [[float(number) for number in line.split()[1:]] for line in lines]  # ratio, policy loss, value loss
+    assert steps[0][0] == pytest.approx(1, abs=1e-5)
+    assert steps[-1][1] < steps[0][1] and steps[-1][2] < steps[0][2]
+
+
+def test_read_a_run(place: Path) -> None:
+    cells, text = executed("4_read_a_run", place)
+    assert pictures(cells) == 2
+    assert "True" in text, "a best checkpoint is marked"
+    assert {"notebook-1", "notebook-4"} <= {path.name for path in (place / "runs").iterdir()}
