@@ -9,7 +9,10 @@ What to expect, from the papers and not from a run of this file: the SFT loss fa
 is nearly flat afterwards. The reward model starts at an accuracy of 0.5 on held-out pairs and ends between 0.60 and
 0.70 (N+ reports 0.63 at 1B on TL;DR, InstructGPT 0.72 at 6B on its own data). In PPO `objective/kl` starts at exactly 0
 and `objective/scores` rises steadily with it; scores that keep rising while the samples turn long or repeat themselves
-mean that the reward is being gamed: raise `ppo.kl_coef` or stop earlier.
+mean that the reward is being gamed: raise `ppo.kl_coef` or stop earlier. There is no gold here. To see it coming, let
+a second reward model, which nothing is trained on, judge the held-out answers, and keep the policy that it likes best:
+
+    rlhf-recipes run qwen3-0-6b-hh reward.judge_share=0.3 ppo.load_best_model_at_end=true ppo.early_stopping_patience=3
 
 Sources: [I] InstructGPT, arXiv:2203.02155, its 1.3B model. [N] The N+ implementation details of RLHF with PPO,
 arXiv:2403.17031. [L] LoRA Without Regret, Thinking Machines Lab, 2025: LoRA wants about ten times the learning rate of

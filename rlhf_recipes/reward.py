@@ -327,7 +327,8 @@ def set_bias(shared: SharedBase, folder: Path, role: str, demonstrations: "Prepa
     """
     if demonstrations is None:
         return []
-    scores = (score(shared, demonstrations.heldout["input_ids"], role) - shared.biases.get(role, 0.0)).tolist()
+    shared.biases[role] = 0.0  # a stage that was killed here has written one, and must find the same again
+    scores = score(shared, demonstrations.heldout["input_ids"], role).tolist()
     shared.biases[role] = -sum(scores) / len(scores)
     (folder / BIAS).write_text(json.dumps({"bias": shared.biases[role], "demonstrations": len(scores)}) + "\n")
     return scores

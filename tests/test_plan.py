@@ -232,6 +232,16 @@ def test_auto_is_the_largest_that_fits(recipe: Recipe, key: str) -> None:
     assert getattr(config["ppo"], key) == sizes[1]
 
 
+def test_a_judge_is_one_more_adapter_and_trains_nothing(recipe: Recipe) -> None:
+    with_judge = replace(recipe, reward={"judge_share": 0.2})
+    config = runner.check(with_judge)["ppo"]
+    names = [[name for name, *_ in planning.roles(one, "ppo", config)] for one in (recipe, with_judge)]
+    assert names == [["reference", "policy", "reward", "critic"], ["reference", "policy", "reward", "judge", "critic"]]
+    assert work(with_judge, "ppo", config) == work(recipe, "ppo", config)
+    plain, more = (planning.stage_plan(one, "ppo", config, on_gpu=False).parts for one in (recipe, with_judge))
+    assert more["adapters"] > plain["adapters"] and more["optimizer"] == plain["optimizer"]
+
+
 def test_work_by_hand(recipe: Recipe) -> None:
     config = runner.check(replace(recipe, ppo={"num_ppo_epochs": 3}))
     linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 64 * 64 + 5 * 64  # with head and norms

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -647,6 +648,7 @@ SHOWN_BY = {
     "uncertainty_coef": "test_an_ensemble_changes_the_score",
     "critic": "test_run.test_a_critic_starts_where_it_is_told",
     "ema_decay": "test_the_moving_average_is_what_is_evaluated",
+    "early_stopping_patience": "test_training_stops_after_so_many_evaluations_without_a_better_one",
 }
 
 
@@ -681,9 +683,7 @@ def test_an_ensemble_changes_the_score(folder: Path, make: Make) -> None:
         "uncertain": {"ensemble_aggregation": "uncertainty", "uncertainty_coef": 2.0},
     }.items():
         model = shared_base(folder)
-        model.add_role("reward_1", head=True)
-        for parameter in model.parameters_of("reward_1"):
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+        add_reward_role(model, "reward_1", seed=5)
         trainer = make(model, **options)
         torch.manual_seed(0)
         rollout = trainer.rollout(rows_of(PROMPTS[:4]))
@@ -1128,13 +1128,50 @@ def test_evaluation_repeats_itself_and_reports_the_means_of_its_samples(folder: 
     assert trainer.evaluate() == metrics and trainer.samples == first
     assert [sample["prompt"] for sample in first] == held_out["prompt"]
     columns = {"eval_score": "score", "eval_kl": "kl", "eval_response_length": "response_length", "eval_gold": "gold"}
+    columns |= {"eval_quality": "gold"}
     assert metrics.keys() == {*columns, "eval_without_eos", "epoch"}
     for name, key in columns.items():
         assert metrics[name] == pytest.approx(sum(sample[key] for sample in first) / len(first))
     assert metrics["eval_without_eos"] == pytest.approx(sum(not sample["ended"] for sample in first) / len(first))
     assert 0 < metrics["eval_without_eos"] < 1 and metrics["eval_kl"] != 0
     assert [sample["gold"] for sample in first] == pytest.approx(share_of_w7([], [s["completion"] for s in first]))
-    assert all("gold" not in row for row in make(eval_dataset=held_out).evaluator("reference", held_out.to_list()))
+    unknown = make(eval_dataset=held_out)
+    assert "eval_quality" not in unknown.evaluate() and all("gold" not in sample for sample in unknown.samples)
+
+
+def add_reward_role(model: SharedBase, role: str, seed: int) -> None:
+    """One more frozen role with a head, at random."""
+    model.add_role(role, head=True)
+    for parameter in model.parameters_of(role):
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("gold", [None, share_of_w7])
+def test_a_judge_and_an_ensembles_spread_are_measured_and_change_no_update(folder: Path, make: Make, gold: Any) -> None:
+    held_out, found = Dataset.from_list(rows_of(PROMPTS[:5])), []
+    for roles in (("reward_1",), ("reward_1", "judge")):
+        model = shared_base(folder, policy_seed=2)
+        for role in roles:
+            add_reward_role(model, role, seed=5 + len(role))
+        trainer = make(model, eval_dataset=held_out, gold=gold, eval_strategy="steps", eval_steps=1)
+        trainer.train()
+        found.append(trainer)
+    for role in ("policy", "critic"):
+        assert torch.equal(*(weights(trainer, role) for trainer in found)), "nothing is trained on the judge"
+    trainer = found[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(trainer.evaluator.seed)
+        samples = trainer.sampler.sample("policy", [row["prompt_ids"] for row in held_out.to_list()])
+    each = {role: trainer.sampler.reward_scores(samples, role) for role in ("reward", "reward_1", "judge")}
+    spread = (each["reward"] - each["reward_1"]).abs() / 2  # of two numbers, about their mean
+    for name, wanted in (("judge", each["judge"]), ("ensemble_std", spread)):
+        assert [sample[name] for sample in trainer.samples] == pytest.approx(wanted.tolist(), abs=1e-5)
+    (row,) = [row for row in trainer.state.log_history if "eval_kl" in row]
+    assert row["eval_judge"] == pytest.approx(each["judge"].mean().item(), abs=1e-5)
+    assert row["eval_ensemble_std"] == pytest.approx(spread.mean().item(), abs=1e-5) and spread.mean() > 0
+    assert row["eval_quality"] == row["eval_judge" if gold is None else "eval_gold"], "gold comes first"
+    alone = next(row for row in found[0].state.log_history if "eval_kl" in row)
+    assert ("eval_quality" in alone) == (gold is not None) and "eval_judge" not in alone
 
 
 def test_the_reference_has_no_kl_to_itself_and_the_base_has_some(make: Make) -> None:
@@ -1204,6 +1241,132 @@ def test_a_resumed_run_ends_with_the_same_bits(
         ]
 
     assert len(logged(straight)) == 4 and logged(resumed) == logged(straight)
+
+
+# The best policy and early stopping
+
+
+def qualities(*values: float) -> Callable[..., list[float]]:
+    """A gold function whose held-out mean is the next value at each call."""
+    following = iter(values)
+
+    def quality(completions: list[str], **columns: Any) -> list[float]:
+        value = next(following)
+        return [value] * len(completions)
+
+    return quality
+
+
+CHOOSING = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "total_episodes": 24,
+}
+
+
+class Policies(TrainerCallback):
+    """Keeps what is evaluated at each step."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, Tensor] = {}
+        self.trainer: PPOTrainer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at[state.global_step] = weights(self.trainer, self.trainer.result)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5, "max_kl": 100.0, "target_kl": 0.01}])
+def test_the_policy_at_the_end_is_the_best_checkpoints_to_the_bit(
+    folder: Path, make: Make, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    held_out, policies = Dataset.from_list(rows_of(PROMPTS[:3])), Policies()
+    gold = qualities(1.0, 3.0, 2.0, 2.0, 1.0, 0.0, 7.0)
+    policies.trainer = trainer = make(eval_dataset=held_out, gold=gold, callbacks=[policies], **CHOOSING, **options)
+    assert trainer.args.metric_for_best_model == "quality" and trainer.args.greater_is_better
+    trainer.train()
+    assert trainer.choice() == {"best_step": 2, "best_quality": 3.0, "stopped_early": False}
+    assert torch.equal(weights(trainer, trainer.result), policies.at[2])
+    assert not torch.equal(policies.at[2], policies.at[6]) and trainer.state.global_step == 6
+    other = make(shared_base(folder, policy_seed=9), **options)
+    other._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    for role in (*trainer.trained, *trainer._copies()):
+        assert torch.equal(weights(trainer, role), weights(other, role))
+    assert trainer.kl_coef == other.kl_coef
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
+
+
+def test_training_stops_after_so_many_evaluations_without_a_better_one(make: Make) -> None:
+    held_out = Dataset.from_list(rows_of(PROMPTS[:3]))
+    gold = qualities(1.0, 0.5, 2.0, 2.0, 1.0, 9.0)  # as good is not better
+    trainer = make(eval_dataset=held_out, gold=gold, early_stopping_patience=2, **CHOOSING)
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert trainer.choice() == {"best_step": 3, "best_quality": 2.0, "stopped_early": True}
+
+
+def test_beyond_max_kl_the_best_evaluated_policy_is_kept(make: Make) -> None:
+    held_out, policies = Dataset.from_list(rows_of(PROMPTS[:3])), Policies()
+    gold = qualities(5.0, *range(30))
+    run = CHOOSING | {"total_episodes": 80, "learning_rate": 3e-2, "max_kl": 0.5}
+    policies.trainer = trainer = make(eval_dataset=held_out, gold=gold, callbacks=[policies], **run)
+    trainer.train()
+    assert 1 < trainer.state.global_step < 20
+    assert trainer.choice() == {"best_step": 1, "best_quality": 5.0, "stopped_early": True}
+    assert torch.equal(weights(trainer, "policy"), policies.at[1])
+
+
+@pytest.mark.parametrize(("metric", "best"), [("gold", 3), ("eval_kl", 1)])
+def test_another_metric_may_choose(make: Make, metric: str, best: int) -> None:
+    held_out, gold = Dataset.from_list(rows_of(PROMPTS[:3])), qualities(1.0, 2.0, 3.0)
+    run = CHOOSING | {"total_episodes": 12, "metric_for_best_model": metric, "learning_rate": 3e-2}
+    trainer = make(eval_dataset=held_out, gold=gold, **run)
+    trainer.train()
+    logged = {row["step"]: row for row in trainer.state.log_history if "eval_kl" in row}
+    chosen = trainer.choice()
+    assert chosen["best_step"] == best and chosen[f"best_{metric.removeprefix('eval_')}"] == pytest.approx(
+        logged[best][f"eval_{metric.removeprefix('eval_')}"]
+    )
+    if metric == "eval_kl":
+        assert chosen["best_kl"] == min(row["eval_kl"] for row in logged.values()), "less is better"
+
+
+def test_a_resumed_run_waits_no_longer_and_remembers_the_best(make: Make, tmp_path: Path) -> None:
+    values, held_out = (1.0, 5.0, 2.0, 2.0, 3.0, 9.0), Dataset.from_list(rows_of(PROMPTS[:3]))
+    run = {**CHOOSING, "eval_dataset": held_out, "early_stopping_patience": 3, "save_total_limit": None}
+    straight = make(gold=qualities(*values), **run)
+    straight.train()
+    wanted = {role: weights(straight, role) for role in straight.trained}
+    for path in tmp_path.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > 3:
+            shutil.rmtree(path)
+    resumed = make(gold=qualities(*values[3:]), **run)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == straight.state.global_step == 5
+    assert resumed.choice() == straight.choice() == {"best_step": 2, "best_quality": 5.0, "stopped_early": True}
+    assert all(torch.equal(weights(resumed, role), wanted[role]) for role in wanted)
+
+
+@pytest.mark.parametrize("chooser", [{"load_best_model_at_end": True}, {"early_stopping_patience": 2}])
+def test_choosing_needs_evaluations(tmp_path: Path, chooser: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^ppo\.{next(iter(chooser))} needs evaluations: set ppo\.eval_strategy=steps"
+    ):
+        ppo_config(tmp_path, **chooser)
+
+
+def test_choosing_needs_a_checkpoint_of_each_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^ppo\.load_best_model_at_end .*one number \(they are 4 and 2\)"):
+        ppo_config(tmp_path, **CHOOSING | {"save_steps": 4, "eval_steps": 2})
+    best = ppo_config(tmp_path, **CHOOSING | {"save_strategy": "best", "load_best_model_at_end": False})
+    assert best.metric_for_best_model == "quality"
+    assert ppo_config(tmp_path, eval_strategy="steps", eval_steps=2).metric_for_best_model is None
+
+
+# Odd cases
 
 
 @pytest.mark.parametrize("prompts", [[[5]] * 4, [[5, 6, 7]] * 4])

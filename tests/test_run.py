@@ -636,6 +636,82 @@ def test_a_stage_that_max_kl_stops_is_finished_with_its_best_policy(recipe: Reci
     assert all(torch.equal(policy[key], sft[key]) for key in sft), "the only policy within the limit is the SFT model"
 
 
+BEST = {"load_best_model_at_end": True, "early_stopping_patience": 2, "eval_steps": 1, "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def judged(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A finished run without gold whose judge chose the policy, and stopped PPO early; and its recipe."""
+    changes = {"reward": {"judge_share": 0.4}, "dpo": {"data": recipe.reward.data, "heldout": 0.1, "max_steps": 1}}  # type: ignore[union-attr]
+    changes["dpo"] |= {"gradient_checkpointing": False, "response_length": 8}
+    with_judge = replace(
+        recipe, gold=None, **changes, ppo={**BEST, "max_steps": 12, "learning_rate": 1e-2, "max_kl": 1e6}
+    )
+    folder = tmp_path_factory.mktemp("judged") / "run"
+    run(with_judge, folder)
+    return with_judge, folder
+
+
+def test_the_judge_chooses_the_policy_and_ends_the_stage(judged: tuple[Recipe, Path]) -> None:
+    _, folder = judged
+    results = manifest_of(folder)["stages"]["ppo"]["results"]
+    evaluated = {row["step"]: row for row in rows_of(folder, "ppo") if "eval_kl" in row}
+    best = max(evaluated, key=lambda step: evaluated[step]["eval_quality"])
+    assert all(row["eval_quality"] == row["eval_judge"] != row["eval_score"] for row in evaluated.values())
+    assert max(evaluated) == best + 2 < 12, "two evaluations without a better one are the end"
+    assert results["best_step"] == best and results["stopped_early"]
+    assert results["best_quality"] == evaluated[best]["eval_judge"] == results["models"]["ppo"]["judge"]
+    assert sorted(path.name for path in (folder / "ppo").glob("checkpoint-*")) == sorted(
+        {f"checkpoint-{best}", f"checkpoint-{best + 2}"}
+    )
+    for role in ("policy", "critic"):
+        saved, chosen = (folder / path / WEIGHTS for path in (f"ppo/{role}", f"ppo/checkpoint-{best}/{role}"))
+        assert saved.read_bytes() == chosen.read_bytes()
+
+
+def test_where_there_is_no_gold_the_judge_says_who_wins(
+    judged: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = judged
+    for stage in ("ppo", "dpo"):
+        samples = comparison(rows_of(folder, stage, "samples.jsonl"))
+        ours, theirs = ([s["judge"] for s in samples if s["model"] == model] for model in (stage, "sft"))
+        wins = manifest_of(folder)["stages"][stage]["results"]["judge_win_rate_vs_sft"]
+        assert wins["rate"] == pytest.approx(
+            sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
+        )
+    summary = run(recipe, folder)
+    assert summary["judge_score"].keys() == {"base", "sft", "ppo", "dpo"} and summary["win_rate_vs_sft"] is None
+    assert 0 <= summary["judge_accuracy"] <= 1
+    assert "wins by judge (95 %)" in " ".join(capsys.readouterr().out.replace("┃", " ").split())
+
+
+@pytest.mark.parametrize("after", [2, None])
+def test_a_run_that_chooses_resumes_to_the_same_bytes(
+    judged: tuple[Recipe, Path], tmp_path: Path, after: int | None
+) -> None:
+    """Stopped by a kill `after` a step of PPO, or after its last: in a folder that was moved."""
+    recipe, whole = judged
+    folder = shutil.copytree(whole, tmp_path / "moved")
+    mark_running(folder, "ppo")
+    if after is not None:
+        recipe = replace(recipe, ppo={"save_total_limit": 20})
+        (folder / "recipe.json").unlink()
+        shutil.rmtree(folder / "ppo")
+        run(recipe, folder, stages=["ppo"])
+        mark_running(folder, "ppo")
+        for path in (folder / "ppo").glob("checkpoint-*"):
+            if runner._step(str(path)) > after:
+                shutil.rmtree(path)
+    shutil.rmtree(folder / "ppo" / "policy")
+    run(recipe, folder)
+    for role in ("policy", "critic"):
+        assert (folder / "ppo" / role / WEIGHTS).read_bytes() == (whole / "ppo" / role / WEIGHTS).read_bytes()
+    assert by_stage(reproducible(folder)) == by_stage(reproducible(whole))
+    results = [manifest_of(path)["stages"]["ppo"]["results"] for path in (folder, whole)]
+    assert results[0] == results[1]
+
+
 def test_several_rewards_with_weights(recipe: Recipe, copied: Path) -> None:
     sources = {"reward_funcs": ("reward", recipe.gold), "reward_weights": [2.0, 0.25]}
     ppo_again(recipe, copied, ppo=sources)
@@ -653,6 +729,12 @@ def test_several_rewards_with_weights(recipe: Recipe, copied: Path) -> None:
         ({"ppo": {"reward_funcs": ("nowhere/model",)}}, "'nowhere/model' is not 'reward', no function"),
         ({"ppo": {"critic": "reward", "reward_funcs": ("math:sqrt",)}, "reward": None}, "ppo.critic=reward copies"),
         ({"ppo": {"reward_funcs": ("reward",)}, "reward": None}, "the recipe has no reward stage"),
+        ({"ppo": BEST, "gold": None}, "set gold, or reward.judge_share above 0, or ppo.metric_for_best_model"),
+        ({"ppo": {**BEST, "eval_strategy": "no"}}, "^ppo.load_best_model_at_end needs evaluations"),
+        ({"ppo": {**BEST, "save_steps": 4}}, r"^ppo.load_best_model_at_end .* \(they are 4 and 1\)"),
+        ({"ppo": {**BEST, "eval_strategy": "epoch"}}, "^ppo: .*save and eval strategy to match"),
+        ({"ppo": {**BEST, "metric_for_best_model": "eval_goold"}}, "no evaluation has 'goold'. Did you mean gold"),
+        ({"ppo": {**BEST, "metric_for_best_model": "judge"}}, "no evaluation has 'judge'"),
     ],
 )
 def test_a_ppo_stage_that_the_recipe_cannot_serve_is_refused(recipe: Recipe, changes: Any, message: str) -> None:

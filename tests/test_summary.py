@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlhf_recipes.summary import footnote, means, summarize, table, win_rate
+from rlhf_recipes.summary import footnote, means, quality, summarize, table, win_rate
 
 
 def test_a_win_rate_has_wilsons_interval() -> None:
@@ -99,3 +99,27 @@ def test_the_table_has_a_row_for_each_model(gold: bool) -> None:
     rest = {"base": ["-1.50", ""], "SFT": ["0.25", ""], "PPO": ["1.75", "4.50"]}
     for model, numbers in rest.items():
         assert rows[model] == [*(known[model] if gold else []), *numbers, "20.2", "12.5%"]
+
+
+@pytest.mark.parametrize("gold", [False, True])
+def test_a_judge_says_who_wins_where_gold_does_not(gold: bool) -> None:
+    judged = manifest(gold)
+    results = {stage: record["results"] for stage, record in judged["stages"].items()}
+    results["reward"]["judge_accuracy"] = 0.7
+    results["ppo"]["judge_win_rate_vs_sft"] = {"rate": 0.6, "low": 0.31, "high": 0.83, "prompts": 10}
+    for model, value in (("base", -0.5), ("sft", 0.0), ("ppo", 0.625)):
+        results["ppo"]["models"][model]["judge"] = value
+    summary = summarize(judged)
+    assert summary["judge_score"] == {"base": -0.5, "sft": 0.0, "ppo": 0.625} and summary["judge_accuracy"] == 0.7
+    assert summary["judge_win_rate_vs_sft"]["rate"] == 0.6
+    assert "reward model held-out accuracy 72.5% (judge 70.0%); " in footnote(summary)
+    labels = [str(column.header) for column in table(summary).columns]
+    assert labels[1:5] == (
+        ["gold", "wins vs SFT (95 %)", "judge", "reward"] if gold else ["judge", "wins by judge (95 %)", "reward", "KL"]
+    )
+
+
+def test_quality_is_gold_where_it_is_known_and_else_what_the_judge_says() -> None:
+    assert quality({"gold": 0.5, "judge": 2.0, "score": 3.0}) == {"quality": 0.5}
+    assert quality({"judge": 2.0, "score": 3.0}) == {"quality": 2.0}
+    assert quality({"score": 3.0}) == {}, "the reward that is trained on is no quality"
