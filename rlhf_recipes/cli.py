@@ -139,7 +139,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", metavar="sft,reward,ppo,dpo", help="run only these stages")
     parser.add_argument("--force", action="store_true", help="run it even where the plan says that it cannot fit")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="run N variants of a sweep at once (default: 1)"
+        "--jobs", type=int, default=1, metavar="N", help="so many variants of a sweep at once (default: 1)"
     )
 
 

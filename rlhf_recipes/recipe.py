@@ -204,7 +204,9 @@ def _replace_section(recipe: Recipe, name: str, change: Mapping[str, Any]) -> An
     section, kind = getattr(recipe, name), SECTIONS[name]
     own = {f.name for f in fields(kind)}
     # JSON, in which a sweep keeps its changes, has made lists of tuples; no section has a list of its own.
-    typed = {key: tuple(value) if isinstance(value, list) else value for key, value in change.items() if key in own}
+    typed: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in change.items() if key in own
+    }
     passed = {key: value for key, value in change.items() if key not in own}
     if passed and not issubclass(kind, Stage):
         _check_keys(f"{name}.", change, kind)

@@ -186,13 +186,16 @@ class Sweep:
         from .runner import run
 
         variant, folder = self.variants[name], self.run_dir / name
-        what = f"{name}: {', '.join(stages or self.wanted(name))}"
+        left = [stage for stage in stages or self.wanted(name) if not self.done(name, stage)]
+        what = f"{name}: {', '.join(left)}"
         if self.jobs == 1:
             self.console.print(Text(what, style="bold"))
             run(variant, folder, stages, self.force)
             return
         order = {"recipe": to_dict(variant), "run_dir": str(folder), "stages": stages, "force": self.force}
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        # What is found here (functions of a recipe, the package itself) is found there too.
+        path = os.pathsep.join(filter(None, sys.path))
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         with (folder / "log.txt").open("a") as log:
             done = subprocess.run(
                 [sys.executable, "-m", __name__],
@@ -200,7 +203,7 @@ class Sweep:
                 text=True,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path},
                 check=False,
             )
         if done.returncode:

@@ -240,12 +240,13 @@ def _draw_line(axis: "Axes", line: Line, curves: Mapping[str, Curve], colour: An
     """The points of a line's runs, and the fits over their range with a mark where the quality's peaks."""
     furthest = max(d for run in line.runs for d in curves[run].distance)
     grid = np.linspace(0, furthest, 200)[1:]
-    for name, style, label in (("quality", "-", line.label), ("proxy", "--", None)):
+    axis.plot([], [], color=colour, label=line.label)
+    for name, style in (("quality", "-"), ("proxy", "--")):
         for run in line.runs:
             axis.plot(curves[run].distance, getattr(curves[run], name), ".", color=colour, markersize=3, alpha=0.5)
         fitted: Fit | None = getattr(line, name)
         if fitted is not None:
-            axis.plot(grid, fitted(grid), style, color=colour, linewidth=1.4, label=label)
+            axis.plot(grid, fitted(grid), style, color=colour, linewidth=1.4)
     best = line.quality and line.quality.peak
     if line.quality is not None and best is not None and best < furthest:
         axis.plot([best], line.quality(np.array([best])), "v", color=colour, markersize=6)
