@@ -127,14 +127,18 @@ def test_the_shipped_experiment_varies_three_things_with_two_seeds() -> None:
 
 
 def test_the_experiment_runs_whole_and_draws_its_curves(tmp_path: Path) -> None:
-    recipe: Recipe = small("overoptimization", tmp_path / "base", reward=64, episodes=512)
-    changes = {"free": {}, "two": {"reward": {"ensemble_size": 2}}}
-    recipe = replace(recipe, variants=changes, reward={"max_steps": 2}, ppo={"eval_on_start": True, "eval_steps": 1})
+    quick = {"num_mini_batches": 1, "per_device_train_batch_size": 32, "eval_on_start": True, "eval_steps": 1}
+    recipe: Recipe = replace(
+        small("overoptimization", tmp_path / "base", reward=64, episodes=128),
+        variants={"free": {}, "two": {"reward": {"ensemble_size": 2}}},
+        reward={"max_steps": 2},
+        ppo=quick,
+    )
     folder = tmp_path / "run"
     summary = run(recipe, folder)
-    assert set(summary["variants"]) == set(changes)
+    assert set(summary["variants"]) == set(recipe.variants)
     written = json.loads((folder / "overoptimization.json").read_text())
-    assert written["quality"] == ["gold"] and set(written["curves"]) == set(changes)
+    assert written["quality"] == ["gold"] and set(written["curves"]) == set(recipe.variants)
     for name, found in written["curves"].items():
         assert found["steps"] == [0, 1, 2, 3, 4] and found["kl"][0] == pytest.approx(0, abs=1e-3)
         assert found["proxy"][0] == found["quality"][0] == 0
