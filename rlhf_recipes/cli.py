@@ -31,6 +31,7 @@ from .recipe import (
     replace,
     to_dict,
 )
+from .sweep import expand
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +67,7 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.purpose, description=command.purpose))
     options = _parse(parser, argv)
-    with _exit_codes():
+    with exit_codes():
         if options.command in COMMANDS:
             COMMANDS[options.command].run(options)
         elif options.command == "list":
@@ -125,7 +126,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     _add_settings(parser)
     _add_run_options(parser)
     options = _parse(parser, argv)
-    with _exit_codes():
+    with exit_codes():
         _run(recipe, options)
 
 
@@ -137,6 +138,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/<name>)")
     parser.add_argument("--stages", metavar="sft,reward,ppo,dpo", help="run only these stages")
     parser.add_argument("--force", action="store_true", help="run it even where the plan says that it cannot fit")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="so many variants of a sweep at once (default: 1)"
+    )
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -151,7 +155,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
+def exit_codes() -> Iterator[None]:
     """A user's error is one line without a traceback; an interrupted run says how to go on.
 
     A ValueError that a library or a user's own function raised keeps its traceback: that is where to look.
@@ -192,7 +196,8 @@ def _show(options: argparse.Namespace) -> str:
         with redirect_stdout(sys.stderr):  # libraries print notes as they load; standard output is the recipe alone
             from .runner import check
 
-            check(recipe)
+            for one in expand(recipe).values() or [recipe]:
+                check(one)
     return json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe))
 
 
@@ -225,8 +230,12 @@ def _plan(options: argparse.Namespace) -> None:
         from .runner import check
 
         gpu = None if options.gpu is None else advice.size_in_bytes(options.gpu)
-        configs = check(recipe)
-        found = advice.as_dict(recipe, configs, plan(recipe, configs, gpu), gpu)
+        checked = [(one, check(one)) for one in expand(recipe).values() or [recipe]]
+        plans = [(plan(one, configs, gpu), one, configs) for one, configs in checked]
+        largest, recipe, configs = max(plans, key=lambda one: one[0].peak_mib)
+        found = advice.as_dict(recipe, configs, largest, gpu)
+    if len(plans) > 1:
+        print(f"Of {len(plans)} variants, {recipe.name} takes the most.", file=sys.stderr)
     if options.json:
         print(json.dumps(found, indent=2))
         return
@@ -284,7 +293,7 @@ def _run(recipe: Recipe, options: argparse.Namespace) -> None:
     recipe = replace(recipe, **parse_overrides(options.settings))
     from .runner import run
 
-    run(recipe, run_dir=options.run_dir, stages=stages, force=options.force)
+    run(recipe, run_dir=options.run_dir, stages=stages, force=options.force, jobs=options.jobs)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class Plan:
     def fits(self) -> bool:
         return all(self.fits_in(stage) for stage in self.stages)
 
+    @property
+    def peak_mib(self) -> float:
+        return max(stage.peak_mib for stage in self.stages.values())
+
     def fits_in(self, stage: str) -> bool:
         return self.stages[stage].needed_mib <= self.limit_mib
 

@@ -152,6 +152,9 @@ class Recipe:
 
     `gold` names a function like those in `PPOStage.reward_funcs`. It measures true quality where that is known, is
     never trained on, and gives the win rate in the final table.
+
+    `variants` makes the recipe a sweep: each name has the changes, as `replace` takes them, that make its recipe of
+    this one. Each runs in a run folder of its own inside the sweep's, and what several need alike is trained once.
     """
 
     name: str  # of the run folder, unless --run-dir is given
@@ -167,6 +170,7 @@ class Recipe:
     seed: int = 0  # of weights, data order, held-out split and sampling
     tracker: Literal["wandb", "trackio", "tensorboard", "none"] = "wandb"  # where curves go
     artifacts: bool = False  # give the tracker the adapters of each stage and, at the end, the report
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> changes of this recipe
 
 
 SECTIONS: dict[str, type] = {
@@ -200,7 +204,10 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
 def _replace_section(recipe: Recipe, name: str, change: Mapping[str, Any]) -> Any:
     section, kind = getattr(recipe, name), SECTIONS[name]
     own = {f.name for f in fields(kind)}
-    typed = {key: value for key, value in change.items() if key in own}
+    # JSON, in which a sweep keeps its changes, has made lists of tuples; no section has a list of its own.
+    typed: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in change.items() if key in own
+    }
     passed = {key: value for key, value in change.items() if key not in own}
     if passed and not issubclass(kind, Stage):
         _check_keys(f"{name}.", change, kind)

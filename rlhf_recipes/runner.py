@@ -156,6 +156,7 @@ def run(
     stages: Sequence[str] | None = None,
     force: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
 
@@ -165,17 +166,24 @@ def run(
         stages: only these, of `sft`, `reward`, `ppo`, `dpo`; what they build on must be finished in `run_dir`.
         force: run stages that cannot fit by the plan.
         callbacks: given to the trainer of every stage, whose `args.output_dir` tells them which it is.
+        jobs: of a recipe with variants, run so many of them at once.
     Raises:
         ValueError: anything wrong with the recipe, its data or the folder, or a stage that cannot fit, before a weight
             is loaded; a stage that ran out of memory.
     """
     run_dir = Path(run_dir or Path("runs") / recipe.name.replace("_", "-"))
-    wanted = _stages(recipe, stages)
+    if recipe.variants:
+        from . import sweep  # which runs each variant by this function
+
+        return sweep.run(recipe, run_dir, stages, force, callbacks, jobs)
+    if jobs != 1:
+        raise ValueError(f"Recipe {recipe.name!r} has no variants to run {jobs} of at once: leave out --jobs.")
+    wanted = stages_of(recipe, stages)
     _quiet()
     configs = check(recipe, run_dir)
-    manifest = _open(recipe, run_dir, wanted)
+    manifest = open_run(recipe, run_dir, wanted)
     todo = [stage for stage in wanted if manifest["stages"].get(stage, {}).get("state") != "done"]
-    later = _unfinished_rounds(recipe, run_dir) if "ppo" in wanted else []
+    later = unfinished_rounds(recipe, run_dir) if "ppo" in wanted else []
     console, waiting = Console(), None
     if todo or later:
         ahead = [stage for stage in configs if stage in todo or (later and stage in ("reward", "ppo"))]
@@ -199,7 +207,7 @@ def run(
                 waiting = rounds.instructions(recipe, run_dir, number)
                 break
             _run_round(recipe, run_dir, number, configs, tokenizer, bool(planned), console, tuple(callbacks))
-    manifests = [_read_manifest(rounds.folder(run_dir, number)) for number in _rounds_of(recipe)]
+    manifests = [read_manifest(rounds.folder(run_dir, number)) for number in _rounds_of(recipe)]
     result = summary.summarize(manifest, [of_round for of_round in manifests if of_round["stages"]])
     write_json(run_dir / "summary.json", result)
     if recipe.artifacts and (todo or later):
@@ -216,8 +224,8 @@ def _rounds_of(recipe: Recipe) -> range:
     return range(2, 1 if recipe.rounds is None else recipe.rounds.count + 1)
 
 
-def _unfinished_rounds(recipe: Recipe, run_dir: Path) -> list[int]:
-    found = {number: _read_manifest(rounds.folder(run_dir, number))["stages"] for number in _rounds_of(recipe)}
+def unfinished_rounds(recipe: Recipe, run_dir: Path) -> list[int]:
+    found = {number: read_manifest(rounds.folder(run_dir, number))["stages"] for number in _rounds_of(recipe)}
     return [number for number, stages in found.items() if stages.get("ppo", {}).get("state") != "done"]
 
 
@@ -233,7 +241,7 @@ def _run_round(
 ) -> None:
     """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
     folder = rounds.folder(run_dir, number)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     manifest["base"] = model.fingerprint(recipe.base, tokenizer)
     write_json(folder / "recipe.json", to_dict(recipe))
     for stage in ("reward", "ppo"):
@@ -332,7 +340,7 @@ def check(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
     """
     tracking.check(recipe)
     configs = {}
-    for stage in _stages(recipe, None):
+    for stage in stages_of(recipe, None):
         section = getattr(recipe, stage)
         check_args(stage, section, CONFIGS[stage])
         configs[stage] = _config(recipe, stage, run_dir)
@@ -381,7 +389,7 @@ def _measured(recipe: Recipe) -> list[str]:
     return ["score", "kl", "response_length", "without_eos", *(name for name, known in has.items() if known)]
 
 
-def _stages(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
+def stages_of(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
     has = [stage for stage in STAGES if getattr(recipe, stage) is not None]
     for stage in stages or ():
         if stage not in has:
@@ -410,7 +418,7 @@ def _config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
         raise ValueError(message if message.startswith(f"{stage}.") else f"{stage}: {message}") from error
 
 
-def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
+def open_run(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
     """Make the run folder, or check that it is this recipe's and holds what the wanted stages build on."""
     resolved = json.loads(json.dumps(to_dict(recipe)))
     path = run_dir / "recipe.json"
@@ -425,7 +433,7 @@ def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
                 f"{run_dir} holds a run of another recipe ({'; '.join(differences)}). "
                 "Set another --run-dir, or delete that folder."
             )
-    manifest = _read_manifest(run_dir)
+    manifest = read_manifest(run_dir)
     for stage in wanted:
         # DPO takes the place of PPO, and builds on the reward model no more than on PPO.
         before = [earlier for earlier in STAGES[: STAGES.index(stage)] if stage != "dpo" or earlier == "sft"]
@@ -436,7 +444,7 @@ def _open(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
     return manifest
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """A folder's manifest, or a new one, with the versions of now."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text()) if path.is_file() else {"stages": {}}

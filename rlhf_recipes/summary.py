@@ -182,7 +182,21 @@ def summarize(manifest: dict[str, Any], later: Sequence[dict[str, Any]] = ()) ->
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """The final table of a run, for the terminal. A column that no model has a value for is left out."""
+    """The final table of a run, for the terminal."""
+    rows = {}
+    for model, values in summary["models"].items():
+        # What the base and the SFT model have of KL says nothing about training against the penalty.
+        shown = {key: value for key, value in values.items() if key != "kl" or model not in ("base", "sft")}
+        rows["base" if model == "base" else model.upper().replace("_", " ")] = shown
+    return models_table(rows, "model")
+
+
+def models_table(rows: dict[str, dict[str, Any]], first: str) -> Table:
+    """A row for each model, with what is known of it; a column that none has a value for is left out.
+
+    Args:
+        first: the heading of the column of their names.
+    """
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "gold": ("gold", "{:.2f}".format),
         "wins vs SFT (95 %)": ("win_rate_vs_sft", _percent),
@@ -194,18 +208,14 @@ def table(summary: dict[str, Any]) -> Table:
         "no EOS": ("without_eos", "{:.1%}".format),
         "perplexity": ("perplexity", "{:.2f}".format),
     }
-    models = summary["models"]
-    if summary["win_rate_vs_sft"] is not None:  # gold says more, and the table is wide enough
+    if any("win_rate_vs_sft" in values for values in rows.values()):  # gold says more, and the table is wide enough
         del columns["wins by judge (95 %)"]
-    columns = {label: of for label, of in columns.items() if any(of[0] in values for values in models.values())}
-    result = Table("model")
+    columns = {label: of for label, of in columns.items() if any(of[0] in values for values in rows.values())}
+    result = Table(first)
     for label in columns:
         result.add_column(label, justify="right")
-    for model, values in models.items():
-        # What the base and the SFT model have of KL says nothing about training against the penalty.
-        shown = {key: value for key, value in values.items() if key != "kl" or model not in ("base", "sft")}
-        cells = [write(shown[key]) if key in shown else "" for key, write in columns.values()]
-        result.add_row("base" if model == "base" else model.upper().replace("_", " "), *cells)
+    for name, values in rows.items():
+        result.add_row(name, *(write(values[key]) if key in values else "" for key, write in columns.values()))
     return result
 
 

@@ -2,27 +2,21 @@
 
     python tests/benchmarks/tiny_variants.py [--only ppo,rloo] [--seeds 0,1,2] [--jobs 2] [--out DIR] [--json FILE]
 
-Supervised fine-tuning and the reward model are trained once a seed and copied to each variant, so that a variant starts
-where the others do. Every variant runs in a process of its own with one thread, and `--jobs` of them at once, so that
-seconds are comparable within one call only. Results are read from the run folders: run again, it goes on. `perplexity`
+They are one sweep: supervised fine-tuning and the reward model are trained once a seed and copied to each variant, so
+that a variant starts where the others do. `--jobs` variants run at once and divide the cores, so that seconds are
+comparable within one call only. Run again, it goes on. `perplexity`
 is on held-out texts of the pretraining, which only `ptx` trains on others of.
 """
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import Recipe, Source, load, replace
+from rlhf_recipes import Source, load, replace, run
 from rlhf_recipes.summary import with_interval
 
-ROOT = Path(__file__).parents[2]
 TEXTS = Source("rlhf_recipes.tiny:pretraining", heldout=0.1)
 LOW_KL: dict[str, Any] = {"kl_coef": 0.02}
 GROUP = {"num_generations": 4}
@@ -48,51 +42,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def run(recipe: Recipe, folder: Path, stages: str) -> None:
-    """Run some stages of a recipe in a process of its own, with its output in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    code = (
-        "import sys; from pathlib import Path; from rlhf_recipes import run;"
-        "from tests.benchmarks.tiny_variants import recipe_of; name, seed, folder, stages = sys.argv[1:];"
-        "run(recipe_of(name, int(seed)), Path(folder), stages.split(','))"
-    )
-    command = [sys.executable, "-c", code, recipe.name, str(recipe.seed), str(folder.absolute()), stages]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (folder / "log.txt").open("a") as log:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
-    if done.returncode:
-        raise SystemExit(f"{recipe.name}, seed {recipe.seed} failed: see {folder}/log.txt")
-
-
-def recipe_of(variant: str, seed: int) -> Recipe:
-    return replace(load("tiny"), **VARIANTS[variant][1], ptx=TEXTS, name=variant, seed=seed, tracker="none")
-
-
-def measure(variant: str, seed: int, out: Path) -> dict[str, Any]:
-    """Run a variant from the shared SFT and reward model, and return its figures."""
-    stage, recipe, folder = VARIANTS[variant][0], recipe_of(variant, seed), out / f"{variant}-{seed}"
-    if not (folder / "summary.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(shared_folder(recipe, out), folder)
-        for name in ("recipe.json", "summary.json"):  # of the run that was copied
-            (folder / name).unlink(missing_ok=True)
-        run(recipe, folder, stage)
-    summary = json.loads((folder / "summary.json").read_text())
-    start = {model: summary["models"][model] for model in ("base", "sft")}
-    row = {"variant": variant, "seed": seed, "start": start, **summary["models"][stage]}
-    return row | {"seconds": summary["seconds"][stage], "peak_memory_mib": summary["peak_memory_mib"][stage]}
-
-
-def shared_folder(recipe: Recipe, out: Path) -> Path:
-    size = recipe.reward.args.get("ensemble_size", 1)
-    return out / f"start-{recipe.seed}" if size == 1 else out / f"start-{recipe.seed}-ensemble"
-
-
-def prepare(variant: str, seed: int, out: Path) -> None:
-    recipe = recipe_of(variant, seed)
-    folder = shared_folder(recipe, out)
-    if not (folder / "summary.json").is_file():
-        run(recipe, folder, "sft,reward")
+def rows_of(names: list[str], seeds: list[int], out: Path, jobs: int) -> list[dict[str, Any]]:
+    """Run the variants as one sweep, and return the figures of each with each seed."""
+    wanted = [(name, seed) for name in names for seed in seeds]
+    variants = {f"{name}-{seed}": {**VARIANTS[name][1], "seed": seed} for name, seed in wanted}
+    sweep = replace(load("tiny"), name="tiny-variants", ptx=TEXTS, tracker="none", variants=variants)
+    summaries = run(sweep, out, jobs=jobs)["variants"]
+    rows = []
+    for name, seed in wanted:
+        summary, stage = summaries[f"{name}-{seed}"], VARIANTS[name][0]
+        start = {model: summary["models"][model] for model in ("base", "sft")}
+        took = {"seconds": summary["seconds"][stage], "peak_memory_mib": summary["peak_memory_mib"][stage]}
+        rows.append({"variant": name, "seed": seed, "start": start, **summary["models"][stage], **took})
+    return rows
 
 
 def main() -> None:
@@ -103,11 +65,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/variants"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    wanted = [(name, int(seed)) for name in options.only.split(",") for seed in options.seeds.split(",")]
-    starts = {shared_folder(recipe_of(*job), options.out): job for job in wanted}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda job: prepare(*job, options.out), starts.values()))
-        rows = list(pool.map(lambda job: measure(*job, options.out), wanted))
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    rows = rows_of(options.only.split(","), seeds, options.out, options.jobs)
     print("\n".join(table(rows)))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
