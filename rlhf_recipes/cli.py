@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, sweep
 from .feedback.commands import COMMANDS
 from .recipe import (
     SECTIONS,
@@ -31,7 +31,6 @@ from .recipe import (
     replace,
     to_dict,
 )
-from .sweep import expand
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -194,10 +193,7 @@ def _show(options: argparse.Namespace) -> str:
     if options.settings:
         # Whether a key of a stage's arguments exists is known only to trl, which takes seconds to import.
         with redirect_stdout(sys.stderr):  # libraries print notes as they load; standard output is the recipe alone
-            from .runner import check
-
-            for one in expand(recipe).values() or [recipe]:
-                check(one)
+            sweep.checked(recipe)
     return json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe))
 
 
@@ -227,11 +223,9 @@ def _plan(options: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):  # as in _show
         from . import advice
         from .plan import plan
-        from .runner import check
 
         gpu = None if options.gpu is None else advice.size_in_bytes(options.gpu)
-        checked = [(one, check(one)) for one in expand(recipe).values() or [recipe]]
-        plans = [(plan(one, configs, gpu), one, configs) for one, configs in checked]
+        plans = [(plan(one, configs, gpu), one, configs) for one, configs in sweep.checked(recipe)]
         largest, recipe, configs = max(plans, key=lambda one: one[0].peak_mib)
         found = advice.as_dict(recipe, configs, largest, gpu)
     if len(plans) > 1:

@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from .files import read_rows, write_json, write_text
@@ -45,14 +46,39 @@ def expand(recipe: Recipe) -> dict[str, Recipe]:
                 f"variants: {name!r} names no variant, because its run folder has that name: use letters, digits and "
                 f"_ . + -, the first a letter or a digit, and none of {', '.join(STAGES)}."
             )
+        if not isinstance(changes, Mapping):
+            raise ValueError(f"variants: {name} must be a dict of changes, as {{'ppo': {{'kl_coef': 0.1}}}}.")
         for key in ("name", "variants"):
             if key in changes:
                 raise ValueError(f"variants: {name} cannot change {key!r}: leave it out.")
-        try:
+        with _naming(name):
             variants[name] = replace(recipe, **changes, name=f"{recipe.name}-{name}", variants={})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"variants: {name}: {error}") from error
     return variants
+
+
+def checked(recipe: Recipe) -> list[tuple[Recipe, dict[str, Any]]]:
+    """The recipe of each variant, or the recipe itself that has none, with what `runner.check` returns of it.
+
+    Raises ValueError as that does, naming the variant.
+    """
+    from .runner import check
+
+    if not recipe.variants:
+        return [(recipe, check(recipe))]
+    found = []
+    for name, variant in expand(recipe).items():
+        with _naming(name):
+            found.append((variant, check(variant)))
+    return found
+
+
+@contextmanager
+def _naming(variant: str) -> Iterator[None]:
+    """What is wrong in the block is wrong with the variant."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"variants: {variant}: {error}") from error
 
 
 def run(
@@ -84,8 +110,9 @@ def run(
         raise ValueError(f"--jobs must be above 0, not {jobs}.")
     if jobs > 1 and callbacks:
         raise ValueError("callbacks cannot reach the processes that run variants side by side: leave out jobs.")
+    checked(recipe)
     sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, Console())
-    sweep.check()
+    sweep.open()
     write_json(run_dir / "recipe.json", to_dict(recipe))
     if jobs == 1:
         for name in sweep.variants:
@@ -137,18 +164,15 @@ class Sweep:
         only = None if stage in BUILDS_ON and not (stage == "ppo" and whole["rounds"]) else name
         return json.dumps([stage, only, settings])
 
-    def check(self) -> None:
-        """Raises ValueError for whatever is wrong with a variant or its folder, before anything is trained."""
-        from .runner import check, open_run
+    def open(self) -> None:
+        """Make the variants' run folders. Raises ValueError where one holds another run, before anything is trained."""
+        from .runner import open_run
 
         if (self.run_dir / "recipe.json").is_file() and not of_run(self.run_dir).variants:
             raise ValueError(f"{self.run_dir} holds a run of a recipe without variants. Set another --run-dir.")
         for name, variant in self.variants.items():
-            try:
-                check(variant, self.run_dir / name)
+            with _naming(name):
                 open_run(variant, self.run_dir / name, self.wanted(name))
-            except ValueError as error:
-                raise ValueError(f"variants: {name}: {error}") from error
 
     def run_variant(self, name: str) -> None:
         """Train or copy what a variant shares with others, then run the rest of it."""
@@ -207,17 +231,18 @@ class Sweep:
         # What is found here (functions of a recipe, the package itself) is found there too.
         path = os.pathsep.join(filter(None, sys.path))
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        with (folder / "log.txt").open("a") as log:
-            done = subprocess.run(
-                [sys.executable, "-m", __name__],
-                input=json.dumps(order),
-                text=True,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path},
-                check=False,
-            )
-        if done.returncode:
+        command, environment = [sys.executable, "-m", __name__], {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+        with (
+            (folder / "log.txt").open("a") as log,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | environment, text=True
+            ) as process,
+        ):
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+            process.wait()  # its input stays open: see end_with_parent
+        if process.returncode:
             words = (folder / "log.txt").read_text().strip().rpartition("\n")[2]
             raise ValueError(f"variants: {what} failed, see {folder}/log.txt: {words}")
         self.console.print(Text(f"{what} done"))
@@ -248,12 +273,19 @@ def _is_of(row: dict[str, Any], stage: str) -> bool:
     return row["stage"] == stage or row["stage"].startswith(f"{stage}-")
 
 
+def end_with_parent() -> None:
+    """End this process when its input does. A parent that is killed must leave no writer in a folder to be resumed."""
+    os.read(0, 1)  # not sys.stdin.read, whose lock the interpreter wants when it ends
+    os._exit(1)
+
+
 def _run_ordered() -> None:
     """Run what standard input orders: the process of a variant."""
     from .cli import exit_codes
     from .runner import run
 
-    order = json.load(sys.stdin)
+    order = json.loads(sys.stdin.readline())
+    Thread(target=end_with_parent, daemon=True).start()
     with exit_codes():
         run(from_dict(order["recipe"]), Path(order["run_dir"]), order["stages"], order["force"])
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ def test_variants_come_back_from_a_file_and_from_the_command_line(one: Recipe) -
     [
         ({"../up": {}}, "'../up' names no variant"),
         ({"ppo": {}}, "'ppo' names no variant"),
+        ({"a": 1}, "variants: a must be a dict of changes"),
         ({"a": {"name": "b"}}, "a cannot change 'name'"),
         ({"a": {"variants": {}}}, "a cannot change 'variants'"),
         ({"a": {}, "b": {"reward": {"limt": 2}}}, r"variants: b: There is no key reward.limt. Did you mean limit\?"),
@@ -183,6 +186,15 @@ def test_a_variant_that_fails_in_its_process_says_where_to_look(recipe: Recipe, 
     bad = replace(recipe, variants={"good": {}, "bad": {"sft": {"data": str(tmp_path / "absent.jsonl")}}})
     with pytest.raises(ValueError, match=r"variants: bad: sft failed, see .*log.txt: error: sft\.data: .*absent"):
         run(bad, tmp_path / "run", stages=["sft"], jobs=2)
+
+
+def test_the_process_of_a_variant_ends_with_its_parent() -> None:
+    code = "from rlhf_recipes.sweep import end_with_parent; print('there', flush=True); end_with_parent()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"there\n" and process.poll() is None
+        process.stdin.close()
+        assert process.wait(timeout=20) == 1
 
 
 def test_a_folder_of_one_run_is_no_sweep(one: Recipe, recipe: Recipe, tmp_path: Path) -> None:
