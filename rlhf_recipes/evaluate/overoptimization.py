@@ -57,7 +57,9 @@ class Fit:
     @property
     def peak(self) -> float | None:
         """The d > 0 with the highest R, where dR/dd = alpha - beta log d - beta = 0; None where R only rises."""
-        return math.exp(self.alpha / self.beta - 1) if self.beta > 0 else None
+        if self.beta <= 0 or self.alpha / self.beta > 100:  # or beyond any distance there is
+            return None
+        return math.exp(self.alpha / self.beta - 1)
 
 
 @dataclass(frozen=True)
