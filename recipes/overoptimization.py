@@ -18,12 +18,12 @@ from rlhf_recipes import load, main, replace
 
 ONE_CHANGE: dict[str, dict[str, Any]] = {
     "labels-1000": {},
-    "labels-300": {"reward": {"limit": 300}},
+    "labels-150": {"reward": {"limit": 150}},
     "labels-4000": {"reward": {"limit": 4000}},
     "kl-0.02": {"ppo": {"kl_coef": 0.02}},
     "kl-0.1": {"ppo": {"kl_coef": 0.1}},
-    "ensemble-3": {"reward": {"ensemble_size": 3}},
-    "ensemble-5": {"reward": {"ensemble_size": 5}},
+    "ensemble-2": {"reward": {"ensemble_size": 2}},
+    "ensemble-4": {"reward": {"ensemble_size": 4}},
 }
 
 recipe = replace(
@@ -32,7 +32,7 @@ recipe = replace(
     reward={
         "limit": 1000,
         "ensemble_size": 1,
-        "max_steps": 60,  # as many for few labels as for many: with fewer a small model has not learned them [T]
+        "max_steps": 100,  # for few labels as for many, or a model of few labels is one of few steps [T]
         "per_device_train_batch_size": 32,  # [M]
     },
     ppo={

@@ -183,7 +183,7 @@ def test_variants_run_at_once_in_processes_of_their_own(
 
 
 def test_a_variant_that_fails_in_its_process_says_where_to_look(recipe: Recipe, tmp_path: Path) -> None:
-    bad = replace(recipe, variants={"good": {}, "bad": {"sft": {"data": str(tmp_path / "absent.jsonl")}}})
+    bad = replace(recipe, variants={"bad": {"sft": {"data": str(tmp_path / "absent.jsonl")}}})
     with pytest.raises(ValueError, match=r"variants: bad: sft failed, see .*log.txt: error: sft\.data: .*absent"):
         run(bad, tmp_path / "run", stages=["sft"], jobs=2)
 

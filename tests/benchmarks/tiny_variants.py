@@ -4,8 +4,8 @@
 
 They are one sweep: supervised fine-tuning and the reward model are trained once a seed and copied to each variant, so
 that a variant starts where the others do. `--jobs` variants run at once and divide the cores, so that seconds are
-comparable within one call only. Run again, it goes on. `perplexity`
-is on held-out texts of the pretraining, which only `ptx` trains on others of.
+comparable within one call only. Run again, it goes on. `perplexity` is on held-out texts of the pretraining, which only
+`ptx` trains on others of.
 """
 
 import argparse
