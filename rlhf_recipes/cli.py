@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, sweep
-from .feedback.commands import COMMANDS
+from .evaluate import commands as evaluate_commands
+from .feedback import commands as feedback_commands
 from .recipe import (
     SECTIONS,
     STAGES,
@@ -34,6 +35,8 @@ from .recipe import (
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+COMMANDS = {**feedback_commands.COMMANDS, **evaluate_commands.COMMANDS}
 
 
 def main_cli(argv: Sequence[str] | None = None) -> None:

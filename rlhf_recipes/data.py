@@ -750,6 +750,12 @@ def _position(prompt: Text, seed: int) -> float:
     return (prompt_hash(prompt, seed) >> 16) / 2**48
 
 
+def trained_on(name: StageName, stage: Source, seed: int) -> set[int]:
+    """The hashes of the prompts that a stage trains on (see `prompt_hash`). Raises ValueError as `load` does."""
+    rows, _, _ = load(name, stage)
+    return {prompt_hash(row.prompt, seed) for row in _split(rows, stage.heldout, seed)[0]}
+
+
 def heldout_below(share: float, second: float, last: float) -> float:
     """The position below which prompts are held out. With two prompts or more neither side is empty.
 

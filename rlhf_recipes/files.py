@@ -69,14 +69,14 @@ class Journal:
                 if whole and stream.read() != b"\n":  # an editor may leave out the last one
                     stream.write(b"\n")
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Write a row, flushed and synced to disk. Where that fails (a full disk) the file stays as it was."""
-        new, line = not self.path.exists(), (json.dumps(row) + "\n").encode()
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write rows, flushed and synced to disk. Where that fails (a full disk) the file stays as it was."""
+        new, lines = not self.path.exists(), "".join(json.dumps(row) + "\n" for row in rows).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as stream:
             size = stream.tell()
             try:
-                if stream.write(line) < len(line):
+                if stream.write(lines) < len(lines):
                     raise OSError(errno.ENOSPC, "there is no room for another row", str(self.path))
                 os.fsync(stream.fileno())
             except OSError:
@@ -84,7 +84,7 @@ class Journal:
                 raise
         if new:
             _sync_folder(self.path.parent)
-        self.rows.append(row)
+        self.rows += rows
 
     def remove(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
         """Take rows out again. The file is replaced in one step, so that no other row is ever at risk."""

@@ -35,6 +35,20 @@ def checkpoints(run_dir: Path) -> list[str]:
     return [f"ppo/{folder.name}" for folder in folders]
 
 
+def models(run_dir: Path, of: Recipe) -> list[str]:
+    """The names of all models that a run has so far, in the order of training: base, sft, checkpoints, ppo, dpo.
+
+    The policies of later rounds follow that of the first.
+    """
+    later = [f"{folder.name}/ppo" for folder in reversed(newest_first(run_dir)[:-1])]
+    found = ["base", *checkpoints(run_dir)]
+    for name in ("sft", "ppo", *later, "dpo"):
+        folders = (run_dir / name, run_dir / name / "policy")
+        if any((folder / "adapter_config.json").is_file() for folder in folders):
+            found.insert(1 if name == "sft" else len(found), name)
+    return found
+
+
 def step(name: str) -> int:
     """The update after which a checkpoint was written, from its name (`ppo/checkpoint-40`)."""
     return int(name.rpartition("-")[2])

@@ -310,6 +310,14 @@ class SharedBase(nn.Module):
             parameter.data = parameter.data.to(torch.float32 if trainable or exact else self.causal.dtype)
         self.heads.float()
 
+    def remove_role(self, name: str) -> None:
+        """Take a role off the base again, with its head."""
+        assert self.peft is not None and name != self._active
+        self.peft.delete_adapter(name)
+        self.biases.pop(name, None)
+        if name in self.heads:
+            del self.heads[name]
+
     def add_head(self, name: str, on: str | None = None) -> None:
         """Give a role a trainable scalar head that is zero at first.
 

@@ -126,10 +126,11 @@ class Sampler:
                 continue
             start += rows
 
-    def sample(self, role: str, prompts: list[list[int]]) -> Samples:
-        """Sample a response to each prompt (token ids) from a role."""
+    def sample(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> Samples:
+        """Sample a response to each prompt (token ids) from a role, with the given random numbers as in `generate`."""
         device = self.model.device
-        response = pad(self.backend(role, prompts), padding_value=self.pad_token_id, padding_side="right")  # (B, T)
+        found = self.backend(role, prompts) if uniforms is None else self.generate(role, prompts, uniforms)
+        response = pad(found, padding_value=self.pad_token_id, padding_side="right")  # (B, T)
         # Lengths come from the stop tokens and nothing else: padding may equal EOS, and a model may sample padding.
         stops = torch.isin(response, torch.tensor(self.stop_token_ids, device=device))
         ended = stops.any(1)
@@ -138,10 +139,16 @@ class Sampler:
         ids, kept = self.pad_left(prompts)
         return Samples(torch.cat([ids, response], 1), torch.cat([kept, mask], 1), mask, ended)
 
-    def generate(self, role: str, prompts: list[list[int]]) -> list[Tensor]:
-        """The backend `native`: see `generation.decode`. How the rows are batched does not change what is drawn."""
+    def generate(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> list[Tensor]:
+        """The backend `native`: see `generation.decode`. How the rows are batched does not change what is drawn.
+
+        Args:
+            uniforms: (B, T) float64, the random numbers that the tokens come from; None: torch's own.
+        """
         device = self.model.device
-        uniforms = torch.rand(len(prompts), self.response_length, dtype=torch.float64).to(device)
+        if uniforms is None:
+            uniforms = torch.rand(len(prompts), self.response_length, dtype=torch.float64)
+        uniforms = uniforms.to(device)
         stops = torch.tensor(self.stop_token_ids, device=device)
         responses: list[Tensor] = [torch.empty(0)] * len(prompts)
 

@@ -521,6 +521,26 @@ def _prepare_others(
     return others
 
 
+def held_out(recipe: Recipe, run_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, data.Prepared]]:
+    """What the models of a run are compared on, split as in training.
+
+    Returns the configuration of the stage that trained the policy (PPO's, else DPO's, else SFT's), and its `prompts`
+    and, where there are any, the texts of `ptx`. Raises ValueError where nothing is held out.
+    """
+    stage = next((stage for stage in ("ppo", "dpo", "sft") if getattr(recipe, stage) is not None), None)
+    if stage is None:
+        raise ValueError(
+            f"The recipe of {run_dir} has none of the stages sft, ppo and dpo: there is nothing to compare."
+        )
+    config = _config(recipe, stage, run_dir)
+    found = _prepare_others(recipe, stage, {stage: config}, tokenizer, {})
+    if stage == "ppo":
+        found["prompts"] = _prepare(recipe, stage, config, tokenizer)
+    elif stage == "sft":
+        found["prompts"] = _held_out("ppo", "sft", getattr(recipe, stage), tokenizer, None, recipe.seed)
+    return config, found
+
+
 def _held_out(
     kind: Any, key: str, source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None, seed: int
 ) -> data.Prepared:

@@ -250,6 +250,24 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("samples", type=Path, metavar="SAMPLES", help="the file that `sample` wrote")
     _model_arguments(parser, "--judge")
     parser.add_argument("--out", type=Path, metavar="FILE", help="of the labels (default: SAMPLES with .judged.jsonl)")
+    question_arguments(parser)
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N samples (default: all)")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """\
+Each pair of responses is compared in both orders: one wins where both agree, else the pair is a tie. Where the
+probability of the answer is known, its mean over both orders is the pair's soft label (`preferences`). Labels are data
+for the `reward` stage. Every question and answer is kept in *.asked.jsonl beside them. Stopped, the same command goes
+on. A response cannot pretend to end early, but it may try to talk the judge into choosing it, and no template prevents
+that.
+
+  rlhf-recipes judge samples.jsonl --judge Qwen/Qwen3-4B-Instruct-2507 --quantization nf4
+  rlhf-recipes judge samples.jsonl --judge http://127.0.0.1:8000/v1 --parallel 32
+  OPENAI_API_KEY=... rlhf-recipes judge samples.jsonl --judge https://api.openai.com/v1 --model-name gpt-4.1-mini \\
+      --price-in 0.40 --price-out 1.60 --max-cost 5"""
+
+
+def question_arguments(parser: argparse._ActionsContainer) -> None:
+    """What a judge is asked: see `question`."""
     by = parser.add_mutually_exclusive_group()
     by.add_argument(
         "--criteria", metavar="TEXT", help="what makes an answer better (default: it is helpful, true, safe)"
@@ -273,38 +291,32 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of an endpoint's answer; a model that thinks first needs thousands (default: 16)",
     )
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N samples (default: all)")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """\
-Each pair of responses is compared in both orders: one wins where both agree, else the pair is a tie. Where the
-probability of the answer is known, its mean over both orders is the pair's soft label (`preferences`). Labels are data
-for the `reward` stage. Every question and answer is kept in *.asked.jsonl beside them. Stopped, the same command goes
-on. A response cannot pretend to end early, but it may try to talk the judge into choosing it, and no template prevents
-that.
-
-  rlhf-recipes judge samples.jsonl --judge Qwen/Qwen3-4B-Instruct-2507 --quantization nf4
-  rlhf-recipes judge samples.jsonl --judge http://127.0.0.1:8000/v1 --parallel 32
-  OPENAI_API_KEY=... rlhf-recipes judge samples.jsonl --judge https://api.openai.com/v1 --model-name gpt-4.1-mini \\
-      --price-in 0.40 --price-out 1.60 --max-cost 5"""
 
 
 def _judge(options: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):
-        from . import constitution, judge
+        from . import judge
         from .client import Settings, connect
         from .ledger import Prices
         from .rows import read_samples
 
-        principles = [constitution.Principle(options.criteria or constitution.CRITERIA)]
-        if options.constitution is not None:
-            principles = constitution.read(options.constitution, needs_principle=True)
-        template = constitution.COMPARISON if options.template is None else constitution.template(options.template)
-        settings = judge.Settings(tuple(principles), template, options.max_tokens, options.seed)
-        model, prices = Settings(options.judge, **_model(options)), Prices(*_prices(options))
+        settings = judge.Settings(*question(options))
+        model, prices = Settings(options.judge, **reach(options)), Prices(*prices_of(options))
         samples = read_samples(options.samples)
         out = options.out or options.samples.with_suffix(".judged.jsonl")
         found = judge.judge(samples, out, connect(model), settings, prices, options.parallel, options.limit)
     print(judge.report(found, out))
+
+
+def question(options: argparse.Namespace) -> tuple[Any, ...]:
+    """The arguments of `judge.Settings`. Raises ValueError where a file of them cannot be read."""
+    from . import constitution
+
+    principles = [constitution.Principle(options.criteria or constitution.CRITERIA)]
+    if options.constitution is not None:
+        principles = constitution.read(options.constitution, needs_principle=True)
+    template = constitution.COMPARISON if options.template is None else constitution.template(options.template)
+    return tuple(principles), template, options.max_tokens, options.seed
 
 
 def positive_int(text: str) -> int:
@@ -315,13 +327,19 @@ def positive_int(text: str) -> int:
 
 
 def _model_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Which model answers, how it is reached, and what it may cost."""
+    """Which model answers, and what `reach_arguments` add."""
     parser.add_argument(
         name,
         required=True,
         metavar="MODEL|URL",
         help="a Hub id, a local folder, module:function, a run folder, or the URL of an OpenAI-compatible endpoint",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of drawn principles, and of sampling (default: 0)")
+    reach_arguments(parser)
+
+
+def reach_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model that answers is reached, and what it may cost: see `reach` and `prices_of`."""
     parser.add_argument(
         "--parallel",
         type=positive_int,
@@ -329,7 +347,6 @@ def _model_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         metavar="N",
         help="requests to an endpoint at once, or rows in a local model's batch (default: 8)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of drawn principles, and of sampling (default: 0)")
     local = parser.add_argument_group("a model on this machine")
     local.add_argument("--role", metavar="NAME", help="of a run: base, sft, dpo, ppo (default: the last that it has)")
     local.add_argument("--quantization", choices=("nf4", "int8"), help="load it in 4 or 8 bits (default: as it is)")
@@ -354,13 +371,13 @@ def _model_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     cost.add_argument("--max-cost", type=float, metavar="P", help="ask no more once it is spent (default: no limit)")
 
 
-def _model(options: argparse.Namespace) -> dict[str, Any]:
+def reach(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `client.connect` beside the model."""
     names = ("role", "quantization", "chat_template", "model_name", "api_key_env", "timeout", "retries")
     return {name: getattr(options, name) for name in names}
 
 
-def _prices(options: argparse.Namespace) -> tuple[float, float, float | None]:
+def prices_of(options: argparse.Namespace) -> tuple[float, float, float | None]:
     """The arguments of `ledger.Prices`."""
     return options.price_in, options.price_out, options.max_cost
 
@@ -413,7 +430,7 @@ def _critique(options: argparse.Namespace) -> None:
         settings = critique.Settings(
             tuple(principles), options.revisions, options.max_tokens, options.temperature, options.seed
         )
-        model, prices = Settings(options.model, **_model(options)), Prices(*_prices(options))
+        model, prices = Settings(options.model, **reach(options)), Prices(*prices_of(options))
         prompts, dropped = critique.read_prompts(Source(options.prompts, limit=options.limit))
         found = critique.critique(prompts, options.out, connect(model), settings, prices, options.parallel)
     print(critique.report(found, options.out, dropped))

@@ -1,0 +1,185 @@
+"""Who says which answer is better: scores of single answers, or a model that is asked about two at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig
+
+from .. import reward
+from ..chat import tokenize_pair
+from ..feedback import client, judge
+from ..feedback.ledger import Prices
+from ..feedback.rows import Row
+from ..files import read_rows
+from ..folder import newest_first
+from ..recipe import Recipe, function, is_function
+from ..rewards import ExternalRewardModel, RewardFunc, aggregate, call_reward_func
+from .models import Answer, Bench, adapter_digest, digest
+
+PROXY = "reward"  # what PPO was trained against, so that it says nothing of quality
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model that is asked is reached, what it is asked, and what that may cost."""
+
+    reach: Mapping[str, Any]  # arguments of `client.Settings` beside the model
+    question: judge.Settings
+    prices: Prices
+    parallel: int = 8
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge by its name. `kind` says how it is asked."""
+
+    name: str
+    kind: Literal["adapters", "function", "classifier", "pairs"]
+    identity: str  # what its verdicts depend on, beside the answers, as far as that is known
+    folders: tuple[Path, ...] = ()  # of its adapters, an ensemble if there are several
+    source: str = ""  # the function, the classifier, or the model that is asked
+
+    def function(self) -> RewardFunc:
+        """What scores texts. A classifier is loaded."""
+        return ExternalRewardModel(self.source) if self.kind == "classifier" else function(self.source)
+
+
+def find(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judge:
+    """The judge of a name. Raises ValueError, before anything is loaded, where there is none."""
+    if name == "gold":
+        if recipe.gold is None:
+            raise ValueError(f"--judge gold: the recipe of {run_dir} knows no true quality (it has no `gold`).")
+        function(recipe.gold)
+        return Judge(name, "function", recipe.gold, source=recipe.gold)
+    if name in (PROXY, reward.JUDGE):
+        folders = reward_folders(run_dir, name)
+        if not folders:
+            needs = " (set reward.judge_share)" if name == reward.JUDGE else ""
+            raise ValueError(f"--judge {name}: {run_dir} has no finished reward model of that name{needs}.")
+        return _of_adapters(name, folders)
+    if is_function(name):
+        function(name)
+        return Judge(name, "function", name, source=name)
+    path = Path(name)
+    if (path / "adapter_config.json").is_file():
+        if not (path / reward.PROBES).is_file():
+            raise ValueError(f"--judge {name}: it is an adapter, but no finished reward model of this package.")
+        return _of_adapters(name, [path])
+    if client.Settings(name).is_endpoint:
+        client.connect(client.Settings(name, **asking.reach))  # it answers, and there is a key
+    if client.Settings(name).is_endpoint or (path / "recipe.json").is_file() or not _is_classifier(name):
+        told = [asking.question.principles, asking.question.template, asking.question.max_tokens, asking.question.seed]
+        return Judge(name, "pairs", digest(name, dict(asking.reach), repr(told)), source=name)
+    return Judge(name, "classifier", name, source=name)
+
+
+def reward_folders(run_dir: Path, name: str) -> list[Path]:
+    """The finished adapters of a run's `reward` or `judge`, of its newest round that has them; none, if none has."""
+    of = reward.members if name == PROXY else reward.judge
+    for folder in newest_first(run_dir):
+        found = [*of(folder).values()]
+        if found and all((path / reward.PROBES).is_file() for path in found):
+            return found
+    return []
+
+
+def _of_adapters(name: str, folders: Sequence[Path]) -> Judge:
+    return Judge(name, "adapters", digest([adapter_digest(folder) for folder in folders]), tuple(folders))
+
+
+def _is_classifier(name: str) -> bool:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--judge {name}: it is none of gold, reward and judge, no function (module:function or file.py:function), "
+            f"reward adapter, run or URL, and no model that can be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    classifies = any("ForSequenceClassification" in kind for kind in config.architectures or ())
+    if classifies and config.num_labels != 1:
+        raise ValueError(f"--judge {name}: it has {config.num_labels} labels, and a reward model has one.")
+    return classifies
+
+
+# --- Scores of single answers -----------------------------------------------------------------------------------------
+
+
+def adapter_scores(
+    of: Judge, bench: Bench, rows: Sequence[Row], answers: Sequence[Answer], ensemble: tuple[str, float]
+) -> list[float]:
+    """What reward adapters say of answers.
+
+    Args:
+        rows: the prompts; `prompt_ids` are of the bench's tokenizer.
+        ensemble: how the scores of several adapters make one, as `rewards.aggregate` takes it.
+    """
+    tokens = [_tokens(bench, rows[answer.row], answer) for answer in answers]
+    members = torch.tensor([bench.scores(folder, tokens) for folder in of.folders])  # (M, answers)
+    return aggregate(members, *ensemble).tolist()
+
+
+def _tokens(bench: Bench, row: Row, answer: Answer) -> list[int]:
+    """Prompt and answer as the reward model saw such rows; those of a model with another base are tokenized anew."""
+    if answer.kl is not None:
+        return [*row["prompt_ids"], *answer.ids]
+    prompt, completion = tokenize_pair(bench.tokenizer, row["prompt"], said(row, answer))
+    return [*prompt, *(completion if answer.ended else completion[:-1])]
+
+
+def said(row: Row, answer: Answer) -> Any:
+    """An answer in the format of its prompt: text, or messages."""
+    return answer.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer.text}]
+
+
+def function_scores(score: RewardFunc, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
+    """What a function of TRL's signature says of answers."""
+    asked, ids = [rows[answer.row] for answer in answers], [answer.ids for answer in answers]
+    return call_reward_func(score, asked, ids, [answer.text for answer in answers], None).tolist()
+
+
+# --- Two answers at a time --------------------------------------------------------------------------------------------
+
+Pair = tuple[Answer, Answer]
+
+
+def labels_file(folder: Path, identity: str) -> Path:
+    """Where the labels of a judge that is asked are kept; its questions and answers stand beside it."""
+    return folder / f"judged-{identity}.jsonl"
+
+
+def ask(of: Judge, folder: Path, rows: Sequence[Row], pairs: Sequence[Pair], asking: Asking) -> dict[str, Any]:
+    """Have a model compare pairs of answers, those that it has not compared before. Returns what `judge.judge` does."""
+    samples = {sample["id"]: sample for sample in (_sample(rows, pair) for pair in pairs)}
+    connected = client.connect(client.Settings(of.source, **asking.reach))
+    out = labels_file(folder, of.identity)
+    return judge.judge(list(samples.values()), out, connected, asking.question, asking.prices, asking.parallel)
+
+
+def _sample(rows: Sequence[Row], pair: Pair) -> Row:
+    """A pair as a sample to be judged. Which model gave which answer does not show, in the order either."""
+    row = rows[pair[0].row]
+    first, second = sorted(pair, key=lambda answer: answer.text)
+    key = digest(row["prompt"], first.text, second.text)
+    return {"id": key, "prompt": row["prompt"], "responses": [said(row, first), said(row, second)]}
+
+
+def verdicts(path: Path, rows: Sequence[Row], pairs: Sequence[Pair]) -> list[tuple[float, bool] | None]:
+    """For each pair the preference for its first answer, and whether it is a tie; None where there is no label.
+
+    A tie is a pair of which both orders disagree. The preference is the judge's probability where that is known.
+    """
+    labels = {row["id"]: row for row in read_rows(path)}
+    return [_verdict(labels.get(_sample(rows, pair)["id"]), pair) for pair in pairs]
+
+
+def _verdict(label: Row | None, pair: Pair) -> tuple[float, bool] | None:
+    if pair[0].text == pair[1].text:
+        return 0.5, True
+    if label is None:
+        return None
+    first, second = label["ranking"]
+    preferred = label["preferences"][0] if "preferences" in label else 0.5 + 0.5 * ((first < second) - (first > second))
+    return (preferred if pair[0].text < pair[1].text else 1 - preferred), first == second

@@ -1,0 +1,223 @@
+"""A run's models by name, on the base that they share, and their answers: each is drawn once, and kept by content.
+
+What an answer depends on is its key: the weights of the model and of its base, the prompt, the sample's number, the
+seed, the temperature and the length. Neither the batch, nor the other prompts, nor an interruption changes it.
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import model, reward
+from ..files import Journal
+from ..folder import adapter
+from ..model import SharedBase
+from ..recipe import Recipe, of_run
+from ..rollout import Sampler
+
+MODEL = "measured"  # the role of the model, or of the reward model, that is measured now
+
+
+def digest(*parts: Any) -> str:
+    """The key of what depends on these JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def adapter_digest(folder: Path) -> str:
+    """A hash of a saved adapter: its weights, and the bias of a reward model."""
+    found = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors", model.BIAS):
+        if (folder / name).is_file():
+            found.update((folder / name).read_bytes())
+    return found.hexdigest()[:32]
+
+
+class Cache:
+    """Values by key, on disk as soon as they are known."""
+
+    def __init__(self, path: Path) -> None:
+        self.journal = Journal(path)
+        self.values = {row["key"]: row["value"] for row in self.journal.rows}
+
+    def fill(
+        self, keys: Sequence[str], compute: Callable[[list[int]], list[Any]], label: str, at_once: int = 1
+    ) -> list[Any]:
+        """The values of keys. Those that are not known are computed, `at_once` at a time.
+
+        Args:
+            compute: takes places in `keys`, and returns their values.
+            label: of the progress bar.
+        """
+        places = {key: place for place, key in enumerate(keys) if key not in self.values}  # a key may be there twice
+        missing = list(places.values())
+        with tqdm(total=len(missing), desc=label, disable=not missing) as bar:
+            for start in range(0, len(missing), at_once):
+                part = missing[start : start + at_once]
+                found = {keys[place]: value for place, value in zip(part, compute(part), strict=True)}
+                self.journal.append(*({"key": key, "value": value} for key, value in found.items()))
+                self.values |= found
+                bar.update(len(part))
+        return [self.values[key] for key in keys]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is measured: an adapter of a run, or the run's bare base."""
+
+    name: str  # as it was asked for
+    recipe: Recipe  # of its run
+    folder: Path | None  # of its adapter; None: the bare base
+
+    @cached_property
+    def weights(self) -> str | None:
+        """What tells its adapter from others."""
+        return None if self.folder is None else adapter_digest(self.folder)
+
+
+def find(run_dir: Path, recipe: Recipe, name: str) -> Model:
+    """The model of a name: of the run as `folder.adapter` knows it, or `PATH/TO/RUN:NAME`.
+
+    Raises ValueError where there is none.
+    """
+    other, colon, of_other = name.rpartition(":")
+    if not colon:
+        return Model(name, recipe, adapter(run_dir, recipe, name))
+    run_dir, recipe = Path(other), of_run(Path(other))
+    return Model(name, recipe, adapter(run_dir, recipe, of_other))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a prompt."""
+
+    key: str
+    model: str
+    row: int  # of the prompts
+    sample: int  # its number among the model's answers to the prompt
+    ids: list[int]  # of its own tokenizer, without the prompt's
+    ended: bool  # by itself, not by the limit of tokens
+    kl: float | None  # nats, to the run's reference, over the whole answer; None: the model has another base
+    text: str
+
+
+class Bench:
+    """A base, loaded when it is first needed, with one measured adapter at a time beside the reference."""
+
+    def __init__(self, recipe: Recipe, cache: Cache, batch_size: int, reference: Path | None = None) -> None:
+        """
+        Args:
+            reference: the adapter to which the KL is measured; None: the bare base.
+        """
+        self.recipe, self.cache, self.batch_size, self.reference = recipe, cache, batch_size, reference
+        self.tokenizer = model.load_tokenizer(recipe.base)
+        self.fingerprint = model.fingerprint(recipe.base, self.tokenizer)
+        self._held: Path | None = None
+
+    @cached_property
+    def shared(self) -> SharedBase:
+        """The base, with the role `reference`."""
+        shared = SharedBase(model.load_base(self.recipe.base), self.recipe.lora, self.fingerprint)
+        shared.add_role("reference", self.reference)
+        return shared
+
+    def hold(self, folder: Path | None, head: bool = False) -> str:
+        """The role of an adapter, which takes the place of the one before. A reward model's is checked."""
+        if folder is None:
+            return "base"
+        if folder != self._held:
+            if self._held is not None:
+                self.shared.remove_role(MODEL)
+            self.shared.add_role(MODEL, folder, head=head)
+            self._held = folder
+            if head:
+                reward.check_probes(self.shared, folder, MODEL)
+        return MODEL
+
+    def sampler(self, response_length: int, temperature: float, stop_token_ids: Sequence[int]) -> Sampler:
+        """What samples from the base. Without a GPU's memory for a batch it halves it."""
+        return Sampler(
+            self.shared, self.tokenizer, response_length, temperature, self.batch_size, stop_token_ids, auto=True
+        )
+
+    def answers(
+        self,
+        of: Model,
+        prompts: Sequence[list[int]],
+        samples: int,
+        seed: int,
+        response_length: int,
+        temperature: float,
+        stop_token_ids: Sequence[int],
+        with_kl: bool = True,
+        label: str = "answers",
+    ) -> list[Answer]:
+        """A model's answers to prompts (token ids), `samples` of them to each; `label` is of the progress bar."""
+        slots = [(row, sample) for row in range(len(prompts)) for sample in range(samples)]
+        eos: Any = self.tokenizer.eos_token_id
+        stops = sorted({*stop_token_ids, eos})
+        settings = [response_length, temperature, stops, adapter_digest(self.reference) if self.reference else None]
+        who = digest(self.fingerprint, of.weights, settings, with_kl)
+        keys = [digest("answer", who, seed, sample, prompts[row]) for row, sample in slots]
+
+        def draw(places: list[int]) -> list[dict[str, Any]]:
+            role, sampler = self.hold(of.folder), self.sampler(response_length, temperature, stops)
+            asked = [prompts[slots[place][0]] for place in places]
+            # The same numbers for every model, so that their differences are the models'.
+            draws = [
+                uniforms(prompts[row], seed, sample, response_length) for row, sample in (slots[p] for p in places)
+            ]
+            found = sampler.sample(role, asked, torch.stack(draws))
+            kl: list[float | None] = [None] * len(places)
+            if with_kl:
+                ours, reference = (sampler.log_probs(name, found)[0] for name in (role, "reference"))
+                kl = (ours - reference).sum(1).tolist()
+            columns = zip(found.responses(), found.ended.tolist(), kl, strict=True)
+            return [dict(zip(("ids", "ended", "kl"), row, strict=True)) for row in columns]
+
+        values = self.cache.fill(keys, draw, f"{of.name}: {label}", self.batch_size)
+        texts = self.tokenizer.batch_decode([value["ids"] for value in values], skip_special_tokens=True)
+        found = zip(keys, slots, values, texts, strict=True)
+        return [Answer(key, of.name, *slot, **value, text=text) for key, slot, value, text in found]
+
+    def scores(self, folder: Path, rows: Sequence[list[int]]) -> list[float]:
+        """What a reward adapter says of rows of token ids, each prompt + response."""
+        keys = [digest("score", self.fingerprint, adapter_digest(folder), row) for row in rows]
+
+        def score(places: list[int]) -> list[float]:
+            role = self.hold(folder, head=True)
+            return reward.score(self.shared, [rows[place] for place in places], role, self.batch_size).tolist()
+
+        return self.cache.fill(keys, score, f"{folder.name}: scores", self.batch_size)
+
+    def text_loss(self, of: Model, texts: list[list[int]]) -> float:
+        """A model's mean loss on texts (token ids), in nats a token."""
+        key = digest("loss", self.fingerprint, of.weights, texts)
+
+        def measure(places: list[int]) -> list[float]:
+            role = self.hold(of.folder)
+            return [self.sampler(1, 1.0, []).text_loss(role, texts)]
+
+        return self.cache.fill([key], measure, f"{of.name}: perplexity")[0]
+
+    def close(self) -> None:
+        """Give the base's memory back."""
+        vars(self).pop("shared", None)
+        self._held = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def uniforms(prompt: list[int], seed: int, sample: int, length: int) -> Tensor:
+    """The random numbers (length,) from which the answer with this number to a prompt is drawn."""
+    generator = torch.Generator().manual_seed(int(digest(prompt, seed, sample)[:15], 16))
+    return torch.rand(length, dtype=torch.float64, generator=generator)
