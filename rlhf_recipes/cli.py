@@ -11,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from . import __version__, sweep
 from .evaluate import commands as evaluate_commands
 from .feedback import commands as feedback_commands
 from .recipe import (
-    SECTIONS,
     STAGES,
     Recipe,
     find,
@@ -28,15 +26,16 @@ from .recipe import (
     names,
     of_run,
     parse_overrides,
-    parse_value,
     replace,
+    settings,
     to_dict,
 )
+from .report import commands as report_commands
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COMMANDS = {**feedback_commands.COMMANDS, **evaluate_commands.COMMANDS}
+COMMANDS = {**feedback_commands.COMMANDS, **evaluate_commands.COMMANDS, **report_commands.COMMANDS}
 
 
 def main_cli(argv: Sequence[str] | None = None) -> None:
@@ -198,26 +197,6 @@ def _show(options: argparse.Namespace) -> str:
         with redirect_stdout(sys.stderr):  # libraries print notes as they load; standard output is the recipe alone
             sweep.checked(recipe)
     return json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe))
-
-
-def settings(recipe: Recipe) -> list[str]:
-    """The resolved recipe as `key=value` lines, each of which `parse_overrides` reads back as the same value."""
-    lines = []
-    for field in fields(recipe):
-        value = getattr(recipe, field.name)
-        if field.name in SECTIONS and value is not None:
-            section = {key.name: getattr(value, key.name) for key in fields(value)}
-            section |= section.pop("args", {})
-            lines += _lines(f"{field.name}.", section)
-        else:
-            lines += _lines("", {field.name: value})
-    return lines
-
-
-def _lines(prefix: str, values: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in values.items():
-        bare = isinstance(value, str) and parse_value(value) == value
-        yield f"{prefix}{key}={value if bare else repr(value)}"
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: to a neighbour, flushed to disk, then renamed."""
     scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w") as stream:
+    with scratch.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -298,6 +298,25 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         else:
             raise ValueError(f"There is no section {section} in {key}.{suggestion(section, SECTIONS)}")
     return changes
+
+
+def settings(recipe: Recipe) -> list[str]:
+    """The resolved recipe as `key=value` lines, each of which `parse_overrides` reads back as the same value."""
+    lines = []
+    for name, value in vars(recipe).items():
+        if name in SECTIONS and value is not None:
+            section = dict(vars(value))
+            section |= section.pop("args", {})
+            lines += _lines(f"{name}.", section)
+        else:
+            lines += _lines("", {name: value})
+    return lines
+
+
+def _lines(prefix: str, values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        bare = isinstance(value, str) and parse_value(value) == value
+        yield f"{prefix}{key}={value if bare else repr(value)}"
 
 
 def parse_value(text: str) -> Any:

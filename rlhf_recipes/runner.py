@@ -34,7 +34,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from . import __version__, backends, data, dpo, model, ppo, reward, rewards, rounds, sft, summary, tracking
+from . import __version__, backends, data, dpo, model, ppo, report, reward, rewards, rounds, sft, summary, tracking
 from .advice import out_of_memory, refuse
 from .config import DPOConfig, PPOConfig, RewardConfig
 from .dry_run import NoPlan
@@ -210,11 +210,12 @@ def run(
     manifests = [read_manifest(rounds.folder(run_dir, number)) for number in _rounds_of(recipe)]
     result = summary.summarize(manifest, [of_round for of_round in manifests if of_round["stages"]])
     write_json(run_dir / "summary.json", result)
+    written = report.write([run_dir], run_dir / "report.html")
     if recipe.artifacts and (todo or later):
         tracking.upload_report(recipe, run_dir)
     if result["models"]:
         console.print(summary.table(result))
-    console.print(Text(f"{summary.footnote(result)}. Run folder: {run_dir}"))
+    console.print(Text(f"{summary.footnote(result)}. Run folder: {run_dir}; report: {written.name}"))
     if waiting is not None:
         console.print(Text(waiting, style="bold"))
     return result

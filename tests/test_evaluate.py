@@ -21,7 +21,6 @@ from rlhf_recipes.evaluate.evaluation import Settings, evaluate
 from rlhf_recipes.evaluate.models import Answer, Bench, Cache, find
 from rlhf_recipes.folder import models
 from rlhf_recipes.model import SharedBase, load_base, load_tokenizer
-from rlhf_recipes.recipe import Base
 
 # --- Win rates by hand ------------------------------------------------------------------------------------------------
 
@@ -470,4 +469,3 @@ def test_a_run_without_any_judge_says_so(recipe: Recipe, finished: Path, tmp_pat
         evaluate(bare, Settings(judges=("gold",)))
     with pytest.raises(ValueError, match=r"no finished reward model of that name \(set reward\.judge_share\)"):
         evaluate(bare, Settings(judges=("judge",)))
-    assert Base(recipe.base.model) == recipe.base

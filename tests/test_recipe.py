@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes import Base, PPOStage, Recipe, Stage, load, replace
-from rlhf_recipes.cli import settings
-from rlhf_recipes.recipe import check_args, find, function, is_function, names, parse_overrides, parse_value
+from rlhf_recipes.recipe import check_args, find, function, is_function, names, parse_overrides, parse_value, settings
 
 ROOT = Path(__file__).parents[1]
 

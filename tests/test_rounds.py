@@ -1,6 +1,7 @@
 """Sampling what is to be ranked, and rounds of feedback: whole runs on a tiny random model."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from rlhf_recipes.feedback.rows import read_samples
 from rlhf_recipes.feedback.sample import Settings, alike, sample
 from rlhf_recipes.files import Journal, read_rows
 from rlhf_recipes.recipe import from_dict, of_run, parse_overrides, to_dict
+from rlhf_recipes.report.gather import gather
+from rlhf_recipes.report.sections import sections
 from rlhf_recipes.runner import check
 from rlhf_recipes.tiny import comparisons, gold, labeler
 
@@ -287,6 +290,22 @@ def test_three_rounds_go_on_from_each_others_policy_with_all_labels(recipe: Reci
         assert not same(folder / "ppo" / "policy", finished / "ppo" / "policy")
         card = json.loads((folder / "reward" / "card.json").read_text())
         assert set(card["by_source"]) <= {"round-2", "round-3"} and card["by_source"], "the card tells them apart"
+
+
+def test_a_run_writes_its_report_with_all_rounds(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "At a dotted line a round begins" in page and "ppo, round 3" in page and "all pairs, round 2" in page
+    main_cli(["report", str(finished), "--out", str(finished / "again.html")])
+    assert capsys.readouterr().out == f"{finished / 'again.html'}\n"
+    assert (finished / "again.html").read_text(encoding="utf-8") == page, "the same run gives the same page"
+    (of_run,) = gather([finished])
+    found = {section.id: section.blocks for section in sections([of_run])}
+    assert [*found] == ["what", "results", "answers", "sft", "reward", "ppo", "overoptimisation", "resources"]
+    assert found["answers"][0].data["models"] == ["base", "SFT", "PPO", "round-2/PPO", "round-3/PPO"]
+    assert found["resources"][1].rows[0].label == "sampling responses"
+    steps, kl = of_run.ppo("objective/kl")
+    gaps = [step for step, value in zip(steps, kl, strict=True) if math.isnan(value)]
+    assert gaps == of_run.starts()[1:] == [2, 4], "rounds of two updates each are counted on"
 
 
 def test_the_second_round_starts_where_the_first_ended_and_keeps_its_reference(finished: Path) -> None:

@@ -322,6 +322,8 @@ def app(
     if not board.samples:
         raise ValueError(f"{samples}: the responses to each prompt are all the same, so there is nothing to rank.")
     page = Path(__file__).with_name("label.html").read_text(encoding="utf-8")
+    for name in ("pages.css", "pages.js"):
+        page = page.replace(f"{{{name}}}", (Path(__file__).parents[1] / name).read_text(encoding="utf-8"))
     actions = {name: getattr(board, name) for name in ("judge", "skip", "undo", "stay")} | {"start": board.stay}
     cookie = f"label-{_digest(token).hex()[:12]}"  # browsers send the cookies of one port to all ports
 

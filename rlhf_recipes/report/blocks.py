@@ -1,0 +1,114 @@
+"""What a section of the page is made of, and how numbers are written in it."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from .charts import Chart
+
+
+@dataclass(frozen=True)
+class Words:
+    text: str
+    kind: ClassVar = "words"
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+    kind: ClassVar = "code"
+
+
+class Line(NamedTuple):
+    """A row of a table."""
+
+    label: str
+    cells: list[str]
+    colour: int | None = None
+    share: float | None = None  # a bar behind the first cell
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: list[str]  # the first is that of the labels
+    rows: list[Line]
+    title: str = ""
+    folded: bool = False
+    kind: ClassVar = "table"
+
+    @property
+    def numeric(self) -> set[int]:
+        """The columns of numbers, which stand on the right."""
+        found = set()
+        for column in range(1, len(self.columns)):
+            cells = [row.cells[column - 1] for row in self.rows if row.cells[column - 1]]
+            if cells and all(re.match("[\\d\N{MINUS SIGN}]", cell) for cell in cells):
+                found.add(column)
+        return found
+
+
+@dataclass(frozen=True)
+class Grid:
+    charts: list[Chart]
+    legend: list[tuple[str, int, str]]  # of all of them: label, colour, style
+    kind: ClassVar = "grid"
+
+
+class Interval(NamedTuple):
+    """A share with its 95 % interval."""
+
+    label: str
+    detail: str
+    rate: float
+    low: float
+    high: float
+    count: str
+    colour: int | None = None
+
+
+@dataclass(frozen=True)
+class Intervals:
+    title: str
+    rows: list[Interval]
+    note: str = ""
+    kind: ClassVar = "intervals"
+
+
+@dataclass(frozen=True)
+class Answers:
+    data: dict[str, Any]  # see `answers`
+    kind: ClassVar = "answers"
+
+
+@dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    blocks: list[Any]
+
+
+# --- Numbers in words -------------------------------------------------------------------------------------------------
+
+
+def number(value: Any) -> str:
+    """Three digits that count, never as a power of ten; nothing where there is no number."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return ""
+    digits = 2 if abs(value) < 1 else max(0, 2 - int(math.log10(abs(value))))
+    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    return f"{value:.{digits}%}" if isinstance(value, int | float) and math.isfinite(value) else ""
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.1f} s"
+
+
+def memory(mib: Any) -> str:
+    if not isinstance(mib, int | float):
+        return ""
+    return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:,.0f} MiB"

@@ -1,0 +1,241 @@
+"""What a run folder holds, as plain values. A run may be unfinished, or have some of its stages only."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import read_rows
+from ..folder import newest_first
+from ..recipe import Recipe, of_run
+from ..summary import summarize
+
+Row = dict[str, Any]
+SCORES = {"gold": "gold", "judge": "judge", "reward": "score"}  # judge -> the key of its scores in samples and means
+TITLES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
+NAMES = {"gold": "gold", "judge": "the second reward model", "reward": "the reward model that PPO trained against"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run's own folder, or that of one of its rounds."""
+
+    folder: Path
+    number: int  # of the round
+    manifest: dict[str, Any]
+    metrics: list[Row]
+    samples: list[Row]
+
+    def label(self, stage: str) -> str:
+        return stage if self.number == 1 else f"{stage}, round {self.number}"
+
+    def rows(self, stage: str, key: str) -> list[Row]:
+        """A stage's logged rows that have a number under the key."""
+        return [row for row in self.metrics if row["stage"] == stage and isinstance(row.get(key), int | float)]
+
+    def series(self, stage: str, key: str) -> tuple[list[float], list[float]]:
+        """The steps at which a metric was logged, and its values."""
+        rows = self.rows(stage, key)
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    name: str  # differs from those of the other runs in a report
+    folder: Path
+    recipe: Recipe
+    parts: list[Part]  # the run's own, then a round each
+    summary: dict[str, Any]
+    evaluation: dict[str, Any] | None  # what `rlhf-recipes evaluate` wrote
+    answers: list[Row]  # id, prompt, model, completion, tokens, ended, kl, scores {judge: number}
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.parts[0].manifest
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What the manifest says of a stage; nothing of one that has not begun."""
+        return self.manifest["stages"].get(name, {})
+
+    def card(self, part: Part) -> dict[str, Any] | None:
+        """The reward card of a part."""
+        return part.manifest["stages"].get("reward", {}).get("results", {}).get("card")
+
+    def ppo(self, key: str) -> tuple[list[float], list[float]]:
+        """A metric of PPO over the updates of all rounds, with a gap (NaN) where a round begins."""
+        x: list[float] = []
+        y: list[float] = []
+        for part, start in zip(self.parts, self.starts(), strict=True):
+            steps, values = part.series("ppo", key)
+            if x and steps:
+                x.append(start)
+                y.append(math.nan)
+            x += [start + step for step in steps]
+            y += values
+        return x, y
+
+    def starts(self) -> list[int]:
+        """The update before the first of each part: rounds are counted on."""
+        lengths = [
+            max((row["step"] for row in part.metrics if row["stage"] == "ppo"), default=0) for part in self.parts
+        ]
+        return [sum(lengths[:number]) for number in range(len(lengths))]
+
+    def quality(self) -> tuple[str, str] | None:
+        """PPO's held-out measure of quality, which is not what it trains against: its key and what it is."""
+        for key, name in (("eval_gold", "gold"), ("eval_judge", "judge"), ("eval_quality", "quality")):
+            if any(part.rows("ppo", key) for part in self.parts):
+                return key, name
+        return None
+
+    def checkpoints(self) -> list[int]:
+        """The updates of which PPO's checkpoint was kept."""
+        return sorted(int(path.name.rpartition("-")[2]) for path in (self.folder / "ppo").glob("checkpoint-*"))
+
+
+def gather(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders. That of a sweep stands for those of its variants.
+
+    Raises ValueError for a folder that is no run's, or a file of it that is damaged.
+    """
+    found = [run for folder in folders for run in ([] if _holds_variants(folder) else [folder]) + variants(folder)]
+    found = list(dict.fromkeys(folder.resolve() for folder in found))
+    names = _names(found)
+    return [_read(folder, name) for folder, name in zip(found, names, strict=True)]
+
+
+def variants(folder: Path) -> list[Path]:
+    """The run folders inside a run folder that are no rounds of it: the variants of a sweep."""
+    inside = sorted(path.parent for path in folder.glob("*/recipe.json"))
+    return [path for path in inside if not path.name.startswith("round-")]
+
+
+def _holds_variants(folder: Path) -> bool:
+    """Whether all that a folder has of runs is its variants'."""
+    return bool(variants(folder)) and not (folder / "manifest.json").is_file()
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as it takes to tell them apart."""
+    length = 1
+    while True:
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names) or length >= max(len(folder.parts) for folder in folders):
+            return names
+        length += 1
+
+
+def _read(folder: Path, name: str) -> Run:
+    recipe = of_run(folder)
+    parts = []
+    for number, path in enumerate(reversed(newest_first(folder)), 1):
+        manifest = _json(path / "manifest.json") or {"stages": {}}
+        parts.append(Part(path, number, manifest, read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl")))
+    summary = summarize(parts[0].manifest, [part.manifest for part in parts[1:] if part.manifest["stages"]])
+    answers = read_rows(folder / "evaluation" / "answers.jsonl") or list(_answers(parts))
+    return Run(name, folder, recipe, parts, summary, _json(folder / "evaluation" / "evaluation.json"), answers)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """What a file holds, None where there is none. Raises ValueError where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}). Delete it, or run what writes it again.") from error
+
+
+def _answers(parts: Iterable[Part]) -> Iterator[Row]:
+    """The answers of the comparison at the end of PPO or DPO, in the form of `evaluation/answers.jsonl`."""
+    seen: set[tuple[str, str]] = set()
+    for part in parts:
+        for stage in ("ppo", "dpo"):
+            rows = [row for row in part.samples if row["stage"] == stage]
+            start = next((index for index, row in enumerate(rows) if row["model"] == "base"), len(rows))
+            fresh = set()
+            for row in rows[start:]:  # the comparison begins with the base
+                name = row["model"] if part.number == 1 or row["model"] != stage else f"round-{part.number}/{stage}"
+                key = (name, json.dumps(row["prompt"]))
+                if key not in seen:  # DPO and later rounds sample base and SFT model anew
+                    fresh.add(key)
+                    yield _answer(row, name)
+            seen |= fresh
+
+
+def _answer(row: Row, name: str) -> Row:
+    scores = {judge: row[key] for judge, key in SCORES.items() if key in row}
+    kept = {key: row[key] for key in ("prompt", "completion", "ended", "kl") if key in row}
+    return {**kept, "model": name, "tokens": row["response_length"], "scores": scores}
+
+
+def title_of(model: str) -> str:
+    """A model's name as the page says it."""
+    return model if model == "base" else model.upper() if "/" not in model else model.replace("ppo", "PPO")
+
+
+def wins(run: Run) -> list[Row]:
+    """Win rates as in `evaluation.json`, from there or else from the summary, the most trusted judge first."""
+    if run.evaluation is not None:
+        found = run.evaluation.get("wins", [])
+    else:
+        judges = {"win_rate_vs_sft": "gold", "judge_win_rate_vs_sft": "judge", "reward_win_rate_vs_sft": "reward"}
+        models = run.summary["models"].items()
+        found = [
+            {"model": _named(name), "against": "sft", "judge": judge, **of[key]}
+            for name, of in models
+            for key, judge in judges.items()
+            if key in of
+        ]
+    return sorted(found, key=lambda row: trust(row["judge"]))
+
+
+def models(run: Run) -> dict[str, dict[str, Any]]:
+    """Each model's means, behaviour, perplexity and tasks as in `evaluation.json`, from there or from the summary."""
+    if run.evaluation is not None:
+        return run.evaluation.get("models", {})
+    result = {}
+    for name, of in run.summary["models"].items():
+        means = {judge: of[key] for judge, key in SCORES.items() if key in of}
+        behaviour = {"tokens": of["response_length"], "without_eos": of["without_eos"], "kl": of["kl"]}
+        result[_named(name)] = {"means": means, "behaviour": behaviour}
+        if "perplexity" in of:
+            result[_named(name)]["perplexity"] = of["perplexity"]
+    return result
+
+
+def _named(name: str) -> str:
+    """`ppo_2` of the summary by its name in the run folder, `round-2/ppo`."""
+    stage, _, number = name.partition("_")
+    return f"round-{number}/{stage}" if number else name
+
+
+def trust(judge: str) -> int:
+    """The rank of a judge: gold, then any that PPO was not trained against, then the reward."""
+    return {"gold": 0, "judge": 1, "reward": 3}.get(judge, 2)
+
+
+def best_win(run: Run) -> Row | None:
+    """The win rate that says most of a run: of its last or best model, against SFT, by the most trusted judge."""
+    best = ((run.evaluation or {}).get("best") or {}).get("model")
+    candidates = [row for row in wins(run) if row["model"] not in ("base", "sft")]
+    against = [row for row in candidates if row["against"] == "sft"] or candidates
+    against = [row for row in against if row["model"] == best] or against
+    if not against:
+        return None
+    first = [row for row in against if trust(row["judge"]) == trust(against[0]["judge"])]
+    return first[-1]
+
+
+def prompts_of(answers: Iterable[Row]) -> Iterator[tuple[tuple[str, int], Row]]:
+    """Each answer with its prompt's identity: the text and, of a model that was asked it several times, which time."""
+    times = Counter[tuple[str, str]]()
+    for row in answers:
+        text = json.dumps(row["prompt"])
+        times[row["model"], text] += 1
+        yield (text, times[row["model"], text]), row

@@ -1,0 +1,76 @@
+"""The page itself: the sections of the runs in the template, with its style and script in the file."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..recipe import STAGES
+from . import charts, warnings
+from .blocks import duration, memory
+from .gather import TITLES, Run, best_win
+from .sections import sections, shared, verdict
+
+# Only this style and this script, by their digests; no request, of any kind.
+POLICY = (
+    "default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The HTML page of the runs."""
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"paint": charts.variable}
+    environment.filters["json"] = _json
+    parts = {
+        kind: "".join((path / name).read_text(encoding="utf-8") for path, name in files)
+        for kind, files in {
+            "style": ((folder.parent, "pages.css"), (folder, "page.css")),
+            "script": ((folder.parent, "pages.js"), (folder, "page.js")),
+        }.items()
+    }
+    return environment.get_template("page.html").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        policy=POLICY.format(**{kind: _digest(text) for kind, text in parts.items()}),
+        **{kind: Markup(text) for kind, text in parts.items()},
+        heads=[_head(run) for run in runs],
+        warnings=shared(
+            runs, [(index, about, text) for index, run in enumerate(runs) for about, text in warnings.of_run(run)]
+        ),
+        sections=sections(runs),
+    )
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(value: Any) -> Markup:
+    """JSON inside a script element, which no text in it can end."""
+    return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))
+
+
+def _head(run: Run) -> dict[str, Any]:
+    """What stands at the top of the page of a run."""
+    summary, best = run.summary, best_win(run)
+    stages = [TITLES[stage] for stage in STAGES if stage in run.manifest["stages"]]
+    rounds = f", {len(run.parts)} rounds" if len(run.parts) > 1 else ""
+    facts = [f"base {run.recipe.base.model}", f"{' → '.join(stages)}{rounds}", f"seed {run.recipe.seed}"]
+    if summary["seconds"]:
+        facts.append(duration(sum(summary["seconds"].values())))
+        facts.append(f"peak {memory(max(summary['peak_memory_mib'].values()))}")
+    number, words = verdict(run)
+    return {"name": run.name, "facts": facts, "number": number, "words": words, "win": best}

@@ -1,0 +1,216 @@
+"""What a run's curves warn of, in words: each sentence has its number, and what to do.
+
+The functions take plain lists, in the order of the updates, and return None where there is nothing to say.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .gather import TITLES, Run, best_win
+
+SHORT = 10  # updates; of fewer, nothing is said of a trend
+MIXED = 0.8  # correlation of reward and length from which the one may be the other
+RATIO = 0.1  # mean distance of the ratio from 1
+CLIPPED = 0.3  # share of tokens
+ENDLESS = 0.2  # share of answers
+COLLAPSED = 0.3  # of the entropy at the start
+EXPLAINED = 0.2
+WIDE = 0.1  # half of an interval
+
+
+class Warning(NamedTuple):
+    about: str
+    text: str
+
+
+def of_run(run: Run) -> Iterator[Warning]:
+    """All warnings of a run: what its stages found, then what its curves say, then what its results cannot carry."""
+    for part in run.parts:
+        later = f", round {part.number}" if part.number > 1 else ""
+        for name, record in part.manifest["stages"].items():
+            if record["state"] != "done":
+                text = "This stage is not finished: shown is what it has logged so far. Run it again to go on."
+                yield Warning(f"{TITLES[name]}{later}", text)
+        for text in (run.card(part) or {"warnings": ()})["warnings"]:
+            yield Warning(f"{TITLES['reward']}{later}", text)
+    if run.recipe.ppo is not None:
+        found = [
+            kl_rising(run.ppo("objective/kl")[1]),
+            reward_is_length(run.ppo("objective/scores")[1], run.ppo("response_length")[1]),
+            over_optimised(*_evaluations(run), run.checkpoints()) if len(run.parts) == 1 else None,
+            ratio_far(*run.ppo("val/ratio")),
+            clipped(run.ppo("policy/clipfrac_avg")[1]),
+            unexplained(run.ppo("val/explained_variance")[1]),
+            endless(run.ppo("without_eos")[1]),
+            entropy_collapsed(run.ppo("policy/entropy_avg")[1]),
+        ]
+        yield from (Warning(TITLES["ppo"], text) for text in found if text is not None)
+    win = best_win(run)
+    if win is not None and (text := uncertain(win)) is not None:
+        yield Warning("Results", text)
+    yield from (Warning("Evaluation", text) for text in (run.evaluation or {}).get("warnings", ()))
+
+
+def _evaluations(run: Run) -> tuple[list[float], list[list[float]], list[list[float]]]:
+    """PPO's held-out evaluations: the steps, and each one's scores and measures of quality, an answer each."""
+    rows = [row for row in run.parts[0].samples if row["stage"] == "ppo"]
+    groups = itertools.groupby(rows, key=lambda row: (row["step"], row["model"]))
+    # Of the last step the comparison at the end has the same answers as the evaluation, and takes its place.
+    found = {step: list(group) for (step, model), group in groups if model == "ppo"}
+    judge = next((key for key in ("gold", "judge") if all(key in row for row in rows)), None)
+    if judge is None or not all("score" in row for row in rows):
+        return [], [], []
+    scores, quality = ([[row[key] for row in found[step]] for step in found] for key in ("score", judge))
+    return list(found), scores, quality
+
+
+def _fifths(values: Sequence[float]) -> list[list[float]]:
+    """Five parts of the finite values, in their order; none where there are too few."""
+    known = [value for value in values if math.isfinite(value)]
+    if len(known) < SHORT:
+        return []
+    edges = [round(len(known) * part / 5) for part in range(6)]
+    return [known[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def kl_rising(kl: Sequence[float]) -> str | None:
+    """The KL's mean over the last fifth is above that of the one before, by a tenth and by twice the standard error."""
+    parts = _fifths(kl)
+    if not parts:
+        return None
+    before, after = statistics.fmean(parts[3]), statistics.fmean(parts[4])
+    error = math.hypot(*(statistics.stdev(part) / math.sqrt(len(part)) for part in parts[3:]))
+    if after - before <= max(0.1 * abs(before), 2 * error, 0.05):
+        return None
+    return (
+        f"KL was still rising at the end: {before:.2f} and then {after:.2f} nats a response over the last two fifths "
+        "of the updates. The policy has not settled: raise ppo.kl_coef, set ppo.target_kl, or watch a longer run."
+    )
+
+
+def reward_is_length(reward: Sequence[float], length: Sequence[float]) -> str | None:
+    """The reward rose, the responses grew by a tenth, and over the updates the two go together."""
+    if not _fifths(reward) or len(reward) != len(length):
+        return None
+    (first, *_, last), (short, *_, long) = ([statistics.fmean(p) for p in _fifths(v)] for v in (reward, length))
+    pairs = [pair for pair in zip(reward, length, strict=True) if all(map(math.isfinite, pair))]
+    rewards, lengths = zip(*pairs, strict=True)
+    if last <= first or long < 1.1 * short or len(set(rewards)) < 2 or len(set(lengths)) < 2:
+        return None
+    correlation = statistics.correlation(rewards, lengths)
+    if correlation < MIXED:
+        return None
+    return (
+        f"The reward rose from {first:.2f} to {last:.2f}, and the responses grew from {short:.0f} to {long:.0f} tokens "
+        f"with it (correlation {correlation:.2f}): PPO may have learned to write more. Compare win rates at equal "
+        "length, and look at the reward card's part on length."
+    )
+
+
+def over_optimised(
+    steps: Sequence[float], scores: Sequence[list[float]], quality: Sequence[list[float]], kept: Sequence[int] = ()
+) -> str | None:
+    """Quality fell from its peak to the end by more than chance (of paired answers, 1.96 standard errors), reward not.
+
+    Args:
+        steps, scores, quality: the held-out evaluations, the same prompts in each.
+        kept: the updates whose checkpoint is there.
+    """
+    if len(steps) < 3 or len({len(values) for values in quality}) > 1:
+        return None
+    means = [statistics.fmean(values) for values in quality]
+    peak = max(range(len(means)), key=means.__getitem__)
+    falls = [before - after for before, after in zip(quality[peak], quality[-1], strict=True)]
+    if len(falls) < 2 or statistics.fmean(falls) <= 1.96 * statistics.stdev(falls) / math.sqrt(len(falls)):
+        return None
+    then, now = statistics.fmean(scores[peak]), statistics.fmean(scores[-1])
+    if now < then:
+        return None
+    near = min(kept, key=lambda step: abs(step - steps[peak]), default=None)
+    known = (
+        "no checkpoint was kept" if near is None else f"the nearest checkpoint that was kept is ppo/checkpoint-{near}"
+    )
+    return (
+        f"Over-optimised: held-out quality fell from {means[peak]:.2f} at update {steps[peak]:.0f} to {means[-1]:.2f} "
+        f"while the reward went from {then:.2f} to {now:.2f}. Stop there ({known}), raise ppo.kl_coef, or train a "
+        "reward ensemble."
+    )
+
+
+def ratio_far(steps: Sequence[float], ratios: Sequence[float]) -> str | None:
+    """In some update the mean ratio of new to old probability was far from 1."""
+    known = [(abs(ratio - 1), step, ratio) for step, ratio in zip(steps, ratios, strict=True) if math.isfinite(ratio)]
+    if not known or max(known)[0] <= RATIO:
+        return None
+    _, step, ratio = max(known)
+    return (
+        f"The ratio of new to old probabilities was {ratio:.2f} on average in update {step:.0f}, and should stay near "
+        "1: an update moves the policy too far. Lower ppo.learning_rate or ppo.num_ppo_epochs."
+    )
+
+
+def clipped(fractions: Sequence[float]) -> str | None:
+    """Over the last fifth much of the gradient was clipped away."""
+    last = _fifths(fractions)[-1:]
+    if not last or statistics.fmean(last[0]) <= CLIPPED:
+        return None
+    return (
+        f"{statistics.fmean(last[0]):.0%} of the tokens were clipped over the last fifth of the updates: much of each "
+        "rollout was not learned from. Lower ppo.learning_rate or ppo.num_ppo_epochs."
+    )
+
+
+def unexplained(variance: Sequence[float]) -> str | None:
+    """Over the second half the critic explained little of the returns."""
+    parts = _fifths(variance)
+    if not parts:
+        return None
+    found = statistics.fmean(value for part in parts[2:] for value in part)
+    if found >= EXPLAINED:
+        return None
+    worse = ", less than a constant would" if found < 0 else ""
+    return (
+        f"The critic explained {found:.0%} of the returns' variance{worse} over the last three fifths of the updates, "
+        "so advantages are noisy. Raise ppo.critic_learning_rate or ppo.critic_warmup_steps, or do without a critic "
+        "(ppo.advantage_estimator=rloo)."
+    )
+
+
+def endless(shares: Sequence[float]) -> str | None:
+    """Over the last fifth many responses did not end."""
+    last = _fifths(shares)[-1:]
+    if not last or statistics.fmean(last[0]) <= ENDLESS:
+        return None
+    return (
+        f"{statistics.fmean(last[0]):.0%} of the responses were cut off before they ended over the last fifth of the "
+        "updates, and the reward scored a torn text. Raise ppo.response_length or ppo.missing_eos_penalty."
+    )
+
+
+def entropy_collapsed(entropy: Sequence[float]) -> str | None:
+    """The entropy fell to a small part of what it was."""
+    parts = _fifths(entropy)
+    if not parts:
+        return None
+    first, last = statistics.fmean(parts[0]), statistics.fmean(parts[-1])
+    if last >= COLLAPSED * first:
+        return None
+    return (
+        f"The entropy fell from {first:.2f} to {last:.2f} nats a token: the policy says nearly the same each time, and "
+        "can explore no more. Raise ppo.kl_coef or lower ppo.learning_rate."
+    )
+
+
+def uncertain(win: dict[str, Any]) -> str | None:
+    """The interval of a win rate holds one half, or is wide."""
+    low, high, prompts = win["low"], win["high"], win["prompts"]
+    if (high - low) / 2 <= WIDE and not low <= 0.5 <= high:
+        return None
+    chance = "; it could be chance" if low <= 0.5 <= high else ""
+    return (
+        f"The win rate is known only to {low:.0%} to {high:.0%}, from {prompts:,} prompts{chance}. Hold out more: "
+        "ppo.heldout, ppo.heldout_limit, or more prompts in `rlhf-recipes evaluate`."
+    )
