@@ -92,7 +92,7 @@ def run(
     """Run every variant in a folder inside `run_dir`, and return their summaries as `{"variants": {name: summary}}`.
 
     Run again, it goes on; variants that were added since run too. Where all variants have held-out curves of reward and
-    quality, it also writes what `evaluate.overoptimization` makes of them.
+    quality, it also writes what `evaluate.overoptimization` makes of them; `report.html` compares all variants.
 
     Args:
         jobs: with more than 1 each variant runs in a process of its own, its output in `log.txt` of its folder, and
@@ -103,7 +103,7 @@ def run(
     from rich.console import Console
     from rich.text import Text
 
-    from . import summary
+    from . import report, summary
     from .evaluate import overoptimization
 
     if jobs < 1:
@@ -128,8 +128,10 @@ def run(
         sweep.console.print(summary.models_table(last, "variant"))
     written = overoptimization.of_sweep(sweep.variants, run_dir)
     also = "" if written is None else f"; reward and quality over KL: {written}"
+    page = report.write([run_dir], run_dir / "report.html")
     minutes = sum(sweep.seconds(name) for name in found) / 60
-    sweep.console.print(Text(f"{len(found)} variants, {minutes:.1f} minutes in all{also}. Run folder: {run_dir}"))
+    ending = f"{len(found)} variants, {minutes:.1f} minutes in all{also}. Run folder: {run_dir}; report: {page.name}"
+    sweep.console.print(Text(ending))
     return result
 
 

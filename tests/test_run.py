@@ -23,6 +23,7 @@ from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage, replace, run, runner
+from rlhf_recipes.folder import step
 from rlhf_recipes.model import HEAD, model_path
 
 ROOT = Path(__file__).parents[1]
@@ -701,7 +702,7 @@ def test_a_run_that_chooses_resumes_to_the_same_bytes(
         run(recipe, folder, stages=["ppo"])
         mark_running(folder, "ppo")
         for path in (folder / "ppo").glob("checkpoint-*"):
-            if folder.step(str(path)) > after:
+            if step(path.name) > after:
                 shutil.rmtree(path)
     shutil.rmtree(folder / "ppo" / "policy")
     run(recipe, folder)
