@@ -3,10 +3,11 @@
     rlhf-recipes run overoptimization --jobs 2
 
 Gold is known here, so that the reward model's over-optimisation shows: without a KL penalty PPO first raises gold
-with the reward, and then the reward alone. The variants differ from `labels-1000` in one thing each, with two seeds:
-the comparisons that the reward model is trained on, PPO's KL coefficient, and the size of an ensemble of which the
-lowest score counts. All are compared at equal sqrt(KL) in RUN/overoptimization.png, with the fits of
-R(d) = d (alpha - beta log d).
+with the reward, and then the reward alone. The variants differ in the comparisons that the reward model is trained on,
+in PPO's KL coefficient, and, with a small one, in the size of an ensemble of which the lowest score counts; two seeds
+each. All are compared at equal sqrt(KL) in RUN/overoptimization.png, with the fits of R(d) = d (alpha - beta log d).
+
+Hardware: 2 idle CPU cores, 23 minutes.
 
 Sources: [G] Gao, Schulman and Hilton, arXiv:2210.10760. [C] Coste et al., arXiv:2310.02743. [T] tuned on this world.
 [M] speed; no result.
@@ -22,8 +23,8 @@ ONE_CHANGE: dict[str, dict[str, Any]] = {
     "labels-4000": {"reward": {"limit": 4000}},
     "kl-0.02": {"ppo": {"kl_coef": 0.02}},
     "kl-0.1": {"ppo": {"kl_coef": 0.1}},
-    "ensemble-2": {"reward": {"ensemble_size": 2}},
-    "ensemble-4": {"reward": {"ensemble_size": 4}},
+    "ensemble-2": {"reward": {"ensemble_size": 2}, "ppo": {"kl_coef": 0.02}},  # without a penalty they do nothing here
+    "ensemble-4": {"reward": {"ensemble_size": 4}, "ppo": {"kl_coef": 0.02}},
 }
 
 recipe = replace(

@@ -94,4 +94,7 @@ def test_read_a_run(place: Path) -> None:
     cells, text = executed("4_read_a_run", place)
     assert pictures(cells) == 2
     assert "True" in text, "a best checkpoint is marked"
-    assert {"notebook-1", "notebook-4"} <= {path.name for path in (place / "runs").iterdir()}
+    assert {"notebook-1", "notebook-4", "notebook-4.html"} <= {path.name for path in (place / "runs").iterdir()}
+    evaluation = json.loads((place / "runs/notebook-4/evaluation/evaluation.json").read_text())
+    assert {"sft", "ppo/checkpoint-4"} <= evaluation["models"].keys(), "checkpoints are compared"
+    assert any("notebook-1" in name for name in evaluation["models"]), "and another run's policy"
