@@ -175,6 +175,7 @@ def test_variants_run_at_once_in_processes_of_their_own(
     printed = capsys.readouterr().out
     assert "free: sft done" in printed or "bound: sft done" in printed
     assert re.search(r"2 variants, .* minutes in all; reward and quality over KL", " ".join(printed.split()))
+    assert "2 runs compared" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for name in two.variants:
         assert same(tmp_path / "run" / name / "ppo" / "policy", finished / name / "ppo" / "policy")
         assert "Run folder" in (tmp_path / "run" / name / "log.txt").read_text()
