@@ -17,7 +17,7 @@ from tiny_models import save_model
 from rlhf_recipes import Recipe, Source, replace, run
 from rlhf_recipes.cli import main_cli
 from rlhf_recipes.evaluate import behaviour, verdict, wins
-from rlhf_recipes.evaluate.evaluation import Settings, evaluate
+from rlhf_recipes.evaluate.evaluation import Settings, _unseen, evaluate
 from rlhf_recipes.evaluate.models import Answer, Bench, Cache, find
 from rlhf_recipes.folder import models
 from rlhf_recipes.model import SharedBase, load_base, load_tokenizer
@@ -159,7 +159,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         rounds=None,
         gold=f"{__file__}:words",
         ptx=Source(str(write(folder / "texts.jsonl", texts)), heldout=0.2),
-        reward={"judge_share": 0.4},
+        sft={"heldout": 0.3},
+        reward={"judge_share": 0.4, "heldout": 0.3},
         ppo={"heldout": 0.3},
     )
 
@@ -223,6 +224,16 @@ def test_prompts_are_those_that_training_held_out(recipe: Recipe, finished: Path
     assert recipe.ppo is not None
     prepared = prepare("ppo", recipe.ppo, load_tokenizer(recipe.base), 200, recipe.seed)
     assert {row["prompt"] for row in answers_of(finished)} == set(prepared.heldout["prompt"])
+
+
+def test_prompts_that_another_stage_was_trained_on_are_left_out(recipe: Recipe, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{word} w9", "completion": " w5"} for word in WORDS]
+    source = str(write(tmp_path / "demonstrations.jsonl", rows[:40]))
+    fresh, said = _unseen(rows, replace(recipe, sft={"data": source, "heldout": 0.0}, reward=None))
+    assert fresh == rows[40:] and said[0].startswith("40 of the 60 prompts") and "heldout, 0.3" in said[0]
+    fresh, said = _unseen(rows[:40], replace(recipe, sft={"data": source, "heldout": 0.0}, reward=None))
+    assert len(fresh) == 40 and "on all prompts" in said[0], "there are no others"
+    assert _unseen(rows, replace(recipe, sft={"data": source, "heldout": 0.3}, reward=None)) == (rows, [])
 
 
 def test_perplexity_is_the_models_own(recipe: Recipe, finished: Path, evaluated: dict[str, Any]) -> None:

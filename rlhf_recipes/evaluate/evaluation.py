@@ -119,7 +119,7 @@ def plan(run_dir: Path, recipe: Recipe, tokenizer: Any, settings: Settings) -> P
     length = settings.response_length or getattr(config, "response_length", 256)
     room = model.longest_row(recipe.base, None, length, "--response-length")
     if settings.prompts is None:
-        rows, said = _warned(held_out["prompts"].heldout.to_list(), recipe)
+        rows, said = _unseen(held_out["prompts"].heldout.to_list(), recipe)
     else:
         rows, said = _prompts(settings.prompts, recipe, tokenizer, room)
     if room is not None and any(len(row["prompt_ids"]) > room for row in rows):
@@ -177,18 +177,19 @@ def _seen(recipe: Recipe, below: float = 1.0) -> tuple[set[int], list[str]]:
     return seen, []
 
 
-def _warned(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[str]]:
-    """The prompts that the policy's stage held out, and how many of them another stage was trained on."""
+def _unseen(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[str]]:
+    """What the policy's stage held out and no other was trained on, and what there is to say of the other prompts."""
     of_policy = recipe.ppo or recipe.dpo or recipe.sft
     assert of_policy is not None
     seen, said = _seen(recipe, of_policy.heldout)
-    known = sum(data.prompt_hash(row["prompt"], recipe.seed) in seen for row in rows)
-    if known:
-        said.append(
-            f"{known:,} of the {len(rows):,} prompts that the policy's stage held out were in the training of another: "
-            f"give all stages the same heldout, {of_policy.heldout}."
-        )
-    return rows, said
+    fresh = [row for row in rows if data.prompt_hash(row["prompt"], recipe.seed) not in seen]
+    remedy = f"Give all stages the same heldout, {of_policy.heldout}."
+    if not fresh:
+        return rows, [*said, f"Another stage was trained on all prompts that the policy's held out. {remedy}"]
+    if len(fresh) < len(rows):
+        number = f"{len(rows) - len(fresh):,} of the {len(rows):,} prompts that the policy's stage held out"
+        said.append(f"{number} were left out: another stage was trained on them. {remedy}")
+    return fresh, said
 
 
 def _prompts(source: str, recipe: Recipe, tokenizer: Any, longest: int | None) -> tuple[list[Row], list[str]]:
