@@ -163,6 +163,8 @@ def test_quality_that_falls_while_the_reward_rises_is_over_optimisation() -> Non
     assert found is not None and "from 3.00 at update 20 to 1.17" in found and "from 1.00 to 2.00" in found
     assert "ppo/checkpoint-30" in found
     assert "no checkpoint was kept" in str(warnings.over_optimised([0, 20, 40], scores, quality))
+    found = warnings.over_optimised([0, 20, 40], scores, [quality[1], quality[0], quality[2]], kept=[40])
+    assert found is not None and "No update was better than the SFT model" in found
     # Falls of 2, -2 and 1.5 have a mean of 0.5 and a standard error of 1.3.
     assert warnings.over_optimised([0, 20, 40], scores, [*quality[:2], [1.0, 5.0, 1.5]]) is None
     assert warnings.over_optimised([0, 20, 40], scores[::-1], quality) is None, "the reward fell too"
@@ -295,17 +297,30 @@ def test_runs_are_compared_and_what_they_share_is_there_once(tmp_path: Path) -> 
     page = (tmp_path / "one" / "report.html").read_text(encoding="utf-8")
     assert "2 runs compared" in page and "one/run" in page and "two/run" in page
     found = {section.id: section.blocks for section in sections(gather.gather([first, second]))}
-    (differ,) = [block for block in found["what"] if getattr(block, "title", "") == "Where their settings differ"]
-    assert [(line.label, line.cells) for line in differ.rows] == [("ppo.kl_coef", ["0.1", "0.02"])]
+
+    def differ(*runs: Path) -> list[tuple[str, list[str]]]:
+        blocks = next(section.blocks for section in sections(gather.gather(runs)) if section.id == "what")
+        titled = [block for block in blocks if getattr(block, "title", "") == "Where their settings differ"]
+        return [(line.label, line.cells) for block in titled for line in block.rows]
+
+    assert differ(first, second) == [("ppo.kl_coef", ["0.1", "0.02"])]
     wins, means = found["results"]
     assert [row.label for row in wins.rows] == ["PPO against SFT"] * 2, "both have the same rates, by gold and reward"
     assert [line.label for line in means.rows] == ["base", "SFT", "PPO"]
     names = [f"{run}: {model}" for run in ("one/run", "two/run") for model in ("base", "SFT", "PPO")]
     assert found["answers"][0].data["models"] == names, "their answers differ"
+    without = write_run(tmp_path / "four" / "run", replace(load("tiny"), tracker="none", ppo=None))
+    assert differ(first, without) == [("ppo", ["set", "None"])], "not each of its options"
     same = page_of(first, write_run(tmp_path / "three" / "run"))
     assert "Their settings are the same." in same
     models = json.loads(re.findall(r'id="answers-data">(.*?)</script>', same)[0])["models"]
     assert models == ["base", "SFT", "PPO"], "all answers are the same"
+
+
+def test_models_are_called_by_their_stages() -> None:
+    names = ["base", "ppo", "round-2/ppo", "ppo/checkpoint-40", "runs/ppo/other:dpo"]
+    titles = ["base", "PPO", "round-2/PPO", "PPO/checkpoint-40", "runs/ppo/other:DPO"]
+    assert [gather.title_of(name) for name in names] == titles
 
 
 def test_what_only_some_runs_share_names_them(tmp_path: Path) -> None:

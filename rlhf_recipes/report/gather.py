@@ -175,8 +175,9 @@ def _answer(row: Row, name: str) -> Row:
 
 
 def title_of(model: str) -> str:
-    """A model's name as the page says it."""
-    return model if model == "base" else model.upper() if "/" not in model else model.replace("ppo", "PPO")
+    """A model's name as the page says it: `runs/other:ppo/checkpoint-40` is runs/other:PPO/checkpoint-40."""
+    folder, colon, name = model.rpartition(":")
+    return folder + colon + "/".join(TITLES.get(part, part) for part in name.split("/"))
 
 
 def wins(run: Run) -> list[Row]:

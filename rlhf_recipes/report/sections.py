@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..recipe import STAGES, Recipe, load, names, parse_overrides, replace, settings
+from ..recipe import SECTIONS, STAGES, Recipe, load, names, parse_overrides, replace, settings
 from . import charts
 from .blocks import (
     Answers,
@@ -114,7 +114,7 @@ def what_was_run(runs: Sequence[Run]) -> Iterator[Any]:
         return
     rows = [Line(run.name, [_command(run), _where(run)], index) for index, run in enumerate(runs)]
     yield Table(["run", "command", "folder"], rows)
-    lines = [dict(line.split("=", 1) for line in settings(run.recipe)) for run in runs]
+    lines = _settings(runs)
     keys = dict.fromkeys(chain.from_iterable(lines))
     differ = [key for key in keys if len({of.get(key) for of in lines}) > 1 and key != "name"]
     if differ:
@@ -124,6 +124,17 @@ def what_was_run(runs: Sequence[Run]) -> Iterator[Any]:
         yield Words("Their settings are the same.")
     yield _data(runs)
     yield _versions(runs)
+
+
+def _settings(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The settings of each run; of a section that not all have, only whether it is there."""
+    lines = [dict(line.split("=", 1) for line in settings(run.recipe)) for run in runs]
+    for section in SECTIONS:
+        if any(section in of for of in lines):
+            lines = [{key: value for key, value in of.items() if not key.startswith(f"{section}.")} for of in lines]
+            for of in lines:
+                of.setdefault(section, "set")
+    return lines
 
 
 def _how(run: Run) -> Iterator[Any]:

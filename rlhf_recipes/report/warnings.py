@@ -130,13 +130,15 @@ def over_optimised(
     if now < then:
         return None
     near = min(kept, key=lambda step: abs(step - steps[peak]), default=None)
-    known = (
-        "no checkpoint was kept" if near is None else f"the nearest checkpoint that was kept is ppo/checkpoint-{near}"
-    )
+    if steps[peak] == 0:
+        known = "No update was better than the SFT model: raise"
+    elif near is None:
+        known = "Stop there (no checkpoint was kept), raise"
+    else:
+        known = f"Stop there (the nearest checkpoint that was kept is ppo/checkpoint-{near}), raise"
     return (
         f"Over-optimised: held-out quality fell from {means[peak]:.2f} at update {steps[peak]:.0f} to {means[-1]:.2f} "
-        f"while the reward went from {then:.2f} to {now:.2f}. Stop there ({known}), raise ppo.kl_coef, or train a "
-        "reward ensemble."
+        f"while the reward went from {then:.2f} to {now:.2f}. {known} ppo.kl_coef, or train a reward ensemble."
     )
 
 
