@@ -410,6 +410,8 @@ def test_the_checkpoint_to_ship_wins_most_by_quality_and_never_by_the_reward() -
     assert "intervals are apart" in chosen["words"]
     close = verdict.best(result([0.5, 0.6, 0.58], [0.5, 0.8, 0.9]))
     assert close is not None and "may be chance" in close["words"]
+    worse = verdict.best(result([0.5, 0.48, 0.3], [0.5, 0.8, 0.9]))
+    assert worse is not None and worse["words"].startswith("None beats sft. ppo/checkpoint-10 comes nearest: by gold")
     found["judges"] = {"reward": "r"}
     assert verdict.best(found) is None, "what PPO was trained against says nothing of quality"
 

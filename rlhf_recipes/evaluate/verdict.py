@@ -40,7 +40,7 @@ def policies(result: Result) -> list[str]:
 
 
 def best(result: Result, asked: Sequence[str] = ()) -> dict[str, str] | None:
-    """Which of the policies to ship: the one that wins most by the most trusted judge. None without one."""
+    """Which of the policies to ship, if any: the one that wins most by the most trusted judge. None without one."""
     candidates = policies(result)
     for judge in quality_judges(result, asked):
         against = result["against"][0]
@@ -50,7 +50,9 @@ def best(result: Result, asked: Sequence[str] = ()) -> dict[str, str] | None:
             continue
         last = list(rates)[-1]
         name = max(reversed(rates), key=lambda model: rates[model]["rate"])  # the later of two that win alike
-        words = f"{name} is the one to ship: by {judge} it wins {percent(rates[name])} of the prompts against {against}"
+        found = f"by {judge} it wins {percent(rates[name])} of the prompts against {against}"
+        better = rates[name]["rate"] > 0.5
+        words = f"{name} is the one to ship: {found}" if better else f"None beats {against}. {name} comes nearest: {found}"
         if name != last:
             apart = rates[name]["low"] > rates[last]["high"]
             words += f", and {last}, the last, {percent(rates[last])}. The two intervals "
