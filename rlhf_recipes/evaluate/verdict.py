@@ -51,8 +51,9 @@ def best(result: Result, asked: Sequence[str] = ()) -> dict[str, str] | None:
         last = list(rates)[-1]
         name = max(reversed(rates), key=lambda model: rates[model]["rate"])  # the later of two that win alike
         found = f"by {judge} it wins {percent(rates[name])} of the prompts against {against}"
-        better = rates[name]["rate"] > 0.5
-        words = f"{name} is the one to ship: {found}" if better else f"None beats {against}. {name} comes nearest: {found}"
+        beats = rates[name]["rate"] > 0.5
+        words = f"{name} is the one to ship" if beats else f"None beats {against}. {name} comes nearest"
+        words += f": {found}"
         if name != last:
             apart = rates[name]["low"] > rates[last]["high"]
             words += f", and {last}, the last, {percent(rates[last])}. The two intervals "
