@@ -323,6 +323,16 @@ def test_models_are_called_by_their_stages() -> None:
     assert [gather.title_of(name) for name in names] == titles
 
 
+def test_the_figure_of_a_sweep_is_in_its_report_and_in_no_other(tmp_path: Path) -> None:
+    for name in ("free", "bound"):
+        write_run(tmp_path / "sweep" / name)
+    alone = write_run(tmp_path / "alone")
+    (tmp_path / "sweep" / "overoptimization.svg").write_bytes(b"<svg></svg>")
+    link = "data:image/svg+xml;base64,PHN2Zz48L3N2Zz4="
+    assert page_of(tmp_path / "sweep").count(link) == page_of(tmp_path / "sweep", alone).count(link) == 1
+    assert link not in page_of(alone) and link not in page_of(tmp_path / "sweep" / "free")
+
+
 def test_what_only_some_runs_share_names_them(tmp_path: Path) -> None:
     runs = gather.gather([write_run(tmp_path / name) for name in "abc"])
     found = [(0, "x", 1), (1, "x", 1), (2, "x", 2), (0, "y", 3), (1, "y", 3), (2, "y", 3), (2, "y", 3)]

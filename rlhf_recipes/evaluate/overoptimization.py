@@ -22,6 +22,7 @@ from ..recipe import Recipe, to_dict
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FORM = "R(d) = d (alpha - beta log d), d = sqrt(KL in nats)"
 QUALITY = ("gold", "judge")  # what measures true quality, the better one first
 JOINED = ("name", "seed", "tracker", "variants")  # settings in which runs may differ and share a line
 
@@ -194,7 +195,7 @@ def write(recipes: Mapping[str, Recipe], curves: Mapping[str, Curve], folder: Pa
     write_json(
         folder / "overoptimization.json",
         {
-            "form": "R(d) = d (alpha - beta log d), d = sqrt(KL in nats)",
+            "form": FORM,
             "unit": "standard deviations of the SFT model's scores, above their mean",
             "quality": judges,
             "curves": {name: asdict(curve) for name, curve in curves.items()},

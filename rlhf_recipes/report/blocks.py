@@ -1,5 +1,6 @@
 """What a section of the page is made of, and how numbers are written in it."""
 
+import base64
 import math
 import re
 from dataclasses import dataclass
@@ -53,6 +54,18 @@ class Grid:
     charts: list[Chart]
     legend: list[tuple[str, int, str]]  # of all of them: label, colour, style
     kind: ClassVar = "grid"
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    svg: bytes
+    kind: ClassVar = "picture"
+
+    @property
+    def link(self) -> str:
+        """The picture itself, as what a page can show: an image, in which no script runs."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
 class Interval(NamedTuple):

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..evaluate import overoptimization
 from ..recipe import SECTIONS, STAGES, Recipe, load, names, parse_overrides, replace, settings
 from . import charts
 from .blocks import (
@@ -18,6 +19,7 @@ from .blocks import (
     Interval,
     Intervals,
     Line,
+    Picture,
     Section,
     Table,
     Words,
@@ -422,6 +424,9 @@ def over_optimisation(runs: Sequence[Run]) -> Iterator[Any]:
             words += " Where the reward, which PPO trains against, goes on rising and quality falls, it is being gamed."
         yield Words(f"{words} Numbers at points are updates." if any(curve.numbers for curve in proxy) else words)
     yield from _grid(drawn, runs)
+    of_sweeps = dict.fromkeys(run.folder.parent / "overoptimization.svg" for run in runs) if len(runs) > 1 else {}
+    for path in filter(Path.is_file, of_sweeps):
+        yield Picture(f"Relative to the SFT model, with the fits of {overoptimization.FORM}", path.read_bytes())
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
