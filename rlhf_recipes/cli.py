@@ -89,7 +89,9 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--model", metavar="NAME", help="base, sft, ppo or dpo (default: the last that the run has)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="base, sft, ppo, ppo/checkpoint-40, dpo (default: the last that the run has)"
+    )
     parser.add_argument("--compare", metavar="NAME", help="another that answers beside it (default: none)")
     parser.add_argument("--system", metavar="TEXT", help="a system message (default: none)")
     parser.add_argument(
