@@ -273,13 +273,12 @@ def test_running_again_skips_what_is_finished(recipe: Recipe, finished: tuple[Pa
     folder, summary = finished
 
     def stamps() -> dict[Path, int]:
-        return {
-            path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"
-        }
+        trained = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".html"))
+        return {path: path.stat().st_mtime_ns for path in trained}
 
-    before = stamps()
+    before, page = stamps(), (folder / "report.html").read_bytes()
     assert run(recipe, folder) == summary
-    assert stamps() == before
+    assert stamps() == before and (folder / "report.html").read_bytes() == page
 
 
 def test_a_changed_recipe_is_refused_in_an_old_folder(recipe: Recipe, copied: Path) -> None:
