@@ -39,6 +39,10 @@ FINGERPRINT = "base.json"  # beside each saved adapter
 BIAS = "score_bias.json"  # beside a reward adapter: what is added to its score (see `reward`)
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
 
+# cuDNN's attention, torch's first choice on Hopper, makes a plan for each new length: 17 ms each on an H200. Every
+# token of decoding is a new length, and nearly every batch of training.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def device() -> torch.device:
     """The device of this run: the first GPU, else the CPU."""

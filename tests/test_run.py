@@ -401,11 +401,18 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def first_checkpoint(stage_dir: Path, running: Callable[[], bool]) -> Path:
     """Wait for the stage's first checkpoint."""
     deadline = time.monotonic() + 120
-    while not (found := list(stage_dir.glob("checkpoint-*/trainer_state.json"))):
+    while not (found := [path for path in stage_dir.glob("checkpoint-*/trainer_state.json") if whole_json(path)]):
         assert running(), f"the run ended before {stage_dir} had a checkpoint"
         assert time.monotonic() < deadline, f"no checkpoint in {stage_dir}"
         time.sleep(0.003)
     return found[0].parent
+
+
+def whole_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text()))
+    except ValueError:  # it is being written
+        return False
 
 
 @pytest.fixture(scope="module")

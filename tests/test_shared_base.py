@@ -388,6 +388,10 @@ def test_under_checkpointing_a_backward_outside_its_role_is_wrong_and_raises_not
     assert relative_error(gradients(shared, "policy"), expected) > 0.5
 
 
+def test_attention_on_a_gpu_makes_no_plan_for_each_new_length() -> None:
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_eval_forwards_leave_the_gradients_of_a_4bit_base_as_they_were(setups: Callable[..., Setup]) -> None:
     setup = setups("llama", "nf4")
     shared = setup.shared()

@@ -8,6 +8,8 @@ LoRA r16 on all linear layers, four roles, 512 prompt and 512 response tokens (n
 update in 4 mini-batches, one PPO epoch (`update` takes as many times its seconds as there are epochs), gradient
 checkpointing, the process capped at 24 GiB. Every shape is a process of its own, which warms up on short rows and then
 makes one update; one that fails is a line of the table. On a CPU memory is metered byte by byte, which takes time.
+`--decoded=N` samples only the last N tokens of each response, behind random ones, and scales the seconds to all: the
+peaks are the same, since the cache has its full size, and the attention of each token is that of the last.
 
 The limits are measured on the spot. Decoding must move, for each token of a batch, the 4-bit weights, the head, the
 policy's adapter and the keys and values so far, at the speed of a copy; the second figure adds the weights' 16-bit
@@ -32,6 +34,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 TRL_SCRIPT = ROOT.parent / "shared" / "baselines" / "trl112_ppo.py"
@@ -133,7 +136,7 @@ def random_base(config: Any, device: Any) -> Any:
     return model.eval()
 
 
-def measure(shape: str, backend: str | None, device: str, cap: float) -> dict[str, Any]:
+def measure(shape: str, backend: str | None, device: str, cap: float, decoded: int) -> dict[str, Any]:
     """One update of a shape, after a short one: peaks and seconds of each phase, and fractions of the limits."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
@@ -141,17 +144,34 @@ def measure(shape: str, backend: str | None, device: str, cap: float) -> dict[st
     from transformers import AutoConfig
     from workload import PhasedTrainer, add_roles, endless_tokenizer, random_prompts
 
-    from rlhf_recipes import Lora, PPOConfig, SharedBase
+    from rlhf_recipes import Lora, PPOConfig, SharedBase, generation
 
     on_gpu = device == "cuda"
     if on_gpu:
         torch.cuda.set_per_process_memory_fraction(min(1, cap * GIB / torch.cuda.get_device_properties(0).total_memory))
     bandwidth, rate = copy_bandwidth(device), matrix_rate(device)  # before the memory is full
+    launch = launch_seconds(device)
     torch.manual_seed(0)
     peaks: dict[str, dict[str, float]] = {}
 
     class Switching(SharedBase):
         seconds = 0.0
+        sampling = 0.0  # seconds of the whole responses, where only their ends are sampled
+
+        def generate(self, input_ids: Any, attention_mask: Any, uniforms: Any, *rest: Any) -> Any:
+            drawn = uniforms.shape[1] - decoded if decoded else 0
+            if drawn <= 0:
+                return super().generate(input_ids, attention_mask, uniforms, *rest)
+            made = torch.randint(4, config.vocab_size, (len(input_ids), drawn), device=input_ids.device)
+            rows = torch.cat([input_ids, made], 1), torch.cat([attention_mask, torch.ones_like(made).bool()], 1)
+            # No more tokens go through the model at one time than of the prompts alone.
+            with patch.object(generation, "TOKENS_AT_ONCE", min(generation.TOKENS_AT_ONCE, input_ids.numel())):
+                first = clock(device, lambda: super(Switching, self).generate(*rows, uniforms[:, -1:], *rest), 2)
+                start = time.perf_counter()
+                found = super().generate(*rows, uniforms[:, drawn:], *rest)
+            step = (time.perf_counter() - start - first) / (decoded - 1)  # `decode` waits for each token
+            self.sampling += first * input_ids.shape[1] / rows[0].shape[1] + step * (uniforms.shape[1] - 1)
+            return torch.cat([made, found], 1)
 
         @contextmanager
         def role(self, name: str) -> Iterator[None]:
@@ -196,24 +216,27 @@ def measure(shape: str, backend: str | None, device: str, cap: float) -> dict[st
             trainer = Metered(shared, arguments, rows, endless_tokenizer(config.vocab_size))
             with measured() if not on_gpu else nullcontext(Meter()) as meter:
                 take_first_step(trainer)
-            trainer.held, shared.seconds = meter.left, 0.0
+            trainer.held, shared.seconds, shared.sampling = meter.left, 0.0, 0.0
             trainer.train()
         (found,) = [row for row in trainer.state.log_history if "time/update" in row]
         assert found["response_length"] == work["response"]
         return found
 
-    update(work | {"prompt": 16, "response": 16})
+    update(work | {"prompt": 16, "response": 16, "rollouts": work["mini_batches"] * work["train_rows"]})
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
     seconds = {name: row for name, row in update(work).items() if name.startswith("time/")}
     seconds = {name: seconds[f"time/{name}"] for name in PHASES}
+    seconds["generate"] = shared.sampling or seconds["generate"]
     total = sum(seconds.values())
     peak = max(one["allocated_gib"] for one in peaks.values())
     planned = planned_gib(shape, backend, cap if on_gpu else None)
     for phase, gib in planned.items():
         peaks[phase] = {"planned_gib": gib, **peaks[phase]}
     return {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "launch_us": launch * 1e6,
         "seconds_to_build": built,
         "seconds": seconds | {"total": total},
         "peaks": peaks,
@@ -355,6 +378,14 @@ def clock(device: str, call: Any, repeats: int = 10) -> float:
     return best
 
 
+def launch_seconds(device: str) -> float:
+    """Seconds from one operation on a single number to the next. A model of many small ones takes no less."""
+    import torch
+
+    one = torch.zeros(1, device=device)
+    return clock(device, lambda: [one.add_(1) for _ in range(1000)], 3) / 1000
+
+
 def copy_bandwidth(device: str) -> float:
     """Bytes a second, read and written, of a copy in memory."""
     import torch
@@ -431,6 +462,7 @@ def environment(device: str) -> dict[str, str]:
 def child(arguments: list[str], shape: str, device: str, cap: float, limit: float) -> dict[str, Any]:
     """Run this script on a shape in a process of its own."""
     command = [sys.executable, __file__, *arguments, f"--shapes={shape}", f"--device={device}", f"--cap={cap}"]
+    command += [argument for argument in sys.argv if argument.startswith(("--work=", "--decoded="))]
     return json_of(command, device, limit)
 
 
@@ -461,6 +493,9 @@ def show(name: str, found: dict[str, Any]) -> None:
         print(f"  {phase:32}{seconds:12.2f}" + "".join(f"{peak:15.3f}" for peak in peaks))
     for key, value in found.items():
         if not isinstance(value, dict) and value is not None:
+            if isinstance(value, str):
+                print(f"  {key:32} {value}")
+                continue
             share = key.endswith(("_limit", "_error", "_dequantized", "switching"))
             print(f"  {key:32}" + (f"{value:12.2%}" if share else f"{value:12.3f}"))
 
@@ -473,15 +508,20 @@ def main() -> None:
     parser.add_argument("--trl", help="a Python with TRL 1.12.0 and bitsandbytes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--cap", type=float, default=24.0, help="GiB that a process may take on the GPU")
+    parser.add_argument("--work", default="", help="rollouts=16,mini_batches=1: in place of the shapes' own numbers")
+    parser.add_argument("--decoded", type=int, default=0, help="see above; 2 or more")
     parser.add_argument("--seconds", type=float, default=540, help="of each process, which is ended after them")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--save", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    for name, number in (pair.split("=") for pair in given.work.split(",") if pair):
+        for shape in SHAPES.values():
+            shape["work"][name] = int(number)
     if given.save:
         print(json.dumps(save(given.shapes, given.save, given.device)))
     elif given.measure:
-        print(json.dumps(measure(given.shapes, given.backends or None, given.device, given.cap)))
+        print(json.dumps(measure(given.shapes, given.backends or None, given.device, given.cap, given.decoded)))
     if given.save or given.measure:
         return
     result: dict[str, Any] = {}
