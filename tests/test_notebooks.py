@@ -11,6 +11,13 @@ import pytest
 from rlhf_recipes.tiny import build_base
 
 NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))}
+SMALL = {
+    '"limit": 1000': '"limit": 160',
+    '"total_episodes": 2560': '"total_episodes": 256',
+    '"heldout_limit": 64': '"heldout_limit": 32',
+    '"eval_steps": 4': '"eval_steps": 1',
+    '"save_steps": 4': '"save_steps": 1',
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +36,8 @@ def executed(name: str, place: Path) -> tuple[list[Any], str]:
     assert not any(cell.outputs or cell.execution_count for cell in cells)
     small = f'replace(load("tiny"), base={{"model": {str(place / "base")!r}}}, ppo={{"response_length": 12}})'
     for cell in cells:
-        cell.source = cell.source.replace('load("tiny")', small).replace(
-            '"total_episodes": 2560', '"total_episodes": 512'
-        )
+        for full, less in {'load("tiny")': small, **SMALL}.items():
+            cell.source = cell.source.replace(full, less)
     where = {"metadata": {"path": str(place / "notebooks")}}
     nbclient.NotebookClient(notebook, timeout=300, resources=where).execute()
     outputs = [output for cell in cells for output in cell.outputs]
@@ -96,5 +102,5 @@ def test_read_a_run(place: Path) -> None:
     assert "True" in text, "a best checkpoint is marked"
     assert {"notebook-1", "notebook-4", "notebook-4.html"} <= {path.name for path in (place / "runs").iterdir()}
     evaluation = json.loads((place / "runs/notebook-4/evaluation/evaluation.json").read_text())
-    assert {"sft", "ppo/checkpoint-4"} <= evaluation["models"].keys(), "checkpoints are compared"
+    assert {"sft", "ppo/checkpoint-1"} <= evaluation["models"].keys(), "checkpoints are compared"
     assert any("notebook-1" in name for name in evaluation["models"]), "and another run's policy"
