@@ -22,7 +22,7 @@ parity: $(PARITY)/.dumped $(STAMP)  ## our PPO against TRL 1.12.0's, number by n
 	$(BIN)/pytest -q tests/parity
 	@cat $(PARITY)/report.md
 
-$(PARITY)/.dumped: $(PARITY)/.installed tests/parity/trl112.py tests/parity/scenarios.py tests/tiny_models.py
+$(PARITY)/.dumped: $(PARITY)/.installed tests/parity/trl112.py tests/parity/scenarios.py tests/support/tiny_models.py
 	$(PARITY)/bin/python tests/parity/trl112.py $(PARITY)/dump
 	@touch $@
 

@@ -20,10 +20,10 @@ from rlhf_recipes import Base, PPOStage, Recipe, Stage, main
 
 recipe = Recipe(
     name="tiny",
-    base=Base("rlhf_recipes.tiny:build_base"),
-    gold="rlhf_recipes.tiny:gold",
+    base=Base("rlhf_recipes.worlds.tiny:build_base"),
+    gold="rlhf_recipes.worlds.tiny:gold",
     sft=Stage(
-        data="rlhf_recipes.tiny:demonstrations",
+        data="rlhf_recipes.worlds.tiny:demonstrations",
         args=dict(
             learning_rate=1e-3,  # [T]
             lr_scheduler_type="cosine",  # [I]
@@ -34,7 +34,7 @@ recipe = Recipe(
         ),
     ),
     reward=Stage(
-        data="rlhf_recipes.tiny:comparisons",
+        data="rlhf_recipes.worlds.tiny:comparisons",
         heldout=0.1,
         heldout_limit=400,
         args=dict(
@@ -47,7 +47,7 @@ recipe = Recipe(
         ),
     ),
     ppo=PPOStage(
-        data="rlhf_recipes.tiny:prompts",
+        data="rlhf_recipes.worlds.tiny:prompts",
         heldout=0.1,
         args=dict(
             total_episodes=7_680,  # [T]: 60 updates

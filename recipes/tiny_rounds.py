@@ -26,7 +26,7 @@ recipe = replace(
         "eval_steps": 10,
     },
     rounds={
-        "labeler": "rlhf_recipes.tiny:labeler",
+        "labeler": "rlhf_recipes.worlds.tiny:labeler",
         "count": 3,
         "size": 600,  # in each round as many labels as the first has
         "responses": 2,

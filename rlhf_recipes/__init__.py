@@ -2,16 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Base, DPOStage, Lora, PPOStage, Recipe, Rounds, Source, Stage, load, replace
+from .recipe.lookup import load
+from .recipe.overrides import replace
+from .recipe.values import Base, DPOStage, Lora, PPOStage, Recipe, Rounds, Source, Stage
 
 if TYPE_CHECKING:
-    from .cli import main
-    from .config import PPOConfig
-    from .model import SharedBase
-    from .ppo import PPOTrainer
-    from .runner import run
+    from .cli.run import main
+    from .model.shared import SharedBase
+    from .pipeline.run import run
+    from .stages.options import PPOConfig
+    from .stages.ppo.trainer import PPOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Base",
     "DPOStage",
@@ -31,7 +33,13 @@ __all__ = [
 ]
 
 # Imported on first use: a recipe file must load in milliseconds, and these import torch and trl.
-_LAZY = {"main": "cli", "run": "runner", "SharedBase": "model", "PPOConfig": "config", "PPOTrainer": "ppo"}
+_LAZY = {
+    "main": "cli.run",
+    "run": "pipeline.run",
+    "SharedBase": "model.shared",
+    "PPOConfig": "stages.options",
+    "PPOTrainer": "stages.ppo.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

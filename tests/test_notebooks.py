@@ -8,7 +8,7 @@ import nbclient
 import nbformat
 import pytest
 
-from rlhf_recipes.tiny import build_base
+from rlhf_recipes.worlds.tiny import build_base
 
 NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))}
 SMALL = {

@@ -8,15 +8,17 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
-from .. import reward
-from ..chat import tokenize_pair
-from ..feedback import client, judge
+from ..data.tokens import tokenize_pair
+from ..feedback.client import ModelSettings, connect
+from ..feedback.judge import JudgeSettings, judge_samples
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
-from ..files import read_rows
-from ..folder import newest_first
-from ..recipe import Recipe, function, is_function
-from ..rewards import ExternalRewardModel, RewardFunc, aggregate, call_reward_func
+from ..recipe.lookup import function, is_function
+from ..recipe.values import Recipe
+from ..records.files import read_rows
+from ..records.folder import newest_round_first
+from ..stages.reward.adapters import JUDGE, PROBES, judge_folder, member_folders
+from ..stages.scores import ExternalRewardModel, RewardFunc, aggregate_ensemble, call_reward_func
 from .models import Answer, Bench, adapter_digest, digest
 
 PROXY = "reward"  # what PPO was trained against, so that it says nothing of quality
@@ -27,7 +29,7 @@ class Asking:
     """How a model that is asked is reached, what it is asked, and what that may cost."""
 
     reach: Mapping[str, Any]  # arguments of `client.Settings` beside the model
-    question: judge.Settings
+    question: JudgeSettings
     prices: Prices
     parallel: int = 8
 
@@ -47,17 +49,17 @@ class Judge:
         return ExternalRewardModel(self.source) if self.kind == "classifier" else function(self.source)
 
 
-def find(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judge:
+def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judge:
     """The judge of a name. Raises ValueError, before anything is loaded, where there is none."""
     if name == "gold":
         if recipe.gold is None:
             raise ValueError(f"--judge gold: the recipe of {run_dir} knows no true quality (it has no `gold`).")
         function(recipe.gold)
         return Judge(name, "function", recipe.gold, source=recipe.gold)
-    if name in (PROXY, reward.JUDGE):
+    if name in (PROXY, JUDGE):
         folders = reward_folders(run_dir, name)
         if not folders:
-            needs = " (set reward.judge_share)" if name == reward.JUDGE else ""
+            needs = " (set reward.judge_share)" if name == JUDGE else ""
             raise ValueError(f"--judge {name}: {run_dir} has no finished reward model of that name{needs}.")
         return _of_adapters(name, folders)
     if is_function(name):
@@ -65,12 +67,12 @@ def find(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judge:
         return Judge(name, "function", name, source=name)
     path = Path(name)
     if (path / "adapter_config.json").is_file():
-        if not (path / reward.PROBES).is_file():
+        if not (path / PROBES).is_file():
             raise ValueError(f"--judge {name}: it is an adapter, but no finished reward model of this package.")
         return _of_adapters(name, [path])
-    if client.Settings(name).is_endpoint:
-        client.connect(client.Settings(name, **asking.reach))  # it answers, and there is a key
-    if client.Settings(name).is_endpoint or (path / "recipe.json").is_file() or not _is_classifier(name):
+    if ModelSettings(name).is_endpoint:
+        connect(ModelSettings(name, **asking.reach))  # it answers, and there is a key
+    if ModelSettings(name).is_endpoint or (path / "recipe.json").is_file() or not _is_classifier(name):
         told = [asking.question.principles, asking.question.template, asking.question.max_tokens, asking.question.seed]
         return Judge(name, "pairs", digest(name, dict(asking.reach), repr(told)), source=name)
     return Judge(name, "classifier", name, source=name)
@@ -78,10 +80,10 @@ def find(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judge:
 
 def reward_folders(run_dir: Path, name: str) -> list[Path]:
     """The finished adapters of a run's `reward` or `judge`, of its newest round that has them; none, if none has."""
-    of = reward.members if name == PROXY else reward.judge
-    for folder in newest_first(run_dir):
+    of = member_folders if name == PROXY else judge_folder
+    for folder in newest_round_first(run_dir):
         found = [*of(folder).values()]
-        if found and all((path / reward.PROBES).is_file() for path in found):
+        if found and all((path / PROBES).is_file() for path in found):
             return found
     return []
 
@@ -104,9 +106,6 @@ def _is_classifier(name: str) -> bool:
     return classifies
 
 
-# --- Scores of single answers -----------------------------------------------------------------------------------------
-
-
 def adapter_scores(
     of: Judge, bench: Bench, rows: Sequence[Row], answers: Sequence[Answer], ensemble: tuple[str, float]
 ) -> list[float]:
@@ -114,11 +113,11 @@ def adapter_scores(
 
     Args:
         rows: the prompts; `prompt_ids` are of the bench's tokenizer.
-        ensemble: how the scores of several adapters make one, as `rewards.aggregate` takes it.
+        ensemble: how the scores of several adapters make one, as `aggregate_ensemble` takes it.
     """
     tokens = [_tokens(bench, rows[answer.row], answer) for answer in answers]
     members = torch.tensor([bench.scores(folder, tokens) for folder in of.folders])  # (M, answers)
-    return aggregate(members, *ensemble).tolist()
+    return aggregate_ensemble(members, *ensemble).tolist()
 
 
 def _tokens(bench: Bench, row: Row, answer: Answer) -> list[int]:
@@ -140,8 +139,6 @@ def function_scores(score: RewardFunc, rows: Sequence[Row], answers: Sequence[An
     return call_reward_func(score, asked, ids, [answer.text for answer in answers], None).tolist()
 
 
-# --- Two answers at a time --------------------------------------------------------------------------------------------
-
 Pair = tuple[Answer, Answer]
 
 
@@ -150,12 +147,12 @@ def labels_file(folder: Path, identity: str) -> Path:
     return folder / f"judged-{identity}.jsonl"
 
 
-def ask(of: Judge, folder: Path, rows: Sequence[Row], pairs: Sequence[Pair], asking: Asking) -> dict[str, Any]:
-    """Have a model compare pairs of answers, those that it has not compared before. Returns what `judge.judge` does."""
+def ask_judge(of: Judge, folder: Path, rows: Sequence[Row], pairs: Sequence[Pair], asking: Asking) -> dict[str, Any]:
+    """Have a model compare pairs of answers, those that it has not compared before. Returns as `judge_samples`."""
     samples = {sample["id"]: sample for sample in (_sample(rows, pair) for pair in pairs)}
-    connected = client.connect(client.Settings(of.source, **asking.reach))
+    connected = connect(ModelSettings(of.source, **asking.reach))
     out = labels_file(folder, of.identity)
-    return judge.judge(list(samples.values()), out, connected, asking.question, asking.prices, asking.parallel)
+    return judge_samples(list(samples.values()), out, connected, asking.question, asking.prices, asking.parallel)
 
 
 def _sample(rows: Sequence[Row], pair: Pair) -> Row:

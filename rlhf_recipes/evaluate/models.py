@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import model, reward
-from ..files import Journal
-from ..folder import adapter
-from ..model import SharedBase
-from ..recipe import Recipe, of_run
-from ..rollout import Sampler
+from ..model.base import fingerprint, load_base, load_tokenizer
+from ..model.sampler import Sampler
+from ..model.shared import BIAS, SharedBase
+from ..recipe.values import Recipe
+from ..records.files import Journal
+from ..records.folder import adapter_folder, read_recipe
+from ..stages.reward.adapters import check_probes, score_rows
 
 MODEL = "measured"  # the role of the model, or of the reward model, that is measured now
 
@@ -35,7 +36,7 @@ def digest(*parts: Any) -> str:
 def adapter_digest(folder: Path) -> str:
     """A hash of a saved adapter: its weights, and the bias of a reward model."""
     found = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors", model.BIAS):
+    for name in ("adapter_config.json", "adapter_model.safetensors", BIAS):
         if (folder / name).is_file():
             found.update((folder / name).read_bytes())
     return found.hexdigest()[:32]
@@ -70,7 +71,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Model:
+class NamedModel:
     """A model that is measured: an adapter of a run, or the run's bare base."""
 
     name: str  # as it was asked for
@@ -83,16 +84,16 @@ class Model:
         return None if self.folder is None else adapter_digest(self.folder)
 
 
-def find(run_dir: Path, recipe: Recipe, name: str) -> Model:
-    """The model of a name: of the run as `folder.adapter` knows it, or `PATH/TO/RUN:NAME`.
+def find_model(run_dir: Path, recipe: Recipe, name: str) -> NamedModel:
+    """The model of a name: of the run as `adapter_folder` knows it, or `PATH/TO/RUN:NAME`.
 
     Raises ValueError where there is none.
     """
     other, colon, of_other = name.rpartition(":")
     if not colon:
-        return Model(name, recipe, adapter(run_dir, recipe, name))
-    run_dir, recipe = Path(other), of_run(Path(other))
-    return Model(name, recipe, adapter(run_dir, recipe, of_other))
+        return NamedModel(name, recipe, adapter_folder(run_dir, recipe, name))
+    run_dir, recipe = Path(other), read_recipe(Path(other))
+    return NamedModel(name, recipe, adapter_folder(run_dir, recipe, of_other))
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,14 @@ class Bench:
             reference: the adapter to which the KL is measured; None: the bare base.
         """
         self.recipe, self.cache, self.batch_size, self.reference = recipe, cache, batch_size, reference
-        self.tokenizer = model.load_tokenizer(recipe.base)
-        self.fingerprint = model.fingerprint(recipe.base, self.tokenizer)
+        self.tokenizer = load_tokenizer(recipe.base)
+        self.fingerprint = fingerprint(recipe.base, self.tokenizer)
         self._held: Path | None = None
 
     @cached_property
     def shared(self) -> SharedBase:
         """The base, with the role `reference`."""
-        shared = SharedBase(model.load_base(self.recipe.base), self.recipe.lora, self.fingerprint)
+        shared = SharedBase(load_base(self.recipe.base), self.recipe.lora, self.fingerprint)
         shared.add_role("reference", self.reference)
         return shared
 
@@ -139,7 +140,7 @@ class Bench:
             self.shared.add_role(MODEL, folder, head=head)
             self._held = folder
             if head:
-                reward.check_probes(self.shared, folder, MODEL)
+                check_probes(self.shared, folder, MODEL)
         return MODEL
 
     def sampler(self, response_length: int, temperature: float, stop_token_ids: Sequence[int]) -> Sampler:
@@ -150,7 +151,7 @@ class Bench:
 
     def answers(
         self,
-        of: Model,
+        of: NamedModel,
         prompts: Sequence[list[int]],
         samples: int,
         seed: int,
@@ -194,11 +195,11 @@ class Bench:
 
         def score(places: list[int]) -> list[float]:
             role = self.hold(folder, head=True)
-            return reward.score(self.shared, [rows[place] for place in places], role, self.batch_size).tolist()
+            return score_rows(self.shared, [rows[place] for place in places], role, self.batch_size).tolist()
 
         return self.cache.fill(keys, score, f"{folder.name}: scores", self.batch_size)
 
-    def text_loss(self, of: Model, texts: list[list[int]]) -> float:
+    def text_loss(self, of: NamedModel, texts: list[list[int]]) -> float:
         """A model's mean loss on texts (token ids), in nats a token."""
         key = digest("loss", self.fingerprint, of.weights, texts)
 

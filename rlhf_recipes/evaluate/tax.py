@@ -5,15 +5,14 @@ model, without a chat template, so that the numbers of the base are those that a
 """
 
 import hashlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..recipe import suggestion
-from ..rollout import autocast_of
-from .models import Bench, Model, digest
+from ..model.sampler import autocast_of
+from ..recipe.overrides import suggestion
+from .models import Bench, NamedModel, digest
 
 TAX = ("truthfulqa_mc2", "hellaswag", "toxigen")  # what `tax` stands for: truth, common sense, toxicity
 SEED = 1234  # the harness's own, of examples that are shown and of bootstraps
@@ -49,7 +48,7 @@ class Tasks:
         found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         self.identity = [limit, importlib.metadata.version("lm_eval"), found]
 
-    def measure(self, of: Model, bench: Bench) -> dict[str, dict[str, dict[str, float | None]]]:
+    def measure(self, of: NamedModel, bench: Bench) -> dict[str, dict[str, dict[str, float | None]]]:
         """A model's results: task -> metric -> value and error (the standard error; None where there is none)."""
         keys = [digest("task", bench.fingerprint, of.weights, self.identity, name) for name in self.names]
 
@@ -59,7 +58,7 @@ class Tasks:
         found = bench.cache.fill(keys, run, f"{of.name}: tasks")
         return {task: metrics for of_name in found for task, metrics in of_name.items()}
 
-    def _run(self, of: Model, bench: Bench, name: str) -> dict[str, Any]:
+    def _run(self, of: NamedModel, bench: Bench, name: str) -> dict[str, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 

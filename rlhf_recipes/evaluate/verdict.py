@@ -8,10 +8,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..feedback.rows import printable
+from ..data.text import printable
 from .judges import PROXY
 
 Result = Mapping[str, Any]  # what evaluation.json holds
+
 FEW_PROMPTS = 100  # of which a rate of 60 % has an interval of 19 points
 APART = 0.1  # between the intervals of two win rates
 FAR = 0.5  # nats a token to the reference, at which an answer's tokens are 1.6 times as likely as they were
@@ -142,8 +143,6 @@ def _changed(result: Result, name: str, against: str) -> list[str]:
         )
     return found
 
-
-# --- Tables -----------------------------------------------------------------------------------------------------------
 
 BEHAVIOUR = {  # of the panel: heading and format
     "tokens": ("tokens", "{:.1f}"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
+
 RESAMPLES = 2_000
 PENALTY = 0.1  # on the squares of the regression's two coefficients; it matters where lengths explain everything
 

@@ -8,7 +8,7 @@ Where somebody judged a prompt twice, the later judgement is compared with other
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import comb, isfinite
@@ -18,43 +18,34 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..data import MOST_RESPONSES
-from ..files import write_text
-from ..summary import with_interval
-from .rows import Row, printable, read_labels, text
+from ..data.sources import MOST_RESPONSES
+from ..records.files import write_text
+from .pairs import (
+    CHOICES,
+    JUDGE_PREFIX,
+    _order,
+    alpha_of,
+    bootstrap,
+    kappa_of,
+    pairs,
+    share_with_interval,
+    sums_of_prompts,
+)
+from .rows import Row, read_labels
+from .worth import Worth, labeler_worth, merged, weights
 
-try:
-    import krippendorff
-    from crowdkit.aggregation import DawidSkene
-    from sklearn.metrics import cohen_kappa_score
-except ModuleNotFoundError as error:
-    raise ValueError(f"There is no module {error.name}: pip install 'rlhf_recipes[label]'.") from error
-
-CHOICES = [-1, 0, 1]  # the second response is better, a tie, the first is better
 INSTRUCTGPT = {"rate": 0.726, "plus_minus": 0.015}  # agreement of its training labelers (arXiv:2203.02155)
-RESAMPLES = 1_000
 LOW_KAPPA = 0.5
 ENOUGH_PROMPTS = 100  # they give a rate to within 10 points: 1.96 sqrt(0.25 / 100)
 MUCH_BELOW = 0.1  # of agreement with the majority
 FAST_SHARE = 0.2
 UNLIKELY = 0.001
 LOPSIDED = 0.2
-JUDGE = "judge:"  # so begins the name of a model, which sees each pair in both orders and is never too fast
-MERGED = "merged"  # the labeler of a merged row
 PACE = {"seconds": ".1f", "an_hour": ".0f", "fast": ".0%"}
-PRIOR_PAIRS = 10  # a labeler's error rates start from the average ones, as if seen on so many pairs
-LEAST_SIGNAL = 0.05  # of 2 * accuracy - 1, because a weight must be above 0
-JUDGED = ("ranking", "labeler", "seconds", "order", "time", "note", "flag", "weight", "preferences")  # by one labeler
 
 
-# --- Judgements -------------------------------------------------------------------------------------------------------
-
-
-def read(paths: Iterable[Path]) -> list[Row]:
+def read_judgements(paths: Iterable[Path]) -> list[Row]:
     """The judgements of some files, in the order of their `time`.
 
     Raises ValueError, naming file, row and field, for one that is no judgement, or that shares its id with another but
@@ -88,102 +79,13 @@ def _check(row: Row, where: str) -> None:
         raise ValueError(f"{where}, field 'seconds': {seconds!r} is no number of seconds.")
 
 
-def pairs(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
-    """A line for each pair of responses in each judgement.
-
-    Returns:
-        the columns labeler (the index in `names`), prompt and pair (numbers), choice (see CHOICES), and in the same
-        signs `shown`, which of the two was shown earlier (0: not known), and `longer`, which has more characters.
-    """
-    labelers, prompts = {name: i for i, name in enumerate(names)}, {}
-    parts = []
-    for row in rows:
-        count = len(row["responses"])
-        first, second = np.triu_indices(count, 1)
-        prompt = prompts.setdefault(row["id"], len(prompts))
-        rank = np.array(row["ranking"])
-        order = _order(row)
-        place = np.argsort(order) if order else np.zeros(count, int)
-        length = np.array([len(text(response)) for response in row["responses"]])
-        signs = np.sign([rank[second] - rank[first], place[second] - place[first], length[first] - length[second]])
-        fixed = np.full((2, len(first)), [[labelers[row["labeler"]]], [prompt]])
-        pair = prompt * comb(MOST_RESPONSES, 2) + np.arange(len(first))
-        parts.append(np.vstack([fixed, pair, signs]))
-    columns = ["labeler", "prompt", "pair", "choice", "shown", "longer"]
-    return pd.DataFrame(np.hstack(parts).T, columns=pd.Index(columns))
-
-
-def _order(row: Row) -> list[int] | None:
-    """The responses in the order shown; None where it is not known or was not one."""
-    return None if row["labeler"].startswith(JUDGE) else row.get("order")
-
-
-# --- Numbers with intervals -------------------------------------------------------------------------------------------
-
-
-def bootstrap(tables: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-    """The 95 % percentile interval of a statistic of sums over prompts, each prompt drawn with replacement.
-
-    Args:
-        tables: (P, ...), what each prompt adds to the sums.
-        statistic: of sums (R, ...), one number each (R,).
-    """
-    kinds, counts = np.unique(tables.reshape(len(tables), -1), axis=0, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(len(tables), counts / len(tables), size=RESAMPLES)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = statistic((draws @ kinds).reshape(-1, *tables.shape[1:]))
-    low, high = np.percentile(found[np.isfinite(found)], [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
-
-
-def _sums(prompt: Any, values: np.ndarray) -> np.ndarray:
-    """The sums (P, ...) of `values` (N, ...) over the lines of each prompt."""
-    _, index = np.unique(prompt, return_inverse=True)
-    sums = np.zeros((index.max() + 1, *values.shape[1:]))
-    np.add.at(sums, index, values)
-    return sums
-
-
-def share(lines: pd.DataFrame, hits: Any) -> dict[str, float] | None:
-    """The share of lines that are hits (N,): rate, low, high, prompts, pairs. None where there is no line.
-
-    The interval is Wilson's over prompts where each has one line, or where drawing them anew could change nothing.
-    """
-    if lines.empty:
-        return None
-    rate = float(np.mean(hits))
-    tables = _sums(lines["prompt"], np.column_stack([hits, np.ones(len(lines))]))
-    if len(tables) == len(lines) or rate in (0, 1):
-        return with_interval(rate, len(tables)) | {"pairs": len(lines)}
-    interval = bootstrap(tables, lambda sums: sums[:, 0] / sums[:, 1])
-    return {"rate": rate, **interval, "prompts": len(tables), "pairs": len(lines)}
-
-
-def kappa_of(tables: np.ndarray) -> np.ndarray:
-    """Cohen's kappa (R,) of tables (R, 3, 3) that count two labelers' choices."""
-    total = tables.sum((1, 2))
-    observed = np.trace(tables, axis1=1, axis2=2) / total
-    expected = (tables.sum(1) * tables.sum(2)).sum(1) / total**2
-    return (observed - expected) / (1 - expected)
-
-
-def alpha_of(coincidences: np.ndarray) -> np.ndarray:
-    """Krippendorff's alpha (R,), ordinal, of coincidence matrices (R, 3, 3)."""
-    counts = coincidences.sum(2)
-    middle = counts.cumsum(1) - counts / 2  # the mean rank of each choice; ordinal distances are between these
-    distance = (middle[:, :, None] - middle[:, None, :]) ** 2
-    expected = (counts[:, :, None] * counts[:, None, :] * distance).sum((1, 2)) / (counts.sum(1) - 1)
-    return 1 - (coincidences * distance).sum((1, 2)) / expected
-
-
-# --- Agreement --------------------------------------------------------------------------------------------------------
-
-
 def between(lines: pd.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
     """Agreement and Cohen's kappa of each two labelers who share prompts, the lowest kappa first.
 
     kappa is that of scikit-learn; None where both made one and the same choice throughout.
     """
+    from sklearn.metrics import cohen_kappa_score
+
     matrix = lines.pivot(index="pair", columns="labeler", values="choice").reindex(columns=range(len(names)))
     choices, prompts = matrix.to_numpy(), matrix.index.to_numpy() // comb(MOST_RESPONSES, 2)
     found = []
@@ -191,13 +93,13 @@ def between(lines: pd.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
         both = ~np.isnan(choices[:, a]) & ~np.isnan(choices[:, b])
         if both.any():
             one, other = choices[both, a].astype(int), choices[both, b].astype(int)
-            agreement = share(pd.DataFrame({"prompt": prompts[both]}), one == other)
+            agreement = share_with_interval(pd.DataFrame({"prompt": prompts[both]}), one == other)
             kappa = None
             if len({*one, *other}) > 1:
                 kappa = {"kappa": float(cohen_kappa_score(one, other, labels=CHOICES))}
                 # scikit-learn takes choices, not counts of them: a thousand resamples would take minutes.
                 cells = np.eye(9)[3 * one + other + 4].reshape(-1, 3, 3)
-                kappa |= bootstrap(_sums(prompts[both], cells), kappa_of)
+                kappa |= bootstrap(sums_of_prompts(prompts[both], cells), kappa_of)
             found.append({"labelers": [names[a], names[b]], "agreement": agreement, "kappa": kappa})
     return sorted(found, key=lambda pair: 1.0 if pair["kappa"] is None else pair["kappa"]["kappa"])
 
@@ -210,6 +112,8 @@ def overall(lines: pd.DataFrame) -> dict[str, Any]:
     the pairs hold all that they say. Both are None where no prompt has two labelers; alpha also where all choices are
     one.
     """
+    import krippendorff
+
     units, index = np.unique(lines["pair"], return_inverse=True)
     counts = np.zeros((len(units), 3))
     np.add.at(counts, (index, lines["choice"].to_numpy() + 1), 1)
@@ -219,7 +123,7 @@ def overall(lines: pd.DataFrame) -> dict[str, Any]:
         return {"agreement": None, "alpha": None}
     labelers = counts.sum(1)
     agreeing, all_pairs = (counts * (counts - 1)).sum(1) / 2, labelers * (labelers - 1) / 2
-    tables = _sums(prompts, np.column_stack([agreeing, all_pairs]))
+    tables = sums_of_prompts(prompts, np.column_stack([agreeing, all_pairs]))
     agreement = {"rate": float(agreeing.sum() / all_pairs.sum())}
     agreement |= bootstrap(tables, lambda sums: sums[:, 0] / sums[:, 1])
     agreement |= {"prompts": len(tables), "pairs": len(counts)}
@@ -227,7 +131,7 @@ def overall(lines: pd.DataFrame) -> dict[str, Any]:
     if (counts.sum(0) > 0).sum() > 1:
         alpha = {"alpha": float(krippendorff.alpha(value_counts=counts, level_of_measurement="ordinal"))}
         coincidences = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(3)
-        alpha |= bootstrap(_sums(prompts, coincidences / (labelers - 1)[:, None, None]), alpha_of)
+        alpha |= bootstrap(sums_of_prompts(prompts, coincidences / (labelers - 1)[:, None, None]), alpha_of)
     return {"agreement": agreement, "alpha": alpha}
 
 
@@ -235,13 +139,10 @@ def with_majority(lines: pd.DataFrame) -> pd.DataFrame:
     """The lines whose pair has a majority of the other labelers (one choice above each other), and it as a column."""
     _, index = np.unique(lines["pair"], return_inverse=True)
     votes = np.eye(3)[lines["choice"] + 1]
-    others = _sums(index, votes)[index] - votes
+    others = sums_of_prompts(index, votes)[index] - votes
     most = others.max(1)
     clear = (most > 0) & ((others == most[:, None]).sum(1) == 1)
     return lines.assign(majority=others.argmax(1) - 1).loc[clear]
-
-
-# --- Each labeler -----------------------------------------------------------------------------------------------------
 
 
 def habits(lines: pd.DataFrame, rows: Sequence[Row], fast: float) -> dict[str, Any]:
@@ -258,9 +159,9 @@ def habits(lines: pd.DataFrame, rows: Sequence[Row], fast: float) -> dict[str, A
     return {
         "labels": len(rows),
         "ties": float((lines["choice"].to_numpy() == 0).mean()),
-        "first_shown": share(placed, placed["choice"] == placed["shown"]),
-        "longer": share(unequal, unequal["choice"] == unequal["longer"]),
-        "again": share(again, again["choice"] == again["before"]),
+        "first_shown": share_with_interval(placed, placed["choice"] == placed["shown"]),
+        "longer": share_with_interval(unequal, unequal["choice"] == unequal["longer"]),
+        "again": share_with_interval(again, again["choice"] == again["before"]),
         "pace": pace(rows, fast),
         "streak": streak(rows),
     }
@@ -309,108 +210,6 @@ def run_chance(length: int, chances: Sequence[float]) -> float:
     return float(found)
 
 
-# --- Worth ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Worth:
-    """What Dawid and Skene's model finds ("Maximum likelihood estimation of observer error-rates using the EM
-    algorithm", Applied Statistics 28, 1979).
-
-    It takes labelers to err independently of one another. Where the same pairs are hard for all, they look a few points
-    more accurate than they are.
-    """
-
-    errors: np.ndarray  # (labelers, 3, 3): the probability of a choice, given what is true
-    truth: dict[int, np.ndarray]  # pair -> the probabilities (3,) of the CHOICES
-
-    @property
-    def accuracy(self) -> np.ndarray:
-        """(labelers,), the probability that a preference is the right one, where one response is better."""
-        right, wrong = self.errors[:, 2, 2], self.errors[:, 0, 2]
-        return right / (right + wrong)
-
-    @property
-    def weights(self) -> np.ndarray:
-        """(labelers,), in proportion to 2 * accuracy - 1, but at least LEAST_SIGNAL.
-
-        Labels that are right with probability a turn the gradient of a pair's loss, on average, into 2a - 1 times that
-        of true labels, while its noise stays: among weighted sums of gradients of such labels, the one with weights in
-        proportion to 2a - 1 has the most signal for its noise. A coin's labels hold none.
-        """
-        return np.maximum(2 * self.accuracy - 1, LEAST_SIGNAL)
-
-
-def worth(lines: pd.DataFrame, labelers: int) -> Worth | None:
-    """Each labeler's error rates, and the truth about each pair. None where no prompt has two labelers.
-
-    The model, fitted by crowd-kit, sees the pairs that several labelers judged, each in both orders, so that it does
-    not matter which response is the first in the file. Few pairs say little about a labeler, so that the average
-    error rates are added to each one's, as PRIOR_PAIRS more pairs. Two labelers alone cannot be told apart: their error
-    rates are the average ones.
-    """
-    shared = lines.loc[lines.duplicated("pair", keep=False)]
-    if shared.empty:
-        return None
-    answers = pd.DataFrame({"task": shared["pair"], "worker": shared["labeler"], "label": shared["choice"]})
-    swapped = answers.assign(task=-1 - answers["task"], label=-answers["label"])
-    fitted = DawidSkene().fit_predict_proba(pd.concat([answers, swapped], ignore_index=True))
-    truth = fitted.reindex(columns=CHOICES, fill_value=0.0).loc[shared["pair"]].to_numpy()
-    counts = np.zeros((labelers, 3, 3))
-    np.add.at(counts, (shared["labeler"], shared["choice"] + 1), truth)
-    counts = (counts + counts[:, ::-1, ::-1]) / 2
-    average = counts.sum(0) + 1  # a true tie may never have been seen
-    average /= average.sum(0)
-    errors = counts * (shared["labeler"].nunique() > 2) + PRIOR_PAIRS * average
-    errors /= errors.sum(1, keepdims=True)
-    return Worth(errors, _truth(lines, errors, truth.mean(0)))
-
-
-def _truth(lines: pd.DataFrame, errors: np.ndarray, prior: np.ndarray) -> dict[int, np.ndarray]:
-    """The probabilities of each pair's CHOICES by all judgements of it, also where there is one."""
-    units, index = np.unique(lines["pair"], return_inverse=True)
-    prior = (prior + prior[::-1]) / 2 + 1e-9
-    logs = np.log(prior) + _sums(index, np.log(errors[lines["labeler"], lines["choice"] + 1]))
-    odds = np.exp(logs - logs.max(1, keepdims=True))
-    return dict(zip(units.tolist(), odds / odds.sum(1, keepdims=True), strict=True))
-
-
-def weights(rows: Sequence[Row], names: Sequence[str], found: Worth | None) -> dict[str, float]:
-    """Each labeler's weight, of mean 1 over the judgements. All are 1 where no prompt has two labelers."""
-    signal = dict(zip(names, (1.0,) * len(names) if found is None else found.weights.tolist(), strict=True))
-    mean = fmean(signal[row["labeler"]] for row in rows)
-    return {name: value / mean for name, value in signal.items()}
-
-
-def merged(rows: Sequence[Row], found: Worth) -> list[Row]:
-    """One row a prompt, for the `reward` stage: what all judgements of it say together.
-
-    `preferences` are the probabilities that the first of a pair is better, half of that of a tie included; `ranking` is
-    by the number of pairs that a response more likely wins than not, half of those that are likeliest tied included.
-    """
-    together: dict[str, list[Row]] = {}
-    for row in rows:
-        together.setdefault(row["id"], []).append(row)
-    result = []
-    for index, judgements in enumerate(together.values()):
-        kept = {key: value for key, value in judgements[0].items() if key not in JUDGED}
-        count = len(kept["responses"])
-        start = index * comb(MOST_RESPONSES, 2)
-        truth = np.array([found.truth[start + pair] for pair in range(comb(count, 2))]).round(6)  # (C, 3)
-        wins = np.zeros(count)
-        for (first, second), (lower, tie, higher) in zip(combinations(range(count), 2), truth, strict=True):
-            choice = 0 if lower == higher or tie >= max(lower, higher) else np.sign(higher - lower)
-            wins[[first, second]] += choice, -choice
-        labelers = list(dict.fromkeys(row["labeler"] for row in judgements))
-        ranking = [1 + int((wins > own).sum()) for own in wins]
-        preferences = (truth[:, 2] + truth[:, 1] / 2).clip(0, 1).tolist()
-        result.append({**kept, "ranking": ranking, "preferences": preferences, "labeler": MERGED, "labelers": labelers})
-    return result
-
-
-# --- Report -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Report:
     """What the command prints (`numbers`, see `report`), and what it can write for the `reward` stage."""
@@ -435,7 +234,7 @@ class Report:
         return len(rows)
 
 
-def report(rows: list[Row], fast: float = 3.0) -> Report:
+def agreement_report(rows: list[Row], fast: float = 3.0) -> Report:
     """Measure judgements, as `read` gives them.
 
     Args:
@@ -450,21 +249,21 @@ def report(rows: list[Row], fast: float = 3.0) -> Report:
     lines["before"] = lines.groupby(["labeler", "pair"])["choice"].shift()
     latest = lines.drop_duplicates(["labeler", "pair"], keep="last")
     untied = latest.loc[latest["choice"] != 0]
-    found = worth(latest, len(names))
+    found = labeler_worth(latest, len(names))
     weight, majority = weights(rows, names, found), with_majority(latest)
     labelers = {}
     for index, name in enumerate(names):
         own = majority.loc[majority["labeler"] == index]
         of_name = [row for row in rows if row["labeler"] == name]
         labelers[name] = habits(lines.loc[lines["labeler"] == index], of_name, fast)
-        labelers[name]["majority"] = share(own, own["choice"] == own["majority"])
+        labelers[name]["majority"] = share_with_interval(own, own["choice"] == own["majority"])
         labelers[name]["accuracy"] = None if found is None else float(found.accuracy[index])
         labelers[name]["weight"] = weight[name]
     numbers = {
         "labels": len(rows),
         "prompts": len({row["id"] for row in rows}),
         **overall(latest),
-        "first_in_file": share(untied, untied["choice"] == 1),
+        "first_in_file": share_with_interval(untied, untied["choice"] == 1),
         "instructgpt": INSTRUCTGPT,
         "between": between(latest, names),
         "labelers": labelers,
@@ -532,7 +331,7 @@ def _doubtful_habits(name: str, own: dict[str, Any], fast: float) -> list[str]:
     found, first, pace, streak = [], own["first_shown"], own["pace"], own["streak"]
     if first and not first["low"] <= 0.5 <= first["high"]:
         found.append(f"{name!r} prefers what was shown first in {_share(first)} of the pairs: without a bias, 50 %.")
-    if pace and pace["fast"] > FAST_SHARE and not name.startswith(JUDGE):
+    if pace and pace["fast"] > FAST_SHARE and not name.startswith(JUDGE_PREFIX):
         found.append(f"{name!r} took less than {fast:g} seconds for {pace['fast']:.0%} of the judgements.")
     if streak and streak["chance"] < UNLIKELY:
         found.append(
@@ -540,60 +339,6 @@ def _doubtful_habits(name: str, own: dict[str, Any], fast: float) -> list[str]:
             f"chance there is such a run with a probability of {streak['chance']:.1g}."
         )
     return found
-
-
-def show(numbers: dict[str, Any], as_json: bool = False) -> None:
-    """Print the report: as JSON, or as tables and warnings. What cannot be said is left blank."""
-    if as_json:
-        print(json.dumps(numbers, indent=2))
-        return
-    console = Console(highlight=False)
-    for table in _tables(numbers):
-        console.print(table)
-    for line in (_overall(numbers), *(f"Warning: {warning}" for warning in numbers["warnings"])):
-        console.print(Text(line))
-
-
-def _tables(numbers: dict[str, Any]) -> Iterator[Table]:
-    """Two labelers at a time, what each one's judgements are worth, what they lean to, and how they are made."""
-    two = _table("labelers", "prompts", "agreement", "Cohen's kappa")
-    for pair in numbers["between"]:
-        found, names = pair["agreement"], " and ".join(map(printable, pair["labelers"]))
-        two.add_row(Text(names), f"{found['prompts']:,}", _share(found), _coefficient("kappa", pair))
-    worth = _table("labeler", "labels", "ties", "with majority", "accuracy", "weight")
-    leaning = _table("labeler", "shown first", "longer", "same again")
-    making = _table("labeler", "seconds", "an hour", "too fast", "longest run", "its chance")
-    for name, own in numbers["labelers"].items():
-        first, pace, streak = Text(printable(name)), own["pace"] or {}, own["streak"] or {}
-        counts = (f"{own['labels']:,}", f"{own['ties']:.1%}", _share(own["majority"]))
-        worth.add_row(first, *counts, _format(own["accuracy"], ".1%"), f"{own['weight']:.2f}")
-        leaning.add_row(first, *(_share(own[key]) for key in ("first_shown", "longer", "again")))
-        paces = [_format(pace.get(key), form) for key, form in PACE.items()]
-        making.add_row(first, *paces, _format(streak.get("length"), "d"), _format(streak.get("chance"), ".2g"))
-    yield from (two, worth, leaning, making) if numbers["between"] else (worth, leaning, making)
-
-
-def _overall(numbers: dict[str, Any]) -> str:
-    counts = f"{numbers['labels']:,} judgements of {numbers['prompts']:,} prompts."
-    found = numbers["agreement"]
-    if found is None:
-        return counts
-    return (
-        f"{counts} Where two judged the same, they agree on {_share(found, 1)} of the pairs of responses "
-        f"({found['prompts']:,} prompts); InstructGPT's labelers agreed on 72.6 ± 1.5 %. Krippendorff's alpha: "
-        f"{_coefficient('alpha', numbers) or 'not defined'}. In parentheses: 95 % intervals."
-    )
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(first)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _format(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _share(found: dict[str, float] | None, digits: int = 0) -> str:

@@ -22,15 +22,24 @@ from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..chat import Messages, completion_token_ids, prompt_token_ids, render_prompt, stop_token_id, tokenize_prompt
-from ..folder import adapter, last_model, load
-from ..model import SharedBase, load_base, load_tokenizer
-from ..recipe import Base, of_run
-from ..rollout import autocast_of
+from ..data.tokens import (
+    Messages,
+    completion_token_ids,
+    prompt_token_ids,
+    render_prompt,
+    stop_token_id,
+    tokenize_prompt,
+)
+from ..model.base import load_base, load_tokenizer
+from ..model.open import open_models
+from ..model.sampler import autocast_of
+from ..model.shared import SharedBase
+from ..recipe.values import Base
+from ..records.folder import adapter_folder, last_model, read_recipe
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """What a model answered. Where it could not, `text` is None and `error` says why."""
 
     text: str | None
@@ -41,7 +50,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Choice(Answer):
+class Choice(Completion):
     """A choice between options. `option` is None where the answer could not be understood."""
 
     option: str | None = None
@@ -49,7 +58,7 @@ class Choice(Answer):
     mass: float | None = None  # what all options together had, before they were brought to sum 1
 
 
-class NoAnswer(ValueError):
+class NoCompletion(ValueError):
     """The endpoint is gone, refuses the key, or goes on failing after all retries."""
 
 
@@ -58,7 +67,7 @@ class Client(Protocol):
 
     name: str
 
-    async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Answer:
+    async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Completion:
         """An answer: greedy at temperature 0, else sampled, by a local model the same for the same seed."""
         ...
 
@@ -74,7 +83,7 @@ class Client(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModelSettings:
     """Which model answers, and how it is reached. None stands for a default."""
 
     model: str  # an endpoint's URL, a Hub id, a local folder, module:function, or a run folder
@@ -92,7 +101,7 @@ class Settings:
         return self.model.startswith(("http://", "https://"))
 
 
-def connect(settings: Settings) -> Client:
+def connect(settings: ModelSettings) -> Client:
     """The client of an endpoint, or of a local model, which is loaded.
 
     Raises ValueError where a setting belongs to the other kind, the model or its key is not there, or the endpoint does
@@ -118,13 +127,13 @@ def connect(settings: Settings) -> Client:
 
 
 def _of_run(run_dir: Path, role: str | None) -> "Local":
-    of = of_run(run_dir)
+    of = read_recipe(run_dir)
     role = role or last_model(run_dir, of)
-    shared = load(of, {role: adapter(run_dir, of, role)})
+    shared = open_models(of, {role: adapter_folder(run_dir, of, role)})
     return Local(shared, load_tokenizer(of.base), f"{run_dir.resolve().name}/{role}", role)
 
 
-def _of_base(settings: Settings) -> "Local":
+def _of_base(settings: ModelSettings) -> "Local":
     base = Base(settings.model, quantization=settings.quantization, chat_template=settings.chat_template)  # type: ignore[arg-type]
     try:
         tokenizer = load_tokenizer(base)
@@ -135,9 +144,6 @@ def _of_base(settings: Settings) -> "Local":
     return Local(shared, tokenizer, Path(settings.model).name if Path(settings.model).is_dir() else settings.model)
 
 
-# --- A model on this machine ------------------------------------------------------------------------------------------
-
-
 class Local:
     """A role of a shared base. What is asked at the same time goes through the model as one batch."""
 
@@ -146,11 +152,11 @@ class Local:
         self.context = getattr(shared.causal.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self._open: dict[tuple[Any, ...], tuple[list[tuple[Any, ...]], asyncio.Task[list[Any]]]] = {}
 
-    async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Answer:
+    async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Completion:
         try:
             prompt = tokenize_prompt(self.tokenizer, messages)
         except TemplateError as error:  # such as one that has no system message
-            return Answer(None, 0, 0, error=f"refused by the chat template: {error}")
+            return Completion(None, 0, 0, error=f"refused by the chat template: {error}")
         if len(prompt) + max_tokens > self.context:
             return self._too_long(max_tokens)
         return await self._in_batch(("chat", max_tokens, temperature), (prompt, seed))
@@ -167,8 +173,8 @@ class Local:
     async def close(self) -> None:
         return None
 
-    def _too_long(self, tokens: int) -> Answer:
-        return Answer(None, 0, 0, error=f"with {tokens} tokens of answer longer than the context of {self.context}")
+    def _too_long(self, tokens: int) -> Completion:
+        return Completion(None, 0, 0, error=f"with {tokens} tokens of answer longer than the context of {self.context}")
 
     def _ways(self, text: str, options: Sequence[str]) -> tuple[list[int], dict[str, list[tuple[int, ...]]]]:
         """The prompt's ids, and the ids of each option as it may follow: at once, or after a space."""
@@ -196,7 +202,7 @@ class Local:
         with self.shared.role(self.role), autocast_of(self.shared):
             return work(requests, *kind[1:])
 
-    def _chat(self, requests: list[tuple[list[int], int]], max_tokens: int, temperature: float) -> list[Answer]:
+    def _chat(self, requests: list[tuple[list[int], int]], max_tokens: int, temperature: float) -> list[Completion]:
         draws = [torch.rand(max_tokens, dtype=torch.float64, generator=_generator(seed)) for _, seed in requests]
         stops = [self.tokenizer.eos_token_id, stop_token_id(self.tokenizer, True)]
         found = self.shared.generate(
@@ -209,7 +215,7 @@ class Local:
         for (prompt, _), ids in zip(requests, found.tolist(), strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), None)
             text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            answers.append(Answer(text, len(prompt), len(ids) if end is None else end + 1, end is not None))
+            answers.append(Completion(text, len(prompt), len(ids) if end is None else end + 1, end is not None))
         return answers
 
     def _choose(self, requests: list[tuple[list[int], dict[str, list[tuple[int, ...]]]]]) -> list[Choice]:
@@ -253,9 +259,8 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --- An endpoint ------------------------------------------------------------------------------------------------------
-
 LOGPROBS = 5  # of the likeliest tokens: what every endpoint that has them allows
+
 # What an endpoint may refuse to be told, and what is said instead.
 OPTIONAL = {"logprobs": None, "max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 
@@ -263,7 +268,7 @@ OPTIONAL = {"logprobs": None, "max_tokens": "max_completion_tokens", "temperatur
 class Endpoint:
     """A model behind an OpenAI-compatible endpoint. Retries, with backoff, are those of the openai package."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ModelSettings) -> None:
         """Raises ValueError without the package or a key, and where no model is named and none listed."""
         try:
             import openai
@@ -288,11 +293,11 @@ class Endpoint:
             with client:
                 return plain(str(client.models.list().data[0].id))
         except self._openai.OpenAIError as error:
-            raise NoAnswer(f"{self._gone(error)} It was asked for its models; --model-name saves that.") from error
+            raise NoCompletion(f"{self._gone(error)} It was asked for its models; --model-name saves that.") from error
         except (AttributeError, IndexError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.url} lists no model: name it with --model-name.") from error
 
-    async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Answer:
+    async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Completion:
         return _read(await self._complete(messages, max_tokens, temperature, seed))
 
     async def choose(
@@ -342,9 +347,9 @@ class Endpoint:
             except self._openai.OpenAIError as error:
                 raise self._gone(error) from error
 
-    def _gone(self, error: Exception) -> NoAnswer:
+    def _gone(self, error: Exception) -> NoCompletion:
         reason = plain(str(error)).rstrip(".") + (f" ({plain(str(error.__cause__))})" if error.__cause__ else "")
-        return NoAnswer(f"{self.url} failed, after {self.retries} retries where those help: {reason}.")
+        return NoCompletion(f"{self.url} failed, after {self.retries} retries where those help: {reason}.")
 
 
 def _api_key(url: str, variable: str | None) -> str:
@@ -374,22 +379,22 @@ def plain(text: str) -> str:
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
-def _read(found: Any) -> Answer:
+def _read(found: Any) -> Completion:
     """The answer in a completion. What a server got wrong is an answer without text, and an error that says what."""
     if isinstance(found, Exception):
-        return Answer(None, 0, 0, error=plain(str(found)))
+        return Completion(None, 0, 0, error=plain(str(found)))
     try:
         text, reason = found.choices[0].message.content, found.choices[0].finish_reason
     except (AttributeError, IndexError, TypeError):
-        return Answer(None, 0, 0, error=f"no completion: {plain(str(found))}")
+        return Completion(None, 0, 0, error=f"no completion: {plain(str(found))}")
     usage = getattr(found, "usage", None)
     tokens = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
     if not isinstance(text, str):
-        return Answer(None, *tokens, error="an answer without text")
-    return Answer(text, *tokens, ended=reason != "length")
+        return Completion(None, *tokens, error="an answer without text")
+    return Completion(text, *tokens, ended=reason != "length")
 
 
-def said(text: str) -> str:
+def final_text(text: str) -> str:
     """An answer without what a model thought before it, which is "" where it only thought."""
     return text.rpartition("</think>")[2].strip() if "</think>" in text or "<think>" not in text else ""
 
@@ -403,7 +408,7 @@ def read_option(text: str, options: Sequence[str]) -> tuple[str | None, bool]:
 
     It must stand alone, in the first line or the last: "B", "**B**", "Answer: B", "The better answer is B.", "B) ...".
     """
-    lines = [line.strip() for line in said(text).splitlines() if line.strip()]
+    lines = [line.strip() for line in final_text(text).splitlines() if line.strip()]
     pattern = rf"(?:\W*\b{LEAD}\b)*\W*({'|'.join(map(re.escape, options))})(?:\W*|\W*?{TAIL})"
     ends = [re.fullmatch(pattern, line) for line in (*lines[:1], *lines[-1:])]
     found = {match[1] for match in ends if match}

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..recipe import suggestion
+from ..recipe.overrides import suggestion
 
 DEFAULT = Path(__file__).with_name("constitution.yaml")
 
@@ -46,6 +46,7 @@ CRITIQUE = """\
 Read your last answer again and judge it by this principle: {principle}
 
 Say briefly and concretely where it falls short of that. If it does not, say so."""
+
 REVISION = """\
 Now answer me anew, so that your answer follows the principle and your criticism no longer holds: {principle}
 
@@ -75,7 +76,7 @@ class Principle:
         return self.revision or fill(REVISION, {"principle": self.principle})
 
 
-def read(path: Path, needs_principle: bool = False) -> list[Principle]:
+def read_constitution(path: Path, needs_principle: bool = False) -> list[Principle]:
     """The principles of a constitution.
 
     Args:
@@ -137,7 +138,7 @@ def _principle(where: str, entry: Any) -> Principle:
     return Principle(**entry)
 
 
-def draw(principles: Sequence[Principle], seed: int, key: str) -> Principle:
+def draw_principle(principles: Sequence[Principle], seed: int, key: str) -> Principle:
     """One of the principles: always the same for a seed and a key."""
     return random.Random(f"{seed} {key}").choice(principles)
 

@@ -14,23 +14,24 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .. import data
-from ..chat import Messages
-from ..files import Journal
-from ..recipe import Source
-from . import constitution
-from .client import Answer, Client, said
-from .constitution import Principle
+from ..data.prepare import load_rows
+from ..data.rows import report_bad
+from ..data.text import text
+from ..data.tokens import Messages
+from ..recipe.values import Source
+from ..records.files import Journal
+from .client import Client, Completion, final_text
+from .constitution import DEFAULT, Principle, draw_principle, read_constitution
 from .ledger import Ledger, Prices, bill, complete, in_parallel, resumable
-from .rows import Row, text
+from .rows import Row
 
 
 @dataclass(frozen=True)
-class Settings:
+class CritiqueSettings:
     """How answers are revised."""
 
     # one is drawn for each revision
-    principles: tuple[Principle, ...] = field(default_factory=lambda: tuple(constitution.read(constitution.DEFAULT)))
+    principles: tuple[Principle, ...] = field(default_factory=lambda: tuple(read_constitution(DEFAULT)))
     revisions: int = 1  # of each answer, one after the other
     max_tokens: int = 512  # of each answer, critique and revision
     temperature: float = 1.0
@@ -38,14 +39,14 @@ class Settings:
 
     def drawn(self, id: str) -> list[Principle]:
         """The principles of a prompt's revisions."""
-        return [constitution.draw(self.principles, self.seed, f"{id} {number}") for number in range(self.revisions)]
+        return [draw_principle(self.principles, self.seed, f"{id} {number}") for number in range(self.revisions)]
 
 
-def critique(
+def critique_prompts(
     prompts: list[Row],
     out: Path,
     client: Client,
-    settings: Settings | None = None,
+    settings: CritiqueSettings | None = None,
     prices: Prices | None = None,
     parallel: int = 8,
 ) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def critique(
         ValueError: `out` is of another model or other settings, an endpoint that is gone, or a model none of whose
             first 20 answers are of use. What was written before that is on disk.
     """
-    run = _Run(prompts, out, client, settings or Settings(), prices or Prices())
+    run = _Critiquing(prompts, out, client, settings or CritiqueSettings(), prices or Prices())
     complete(run.go(parallel))
     return run.summary()
 
@@ -74,8 +75,8 @@ def read_prompts(source: Source) -> tuple[list[Row], dict[str, int]]:
     A row has `id`, `prompt` as messages, and `response`: its own `completion` or `response`, or None.
     Raises ValueError where the source cannot be read or has no usable row.
     """
-    rows, bad, survey = data.load("ppo", source)
-    dropped = data.report_bad("ppo", source, bad, survey.total)["dropped"]
+    rows, bad, survey = load_rows("ppo", source)
+    dropped = report_bad("ppo", source, bad, survey.total)["dropped"]
     found = {}
     for row in rows:
         prompt = row.prompt if not isinstance(row.prompt, str) else [{"role": "user", "content": row.prompt}]
@@ -90,10 +91,10 @@ class _LeftOut(Exception):
     """An answer that must not become a demonstration. Args: why."""
 
 
-class _Run:
+class _Critiquing:
     """One call of `critique`."""
 
-    def __init__(self, rows: list[Row], out: Path, client: Client, settings: Settings, prices: Prices) -> None:
+    def __init__(self, rows: list[Row], out: Path, client: Client, settings: CritiqueSettings, prices: Prices) -> None:
         self.rows, self.client, self.settings = rows, client, settings
         self.written = Journal(out)
         self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
@@ -175,7 +176,7 @@ class _Run:
         if step.startswith("revision") and not answer["ended"]:
             # A demonstration that breaks off teaches to break off.
             raise _LeftOut("revision cut off at --max-tokens")
-        return said(answer["text"])
+        return final_text(answer["text"])
 
     def summary(self) -> dict[str, Any]:
         """What came of it: see `critique`."""
@@ -190,7 +191,7 @@ class _Run:
         }
 
 
-def report(found: Mapping[str, Any], out: Path, dropped: Mapping[str, int]) -> str:
+def critique_report(found: Mapping[str, Any], out: Path, dropped: Mapping[str, int]) -> str:
     """The summary of `critique` in words."""
     lines = [f"{found['rows']:,} demonstrations in {out}, of {found['of']:,} prompts."]
     for what, reasons in (("rows cannot be used", dropped), ("prompts left out", found["left_out"])):
@@ -204,9 +205,9 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def is_something(answer: Answer) -> bool:
+def is_something(answer: Completion) -> bool:
     """Whether an answer says anything at all."""
-    return answer.text is not None and bool(said(answer.text))
+    return answer.text is not None and bool(final_text(answer.text))
 
 
 def degenerate(revision: str, prompt: Messages, criticism: str, principle: Principle) -> str | None:

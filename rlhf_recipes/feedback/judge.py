@@ -16,41 +16,42 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..files import Journal
-from . import constitution
+from ..data.text import text
+from ..records.files import Journal
 from .client import Client
-from .constitution import COMPARISON, Principle
+from .constitution import COMPARISON, CRITERIA, Principle, comparison, draw_principle
 from .ledger import Ledger, Prices, bill, complete, in_parallel, resumable
-from .rows import Row, text
+from .rows import Row
 
 OPTIONS = ("A", "B")
 LOW_AGREEMENT = 0.6  # of the two orders of a pair
 LOW_MASS = 0.5
+
 Shown = tuple[int, int]  # the response shown as A, and that shown as B
 
 
 @dataclass(frozen=True)
-class Settings:
+class JudgeSettings:
     """How samples are judged. The same settings give the same labels, whenever they are interrupted."""
 
-    principles: tuple[Principle, ...] = (Principle(constitution.CRITERIA),)  # one is drawn for each pair
+    principles: tuple[Principle, ...] = (Principle(CRITERIA),)  # one is drawn for each pair
     template: str = COMPARISON
     max_tokens: int = 16  # of an endpoint's answer; one that thinks first needs more
     seed: int = 0  # of the drawn principles
 
     def question(self, sample: Row, shown: Shown) -> list[dict[str, str]]:
         """What the judge is asked of two responses in one order; the principle is that of the pair in both."""
-        principle = constitution.draw(self.principles, self.seed, f"{sample['id']} {min(shown)} {max(shown)}")
+        principle = draw_principle(self.principles, self.seed, f"{sample['id']} {min(shown)} {max(shown)}")
         first, second = (text(sample["responses"][index]) for index in shown)
-        asked = constitution.comparison(self.template, principle.principle, text(sample["prompt"]), first, second)
+        asked = comparison(self.template, principle.principle, text(sample["prompt"]), first, second)
         return [{"role": "user", "content": asked}]
 
 
-def judge(
+def judge_samples(
     samples: list[Row],
     out: Path,
     client: Client,
-    settings: Settings | None = None,
+    settings: JudgeSettings | None = None,
     prices: Prices | None = None,
     parallel: int = 8,
     limit: int | None = None,
@@ -69,15 +70,15 @@ def judge(
         ValueError: `out` is of another judge or other settings, an endpoint that is gone, or a judge none of whose
             first 20 answers can be understood. What was judged before that is on disk.
     """
-    run = _Run(samples[:limit], out, client, settings or Settings(), prices or Prices())
+    run = _Judging(samples[:limit], out, client, settings or JudgeSettings(), prices or Prices())
     complete(run.go(parallel))
     return run.summary()
 
 
-class _Run:
+class _Judging:
     """One call of `judge`."""
 
-    def __init__(self, samples: list[Row], out: Path, client: Client, settings: Settings, prices: Prices) -> None:
+    def __init__(self, samples: list[Row], out: Path, client: Client, settings: JudgeSettings, prices: Prices) -> None:
         self.samples, self.client, self.settings = samples, client, settings
         self.labeler = f"judge:{client.name}"
         self.labels = Journal(out)
@@ -177,7 +178,7 @@ class _Run:
         }
 
 
-def report(found: Mapping[str, Any], out: Path) -> str:
+def judge_report(found: Mapping[str, Any], out: Path) -> str:
     """The summary of `judge` in words."""
     lines = [
         f"{found['labels']:,} labels in {out}, of {found['of']:,} samples; {found['tied']:,} of them are ties "

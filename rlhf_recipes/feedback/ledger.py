@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..chat import Messages
-from ..files import Journal
-from .client import Answer, Client, NoAnswer, plain
+from ..data.tokens import Messages
+from ..records.files import Journal
+from .client import Client, Completion, NoCompletion, plain
 from .rows import Row
 
 T = TypeVar("T")
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=Completion)
 GIVE_UP = 20  # where so many of the first answers are of no use, none will be
 
 
@@ -143,7 +143,7 @@ async def resumable(client: Client, done: Callable[[], str]) -> AsyncIterator[No
     """Close the client at the end, and where it gave no answer say what is safe."""
     try:
         yield
-    except NoAnswer as error:
+    except NoCompletion as error:
         raise ValueError(f"{error} {done()} The same command goes on from there.") from error
     finally:
         await client.close()

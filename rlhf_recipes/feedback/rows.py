@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import data
-from ..chat import Text
+from ..data.prepare import read_judged
 
 Row = dict[str, Any]
 
@@ -17,7 +16,7 @@ def read_samples(path: Path) -> list[Row]:
 
     Raises ValueError, naming file, row and field, for one that cannot be ranked, and for two with the same id.
     """
-    rows = [{**row, "id": _id(row)} for row in data.items("rank", path)]
+    rows = [{**row, "id": _id(row)} for row in read_judged("rank", path)]
     ids: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
         if row["id"] in ids:
@@ -35,7 +34,7 @@ def read_labels(paths: Iterable[Path]) -> list[Row]:
     """
     rows = []
     for path in paths:
-        for number, row in enumerate(data.items("label", path), 1):
+        for number, row in enumerate(read_judged("label", path), 1):
             if not isinstance(row.get("labeler"), str) or not row["labeler"].strip():
                 raise ValueError(f"{path}, row {number}, field 'labeler': a judgement needs the name of who made it.")
             rows.append({**row, "id": _id(row)})
@@ -47,20 +46,3 @@ def _id(row: Row) -> str:
     if row.get("id") is not None:
         return str(row["id"])
     return hashlib.sha256(json.dumps([row["prompt"], row["responses"]]).encode()).hexdigest()[:16]
-
-
-def text(part: Text) -> str:
-    """A prompt or a response as people read it: messages with the name of who speaks, where there are several."""
-    if isinstance(part, str):
-        return part
-    if len(part) == 1:
-        return part[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in part)
-
-
-def printable(text: str, keep: str = "") -> str:
-    """A text that can do nothing to a terminal: what does not print is escaped, but for the characters in `keep`."""
-    shown = (
-        c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode() for c in text
-    )
-    return "".join(shown)

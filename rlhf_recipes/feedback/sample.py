@@ -13,19 +13,22 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import data, model
-from ..files import Journal, write_text
-from ..folder import adapter, load
-from ..model import SharedBase
-from ..recipe import Recipe, Source, of_run
-from ..rollout import Sampler
+from ..data.prepare import Prepared, prepare
+from ..data.sources import MOST_RESPONSES
+from ..model.base import load_tokenizer, longest_row
+from ..model.open import open_models
+from ..model.sampler import Sampler
+from ..model.shared import SharedBase
+from ..recipe.values import Recipe, Source
+from ..records.files import Journal, write_text
+from ..records.folder import adapter_folder, read_recipe
 from .rows import Row
 
 AT_ONCE = 64  # prompts whose responses are drawn from one seed, and written together
 
 
 @dataclass(frozen=True)
-class Settings:
+class SampleSettings:
     """How samples are drawn. The same settings give the same samples, whenever they are interrupted."""
 
     models: tuple[str, ...] = ("ppo",)  # base, sft, ppo, dpo, or a folder with an adapter inside the run
@@ -37,8 +40,8 @@ class Settings:
     attempts: int = 3  # in all so often
 
     def __post_init__(self) -> None:
-        if not 2 <= self.k <= data.MOST_RESPONSES:
-            raise ValueError(f"k must be 2 to {data.MOST_RESPONSES}, not {self.k}.")
+        if not 2 <= self.k <= MOST_RESPONSES:
+            raise ValueError(f"k must be 2 to {MOST_RESPONSES}, not {self.k}.")
         for name in ("response_length", "attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
@@ -50,8 +53,8 @@ class Settings:
             raise ValueError(f"similarity must be above 0 and at most 1, not {self.similarity}.")
 
 
-def sample(
-    run_dir: Path, prompts: Source, out: Path, settings: Settings, batch_size: int = 64, limit: int | None = None
+def sample_responses(
+    run_dir: Path, prompts: Source, out: Path, settings: SampleSettings, batch_size: int = 64, limit: int | None = None
 ) -> dict[str, int]:
     """Write K responses to each prompt of a source to the file `out`, or go on with what an earlier call left of it.
 
@@ -69,13 +72,13 @@ def sample(
         ValueError: no run folder, no such model in it, prompts that cannot be read or are too long, or `out` was made
             with other settings.
     """
-    of = of_run(run_dir)
-    folders = {name: adapter(run_dir, of, name) for name in settings.models}
-    tokenizer = model.load_tokenizer(of.base)
-    longest = model.longest_row(of.base, None, settings.response_length, "response_length")
-    prepared = data.prepare("ppo", _all(prompts), tokenizer, longest)
+    of = read_recipe(run_dir)
+    folders = {name: adapter_folder(run_dir, of, name) for name in settings.models}
+    tokenizer = load_tokenizer(of.base)
+    longest = longest_row(of.base, None, settings.response_length, "response_length")
+    prepared = prepare("ppo", _all(prompts), tokenizer, longest)
     keep_settings(out, settings)
-    return draw(load(of, folders), tokenizer, prepared, out, settings, batch_size, limit)
+    return draw_samples(open_models(of, folders), tokenizer, prepared, out, settings, batch_size, limit)
 
 
 def _all(prompts: Source) -> Source:
@@ -97,12 +100,12 @@ def prompts_of(of: Recipe) -> Source:
     return _all(Source(**own | others))
 
 
-def draw(
+def draw_samples(
     shared: SharedBase,
     tokenizer: Any,
-    prompts: data.Prepared,
+    prompts: Prepared,
     out: Path,
-    settings: Settings,
+    settings: SampleSettings,
     batch_size: int = 64,
     limit: int | None = None,
 ) -> dict[str, int]:
@@ -130,7 +133,7 @@ def draw(
     return {"samples": len(written.rows), "short": short, "left_out": len(left_out.rows)}
 
 
-def keep_settings(out: Path, settings: Settings) -> None:
+def keep_settings(out: Path, settings: SampleSettings) -> None:
     """Write the settings beside the samples. Raises ValueError where samples of other settings are there."""
     path, now = out.with_suffix(".settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
     if out.is_file() and path.is_file():
@@ -149,7 +152,7 @@ def prompt_id(prompt: Any) -> str:
 
 
 def _responses(
-    sampler: Sampler, part: Sequence[tuple[str, Row]], start: int, settings: Settings
+    sampler: Sampler, part: Sequence[tuple[str, Row]], start: int, settings: SampleSettings
 ) -> list[list[tuple[str, dict[str, Any]]]]:
     """For each prompt its different responses with their origins, in the order of the slots that they fill."""
     ways = [(name, temperature) for name in settings.models for temperature in settings.temperatures]

@@ -1,29 +1,13 @@
 """The report of runs: one HTML file with all that they say, which loads nothing from anywhere.
 
-Importing this room loads neither torch nor matplotlib.
+    write       the file
+    gather      what run folders hold, read into `Run`s
+    page        the HTML page; page.html, page.css, page.js, and pages.css, pages.js, which the label page shares
+    sections    the sections in their order: what_was_run, results, curves
+    blocks      what a section is made of: tables, grids, notes
+    charts      curves as SVG
+    warnings    what in the curves deserves a word
+    overoptimization  reward and quality over KL in several runs, with Gao et al.'s fit
+
+Reads run folders only: importing it loads no torch.
 """
-
-from collections.abc import Sequence
-from pathlib import Path
-
-
-def write(runs: Sequence[Path], out: Path) -> Path:
-    """Write the report of one run, or of several side by side, from what their folders hold. A run may be unfinished.
-
-    Args:
-        runs: run folders; one of a sweep stands for its variants.
-        out: the HTML file, which is replaced in one step.
-    Returns:
-        `out`.
-    Raises:
-        ValueError: a folder is no run's, or a file in it is damaged.
-    """
-    from ..files import write_text
-    from .gather import gather
-    from .page import render
-
-    page = render(gather(runs))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A name of a file may hold bytes that are no text, which UTF-8 has no place for.
-    write_text(out, page.encode(errors="backslashreplace").decode())
-    return out

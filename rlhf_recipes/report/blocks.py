@@ -101,9 +101,6 @@ class Section:
     blocks: list[Any]
 
 
-# --- Numbers in words -------------------------------------------------------------------------------------------------
-
-
 def number(value: Any) -> str:
     """Three digits that count, never as a power of ten; nothing where there is no number."""
     if not isinstance(value, int | float) or not math.isfinite(value):

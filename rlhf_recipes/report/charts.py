@@ -14,17 +14,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 POINTS = 500  # of a curve at most
+
 WIDTH, HEIGHT = 290, 170  # in the units of the SVG, which are about CSS pixels, three in a row or one on a phone
+
 COLOURS = 8  # of the style sheet, --c0 to --c7
 LETTERS = 11  # pixels, as in the style sheet
+
 # What matplotlib draws with, and the variable of the style sheet that takes its place.
 DIM, RULE = "#000002", "#000003"
+
 VARIABLES = {DIM: "var(--dim)", RULE: "var(--line)"}
+
 VARIABLES |= {f"#0001{number:02x}": f"var(--c{number})" for number in range(COLOURS)}
+
 FAINT = -1  # of a legend: of no curve in particular
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 DASHES = {"solid": "-", "dashed": (0, (5, 2)), "dotted": (0, (1, 2))}
+
 DRAWN: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters
     "font.size": LETTERS,

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_rows
-from ..folder import newest_first
-from ..recipe import Recipe, of_run
-from ..summary import summarize
+from ..recipe.values import Recipe
+from ..records.files import read_rows
+from ..records.folder import newest_round_first, read_recipe
+from ..records.summary import summarize
 
 Row = dict[str, Any]
+
 SCORES = {"gold": "gold", "judge": "judge", "reward": "score"}  # judge -> the key of its scores in samples and means
 TITLES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
 NAMES = {"gold": "gold", "judge": "the second reward model", "reward": "the reward model that PPO trained against"}
@@ -131,9 +132,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    recipe = of_run(folder)
+    recipe = read_recipe(folder)
     parts = []
-    for number, path in enumerate(reversed(newest_first(folder)), 1):
+    for number, path in enumerate(reversed(newest_round_first(folder)), 1):
         manifest = _json(path / "manifest.json") or {"stages": {}}
         parts.append(Part(path, number, manifest, read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl")))
     summary = summarize(parts[0].manifest, [part.manifest for part in parts[1:] if part.manifest["stages"]])

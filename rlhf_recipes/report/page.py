@@ -10,11 +10,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..recipe import STAGES
+from ..recipe.values import STAGES
 from . import charts, warnings
 from .blocks import duration, memory
 from .gather import TITLES, Run, best_win
-from .sections import sections, shared, verdict
+from .results import verdict
+from .sections import sections
+from .shared import shared_by_runs
 
 # Only this style and this script, by their digests; no request, of any kind.
 POLICY = (
@@ -36,10 +38,10 @@ def render(runs: Sequence[Run]) -> str:
     environment.globals |= {"paint": charts.variable}
     environment.filters["json"] = _json
     parts = {
-        kind: "".join((path / name).read_text(encoding="utf-8") for path, name in files)
-        for kind, files in {
-            "style": ((folder.parent, "pages.css"), (folder, "page.css")),
-            "script": ((folder.parent, "pages.js"), (folder, "page.js")),
+        kind: "".join((folder / name).read_text(encoding="utf-8") for name in names)
+        for kind, names in {
+            "style": ("pages.css", "page.css"),
+            "script": ("pages.js", "page.js"),
         }.items()
     }
     return environment.get_template("page.html").render(
@@ -47,8 +49,9 @@ def render(runs: Sequence[Run]) -> str:
         policy=POLICY.format(**{kind: _digest(text) for kind, text in parts.items()}),
         **{kind: Markup(text) for kind, text in parts.items()},
         heads=[_head(run) for run in runs],
-        warnings=shared(
-            runs, [(index, about, text) for index, run in enumerate(runs) for about, text in warnings.of_run(run)]
+        warnings=shared_by_runs(
+            runs,
+            [(index, about, text) for index, run in enumerate(runs) for about, text in warnings.warnings_of_run(run)],
         ),
         sections=sections(runs),
     )

@@ -26,7 +26,7 @@ class Warning(NamedTuple):
     text: str
 
 
-def of_run(run: Run) -> Iterator[Warning]:
+def warnings_of_run(run: Run) -> Iterator[Warning]:
     """All warnings of a run: what its stages found, then what its curves say, then what its results cannot carry."""
     for part in run.parts:
         later = f", round {part.number}" if part.number > 1 else ""

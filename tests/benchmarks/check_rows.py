@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from rlhf_recipes.chat import set_chat_template
-from rlhf_recipes.feedback import check
-from rlhf_recipes.memory import resident_mib
-from rlhf_recipes.recipe import Source
+from rlhf_recipes.data.check import examine, survey_source
+from rlhf_recipes.data.tokens import set_chat_template
+from rlhf_recipes.model.memory import resident_mib
+from rlhf_recipes.recipe.values import Source
 
 WORDS = ["cats", "eat", "fish", "in", "the", "old", "house", "near", "a", "river", "while", "dogs", "sleep"]
 
@@ -44,7 +44,7 @@ def measure(rows: int, model: str | None) -> dict[str, float]:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, rows)
         before, start = resident_mib(), time.perf_counter()
-        report = check.examine(check.look(Source(str(path))), "reward", tokenizer)
+        report = examine(survey_source(Source(str(path))), "reward", tokenizer)
         seconds = time.perf_counter() - start
     return {
         "rows": report["rows"],

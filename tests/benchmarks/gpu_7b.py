@@ -140,11 +140,12 @@ def measure(shape: str, backend: str | None, device: str, cap: float, decoded: i
     """One update of a shape, after a short one: peaks and seconds of each phase, and fractions of the limits."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
-    from memory_meter import Meter, measured, weight_bytes
+    from support.memory_meter import Meter, measured, weight_bytes
     from transformers import AutoConfig
     from workload import PhasedTrainer, add_roles, endless_tokenizer, random_prompts
 
-    from rlhf_recipes import Lora, PPOConfig, SharedBase, generation
+    from rlhf_recipes import Lora, PPOConfig, SharedBase
+    from rlhf_recipes.model import decode
 
     on_gpu = device == "cuda"
     if on_gpu:
@@ -165,7 +166,7 @@ def measure(shape: str, backend: str | None, device: str, cap: float, decoded: i
             made = torch.randint(4, config.vocab_size, (len(input_ids), drawn), device=input_ids.device)
             rows = torch.cat([input_ids, made], 1), torch.cat([attention_mask, torch.ones_like(made).bool()], 1)
             # No more tokens go through the model at one time than of the prompts alone.
-            with patch.object(generation, "TOKENS_AT_ONCE", min(generation.TOKENS_AT_ONCE, input_ids.numel())):
+            with patch.object(decode, "TOKENS_AT_ONCE", min(decode.TOKENS_AT_ONCE, input_ids.numel())):
                 first = clock(device, lambda: super(Switching, self).generate(*rows, uniforms[:, -1:], *rest), 2)
                 start = time.perf_counter()
                 found = super().generate(*rows, uniforms[:, drawn:], *rest)
@@ -289,8 +290,8 @@ def planned_gib(shape: str, backend: str | None, cap: float | None) -> dict[str,
     from transformers import AutoConfig
 
     from rlhf_recipes import Base, Lora, PPOConfig
-    from rlhf_recipes.plan import plan
-    from rlhf_recipes.recipe import PPOStage, Recipe
+    from rlhf_recipes.plan.plan import plan_memory
+    from rlhf_recipes.recipe.values import PPOStage, Recipe
 
     work = SHAPES[shape]["work"]
     with tempfile.TemporaryDirectory() as folder:
@@ -298,7 +299,7 @@ def planned_gib(shape: str, backend: str | None, cap: float | None) -> dict[str,
         lora = Lora(r=work["r"], alpha=2 * work["r"])
         recipe = Recipe("gpu_7b", Base(folder, quantization="nf4"), lora=lora, ppo=PPOStage("none"))
         config = PPOConfig(folder, max_prompt_length=work["prompt"], **options(work, backend, cap is not None))
-        found = plan(recipe, {"ppo": config}, cap and cap * GIB).stages["ppo"]
+        found = plan_memory(recipe, {"ppo": config}, cap and cap * GIB).stages["ppo"]
     return {phase: mib / 1024 for phase, mib in found.phases.items()}
 
 

@@ -49,12 +49,13 @@ def measure(point: dict[str, int]) -> dict[str, Any]:
     """Three updates at one point: seconds and working memory of each phase."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
-    from memory_meter import measured, weight_bytes
+    from support.memory_meter import measured, weight_bytes
     from transformers import LlamaConfig, LlamaForCausalLM
     from workload import PhasedTrainer, add_roles, endless_tokenizer, random_prompts
 
-    from rlhf_recipes import Lora, PPOConfig, SharedBase, objectives
-    from rlhf_recipes.memory import peak_memory_mib, reset_peak_memory
+    from rlhf_recipes import Lora, PPOConfig, SharedBase
+    from rlhf_recipes.model import log_probs
+    from rlhf_recipes.model.memory import peak_memory_mib, reset_peak_memory
 
     peaks: dict[str, int] = {}
     seconds: dict[str, float] = {}  # of the second update
@@ -71,7 +72,7 @@ def measure(point: dict[str, int]) -> dict[str, Any]:
             yield
             seconds[name] = time.process_time() - start
 
-    objectives.LOGITS_AT_ONCE = LOGITS_AT_ONCE
+    log_probs.LOGITS_AT_ONCE = LOGITS_AT_ONCE
     torch.manual_seed(0)
     reset_peak_memory()
     imports = peak_memory_mib()

@@ -44,7 +44,7 @@ def ours(shape: dict[str, int], precision: Any, updates: int) -> dict[str, Any]:
     from workload import Flops, add_roles, endless_tokenizer, random_prompts
 
     from rlhf_recipes import Base, Lora, PPOConfig, PPOTrainer, SharedBase
-    from rlhf_recipes.model import load_base
+    from rlhf_recipes.model.base import load_base
 
     imports = peak_mib()
     marks: list[float] = []

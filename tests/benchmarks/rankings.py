@@ -33,12 +33,12 @@ def measure(kind: str) -> dict[str, float]:
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
-    from rlhf_recipes.config import RewardConfig
-    from rlhf_recipes.memory import peak_memory_mib, reset_peak_memory
-    from rlhf_recipes.reward import RewardTrainer
+    from rlhf_recipes.model.memory import peak_memory_mib, reset_peak_memory
+    from rlhf_recipes.stages.options import RewardConfig
+    from rlhf_recipes.stages.reward.trainer import RewardTrainer
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tiny_models import make_tokenizer
+    from support.tiny_models import make_tokenizer
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_recipes import load, replace
-from rlhf_recipes.recipe import parse_overrides
-from rlhf_recipes.summary import with_interval
+from rlhf_recipes.recipe.overrides import parse_overrides
+from rlhf_recipes.records.rates import with_interval
 
 BANDS = ((0, 2), (2, 5), (5, 10))  # of KL, in nats
 KINDS = {"one": "one round", "three": "three rounds"}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import Source, load, replace, run
-from rlhf_recipes.summary import with_interval
+from rlhf_recipes.records.rates import with_interval
 
-TEXTS = Source("rlhf_recipes.tiny:pretraining", heldout=0.1)
+TEXTS = Source("rlhf_recipes.worlds.tiny:pretraining", heldout=0.1)
 LOW_KL: dict[str, Any] = {"kl_coef": 0.02}
 GROUP = {"num_generations": 4}
 ENSEMBLE = {"reward": {"ensemble_size": 3}}

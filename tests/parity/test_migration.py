@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from tiny_models import save_model
+from support.tiny_models import save_model
 from transformers import AutoModelForCausalLM
 
 from rlhf_recipes import Base, Lora, SharedBase
-from rlhf_recipes.model import load_base
+from rlhf_recipes.model.base import load_base
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 GUIDE = README[README.index("## Coming from TRL 1.12's `PPOTrainer`") :]

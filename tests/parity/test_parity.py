@@ -18,14 +18,17 @@ from datasets import Dataset
 from numpy.random import RandomState
 from safetensors import safe_open
 from scenarios import ACCUMULATE, LENGTH, LORA, OPTIONS, ROWS, SCENARIOS, TARGETS, fill, prompts, short
-from tiny_models import make_tokenizer
+from support.tiny_models import make_tokenizer
 from torch import Tensor, nn
 
-from rlhf_recipes import objectives
-from rlhf_recipes.model import SharedBase, load_base
-from rlhf_recipes.ppo import PPOConfig, PPOTrainer
-from rlhf_recipes.recipe import Base, Lora
-from rlhf_recipes.rollout import Rollout, state_values
+from rlhf_recipes.model.base import load_base
+from rlhf_recipes.model.sampler import state_values
+from rlhf_recipes.model.shared import SharedBase
+from rlhf_recipes.recipe.values import Base, Lora
+from rlhf_recipes.stages.options import PPOConfig
+from rlhf_recipes.stages.ppo import objectives
+from rlhf_recipes.stages.ppo.rollout import Rollout
+from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 
 ROOT = Path(__file__).parents[2] / ".venv-parity"
 DUMP = ROOT / "dump"

@@ -32,7 +32,7 @@ from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from scenarios import EOS, LENGTH, LORA, OPTIONS, ROWS, SCENARIOS, TARGETS, Scenario, cpu, fill, prompts, short
-from tiny_models import make_tokenizer, save_model
+from support.tiny_models import make_tokenizer, save_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from transformers.utils.logging import disable_progress_bar

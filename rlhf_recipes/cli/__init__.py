@@ -1,0 +1,1 @@
+"""How a user speaks to the package: one file a command. The only room in which functions import what does the work."""

@@ -1,0 +1,69 @@
+"""What all commands share: what a command is, how its words are read, what is printed where, exit codes."""
+
+import argparse
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command of `rlhf-recipes`."""
+
+    purpose: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def notes_to_stderr() -> redirect_stdout:
+    """A block in which libraries may print notes, as they do while they load: standard output is the result alone."""
+    return redirect_stdout(sys.stderr)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """A user's error is one line without a traceback; an interrupted run says how to go on.
+
+    A ValueError that a library or a user's own function raised keeps its traceback: that is where to look.
+    """
+    # What libraries say about themselves, and no user can act on, would bury that line.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+    try:
+        yield
+    except ValueError as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(raised_in).is_relative_to(Path(__file__).parents[1]):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        raise SystemExit(130) from error
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Like `parse_args`, but settings may also follow an option: argparse returns those as unknown words."""
+    options, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or "settings" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.settings += rest
+    return options
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The words `key=value` that change a recipe."""
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="a change, for example ppo.kl_coef=0.1")
+
+
+def positive_int(text: str) -> int:
+    """A whole number above 0, for argparse, which names the option where it is none."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)

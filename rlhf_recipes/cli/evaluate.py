@@ -1,0 +1,106 @@
+"""`rlhf-recipes evaluate`: the models of a run compared."""
+
+import argparse
+import json
+from pathlib import Path
+
+from .asking import prices_of, question, question_arguments, reach, reach_arguments
+from .command import Command, notes_to_stderr, positive_int
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """\
+A judge is gold (the recipe's, where true quality is known), reward (what PPO was trained against), judge (the second
+reward model of reward.judge_share), module:function or file.py:function of TRL's signature, a reward adapter, a
+sequence classifier, or a model that is asked about each pair of answers, in both orders: a Hub id, a folder, a run, or
+the URL of an OpenAI-compatible endpoint. Answers are kept by content in RUN/evaluation, so that a second judge samples
+nothing; what earlier judges said stays. Stopped, the same command goes on.
+
+  rlhf-recipes evaluate runs/tiny
+  rlhf-recipes evaluate runs/tiny --models sft,ppo,runs/other:ppo --against sft,base --samples 4
+  rlhf-recipes evaluate runs/mine --judge http://127.0.0.1:8000/v1 --parallel 32
+  rlhf-recipes evaluate runs/mine --models base,sft,ppo --tasks tax --task-limit 500"""
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run folder")
+    add(
+        "--models",
+        type=_words,
+        default=(),
+        metavar="M[,M]",
+        help="base, sft, ppo, ppo/checkpoint-40, dpo, round-2/ppo, or PATH/TO/RUN:NAME of another run "
+        "(default: all that RUN has)",
+    )
+    add("--against", type=_words, default=(), metavar="M[,M]", help="what they are compared with (default: sft)")
+    add(
+        "--judge",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="who judges (default: gold, judge and reward, as far as RUN has them)",
+    )
+    add("--prompts", metavar="DATA", help="a source of prompts (default: those that training held out)")
+    add("--limit", type=positive_int, metavar="N", help="only the first N prompts (default: all)")
+    add("--samples", type=positive_int, default=1, metavar="K", help="answers of each model to a prompt (default: 1)")
+    add("--temperature", type=float, metavar="T", help="of sampling, above 0 (default: as in training)")
+    add("--response-length", type=positive_int, metavar="N", help="tokens at most (default: as in training)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling, bootstraps, drawn principles (default: 0)")
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="rows at once: memory and speed (default: 64)")
+    add("--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation)")
+    add("--json", action="store_true", help="print evaluation.json in place of tables")
+    tax = parser.add_argument_group("the alignment tax")
+    tax.add_argument("--texts", metavar="DATA", help="texts for perplexity (default: what `ptx` held out, if any)")
+    tax.add_argument(
+        "--tasks",
+        type=_words,
+        default=(),
+        metavar="T[,T]",
+        help="of EleutherAI's lm-evaluation-harness; tax: truthfulqa_mc2, hellaswag and toxigen (default: none)",
+    )
+    tax.add_argument("--task-dir", type=Path, metavar="DIR", help="YAML files of tasks of your own (default: none)")
+    tax.add_argument("--task-limit", type=positive_int, metavar="N", help="questions of each task (default: all)")
+    question_arguments(parser)
+    reach_arguments(parser)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _run(options: argparse.Namespace) -> None:
+    with notes_to_stderr():
+        from rich.console import Console
+        from rich.text import Text
+
+        from ..data.text import printable
+        from ..evaluate.evaluation import evaluate
+        from ..evaluate.judges import Asking
+        from ..evaluate.plan import EvaluationSettings
+        from ..evaluate.verdict import tables
+        from ..feedback.judge import JudgeSettings
+        from ..feedback.ledger import Prices
+
+        asking = Asking(
+            reach(options), JudgeSettings(*question(options)), Prices(*prices_of(options)), options.parallel
+        )
+        named = ("models", "against", "prompts", "limit", "samples", "texts", "tasks", "task_dir", "task_limit")
+        named += ("temperature", "response_length", "seed", "batch_size")
+        chosen = {name: getattr(options, name) for name in named}
+        settings = EvaluationSettings(**chosen, judges=tuple(options.judge), asking=asking)
+        result = evaluate(options.run, settings, options.out)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    console = Console(highlight=False)
+    for table in tables(result):
+        console.print(table)
+        console.print()
+    for warning in result["warnings"]:
+        console.print(Text(printable(f"warning: {warning}"), style="yellow"))
+    if result["best"] is not None:
+        console.print(Text(printable(result["best"]["words"]), style="bold"))
+    console.print(Text(f"All of it: {(options.out or options.run / 'evaluation') / 'evaluation.json'}"))
+
+
+COMMAND = Command("compare the models of a run on held-out prompts", _arguments, _run)

@@ -1,0 +1,46 @@
+"""`rlhf-recipes label`: the page on which people rank."""
+
+import argparse
+from pathlib import Path
+
+from .command import Command, notes_to_stderr
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("samples", type=Path, metavar="SAMPLES", help="the file that `sample` wrote")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="where judgements go (default: SAMPLES with .labels.jsonl)"
+    )
+    parser.add_argument("--guidelines", type=Path, metavar="FILE", help="text to show beside them (default: none)")
+    parser.add_argument(
+        "--mode",
+        choices=("rank", "pairs"),
+        default="rank",
+        help="rank all responses at once, or compare two after two until their order is known (default: rank)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of the samples that every labeler gets, 0 to 1, for their agreement (default: 0.2)",
+    )
+    parser.add_argument("--port", type=int, default=8008, metavar="N", help="to listen at; 0: any (default: 8008)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that share and all orders (default: 0)")
+    parser.add_argument(
+        "--share", action="store_true", help="listen to the whole network, not encrypted (default: to this machine)"
+    )
+    parser.epilog = (
+        "Each labeler opens the link that is printed and gives a name. Stopped, the same command goes on. Skips go to "
+        "*.skipped.jsonl beside the labels; *.token keeps the link's token for the next start: delete it to change it."
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    with notes_to_stderr():
+        from ..feedback.label import serve
+
+    serve(**{key: value for key, value in vars(options).items() if key != "command"})
+
+
+COMMAND = Command("open a local page on which people rank samples", _arguments, _run)

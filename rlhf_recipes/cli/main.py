@@ -1,0 +1,42 @@
+"""The command line: `rlhf-recipes COMMAND`, one file a command.
+
+What does the work is imported when a command runs, so that `list`, `show` and `--help` answer at once: neither torch
+nor trl is imported until a run starts or an override has to be checked.
+"""
+
+import argparse
+import importlib.metadata
+from collections.abc import Sequence
+
+from . import agreement, chat, check, critique, evaluate, judge, label, options, plan, recipes, report, run, sample
+from .command import exit_codes, parse_options
+
+COMMANDS = {
+    "list": recipes.LIST,
+    "show": recipes.SHOW,
+    "plan": plan.COMMAND,
+    "run": run.COMMAND,
+    "options": options.COMMAND,
+    "chat": chat.COMMAND,
+    "check": check.COMMAND,
+    "sample": sample.COMMAND,
+    "label": label.COMMAND,
+    "agreement": agreement.COMMAND,
+    "judge": judge.COMMAND,
+    "critique": critique.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "report": report.COMMAND,
+}
+
+
+def main_cli(argv: Sequence[str] | None = None) -> None:
+    """The `rlhf-recipes` command. Exits with 2 after a user's error and with 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="rlhf-recipes", description="RLHF on one GPU, from recipes.")
+    version = importlib.metadata.version("rlhf_recipes")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.arguments(subparsers.add_parser(name, help=command.purpose, description=command.purpose))
+    chosen = parse_options(parser, argv)
+    with exit_codes():
+        COMMANDS[chosen.command].run(chosen)

@@ -1,0 +1,84 @@
+"""`rlhf-recipes sample`: responses to be ranked."""
+
+import argparse
+from pathlib import Path
+
+from .command import Command, notes_to_stderr
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or that of a round (runs/x/round-2)")
+    parser.add_argument("--prompts", metavar="DATA", help="a source with prompts (default: the run's ppo.data)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where samples go (default: RUN/feedback/samples.jsonl)"
+    )
+    parser.add_argument("-k", type=int, default=4, help="responses to each prompt, 2 to 9 (default: 4)")
+    parser.add_argument(
+        "--models",
+        default="ppo",
+        metavar="M[,M]",
+        help="who answers, in turn: base, sft, ppo, dpo, or a folder with an adapter inside RUN (default: ppo)",
+    )
+    parser.add_argument("--temperatures", default="1.0", metavar="T[,T]", help="in turn for each model (default: 1.0)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N different prompts (default: all)")
+    parser.add_argument(
+        "--response-length", type=int, metavar="N", help="tokens at most (default: as the run's ppo stage, else 256)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument(
+        "--similarity",
+        type=float,
+        default=0.9,
+        metavar="S",
+        help="draw a response again that shares this much of its words with another (default: 0.9; 1: only equal ones)",
+    )
+    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="to get a different response (default: 3)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="rows at once: memory and speed alone (default: 64)"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """\
+Stopped, the same command goes on. A prompt without two different responses goes to *.left_out.jsonl.
+
+  rlhf-recipes sample runs/mine --models sft,ppo --limit 500
+  rlhf-recipes sample runs/mine --prompts fresh.jsonl -k 2 --temperatures 0.7,1.0 --out samples.jsonl"""
+
+
+def _run(options: argparse.Namespace) -> None:
+    from ..recipe.values import Source
+    from ..records.folder import read_recipe
+
+    recipe = read_recipe(options.run)
+    if options.prompts is None and recipe.ppo is None:
+        raise ValueError(f"{options.run} has no ppo stage whose prompts could be taken: set --prompts.")
+    own = recipe.ppo.args.get("response_length", 53) if recipe.ppo is not None else 256
+    with notes_to_stderr():
+        from ..feedback.sample import SampleSettings, prompts_of, sample_responses
+
+        settings = SampleSettings(
+            models=tuple(options.models.split(",")),
+            temperatures=_numbers("--temperatures", options.temperatures),
+            k=options.k,
+            response_length=options.response_length or own,
+            seed=options.seed,
+            similarity=options.similarity,
+            attempts=options.attempts,
+        )
+        out = options.out or options.run / "feedback" / "samples.jsonl"
+        prompts = prompts_of(recipe) if options.prompts is None else Source(options.prompts)
+        found = sample_responses(options.run, prompts, out, settings, options.batch_size, options.limit)
+    print(
+        f"{found['samples']:,} samples in {out}, {found['short']:,} of them with fewer than {options.k} responses; "
+        f"{found['left_out']:,} prompts left out, without two different ones.\n"
+        f"Have people rank them with `rlhf-recipes label {out}`, or a model with `rlhf-recipes judge`."
+    )
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers with commas between them, not {text!r}.") from error
+
+
+COMMAND = Command("sample responses to be ranked from the policies of a run", _arguments, _run)

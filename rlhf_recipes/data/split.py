@@ -1,0 +1,59 @@
+"""Which prompts are held out: by a hash of the prompt, so that all stages of a run hold out the same ones first."""
+
+import hashlib
+import json
+
+import datasets
+
+from .rows import Row
+from .tokens import Text
+
+
+def prompt_hash(prompt: Text, seed: int) -> int:
+    """64 bits that tell prompts apart, whatever spaces surround their texts. The first 48 are their position."""
+    canonical = prompt.strip() if isinstance(prompt, str) else [[m["role"], m["content"].strip()] for m in prompt]
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{json.dumps(canonical)}".encode()).digest()[:8])
+
+
+def prompt_position(prompt: Text, seed: int) -> float:
+    """Where a prompt lies in [0, 1): below `Stage.heldout` it is held out, in whatever stage, order or file."""
+    return (prompt_hash(prompt, seed) >> 16) / 2**48
+
+
+def heldout_below(share: float, second: float, last: float) -> float:
+    """The position below which prompts are held out. With two prompts or more neither side is empty.
+
+    Args:
+        share: of the prompts, above 0.
+        second, last: the second lowest and the highest position of a prompt.
+    """
+    return min(max(share, second), last)
+
+
+def split_rows(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows in their order, and held-out rows. With two prompts or more neither side is empty."""
+    train, heldout = _sides_by_position([prompt_position(row.prompt, seed) for row in rows], share)
+    return [rows[index] for index in train], [rows[index] for index in heldout]
+
+
+def set_aside(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Rows of the `reward` stage without a share of their prompts, and the rows of that share.
+
+    It is independent of the held-out split. Raises ValueError where there are fewer than two prompts to share out.
+    """
+    if share == 0:
+        return rows, rows.select([])
+    wholes = rows["chosen_ids"] if "chosen_ids" in rows.column_names else (of[0] for of in rows["responses_ids"])
+    prompts = [whole[:length] for whole, length in zip(wholes, rows["prompt_length"], strict=True)]
+    rest, aside = _sides_by_position([prompt_position(json.dumps(ids), seed) for ids in prompts], share)
+    if not aside:
+        raise ValueError("reward.judge_share shares out the training prompts, and there is only one.")
+    return rows.select(rest), rows.select(aside)
+
+
+def _sides_by_position(positions: list[float], share: float) -> tuple[list[int], list[int]]:
+    """The indices of the rows whose prompts' positions are above a share, and of those below."""
+    distinct = sorted(set(positions))
+    threshold = heldout_below(share, distinct[1], distinct[-1]) if share and len(distinct) > 1 else 0.0
+    above = [index for index, position in enumerate(positions) if position >= threshold]
+    return above, [index for index, position in enumerate(positions) if position < threshold]

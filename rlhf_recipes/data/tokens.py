@@ -1,0 +1,202 @@
+"""Prompts and responses as text and as tokens: chat templates, and the one tokenization that all stages share.
+
+PPO sees prompts and scores responses exactly as the SFT and the reward model were trained on them, because a prompt's
+ids never depend on what follows it, and every response ends in exactly one stop token.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..recipe.overrides import suggestion
+
+Messages = list[dict[str, Any]]
+
+Text = str | Messages
+
+Ids = np.ndarray  # int32, (tokens,): a list takes eight times the memory
+
+CHAT_TEMPLATES: dict[str, str] = {
+    # Anthropic's HH transcripts, each answer ended by EOS so that the policy learns to stop. The space after
+    # "Assistant:" belongs to the answer, as in HH.
+    "transcript": """\
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{{ message.content | trim }}
+    {%- elif message.role == 'user' %}{{ '\\n\\nHuman: ' + message.content | trim }}
+    {%- elif message.role == 'assistant' %}{{ '\\n\\nAssistant: ' + message.content | trim }}{{ eos_token }}
+    {%- else %}{{ raise_exception('A transcript has no role ' + message.role + '.') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}""",
+    "chatml": """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+}
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+    """Give the tokenizer the chat template that all stages use.
+
+    Args:
+        tokenizer: changed in place.
+        name: a name of `CHAT_TEMPLATES`, the path of a .jinja file, or None for the tokenizer's own ("transcript" if it
+            has none).
+    Raises:
+        ValueError: there is no such template or file, it cannot be rendered, or it uses a token like `<|im_end|>` that
+            the vocabulary lacks (it would be split into pieces that the model never saw in this role).
+    """
+    if name is None:
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = CHAT_TEMPLATES["transcript"]
+        return
+    if name.endswith(".jinja"):
+        if not Path(name).is_file():
+            raise ValueError(f"base.chat_template: there is no file {name}.")
+        template = Path(name).read_text(encoding="utf-8")
+    elif name in CHAT_TEMPLATES:
+        template = CHAT_TEMPLATES[name]
+    else:
+        hint = suggestion(name, CHAT_TEMPLATES)
+        raise ValueError(f"base.chat_template: {name!r} is neither a named template nor a .jinja file.{hint}")
+    for token in sorted(set(re.findall(r"<\|\w+\|>", template))):
+        if tokenizer.tokenize(token) != [token]:
+            raise ValueError(
+                f"base.chat_template: {name} needs the token {token}, which this tokenizer lacks. Use 'transcript', or "
+                "a base model with that token."
+            )
+    tokenizer.chat_template = template
+    try:
+        _turn_end(tokenizer)
+    except TemplateError as error:
+        raise ValueError(f"base.chat_template: {name} cannot be rendered: {error}") from error
+
+
+def stop_token_id(tokenizer: PreTrainedTokenizerBase, conversational: bool) -> int:
+    """The id of the token that ends a response: what generation stops at, and the last of a tokenized completion.
+
+    Conversational rows end with the last special token that the chat template writes after an assistant's text
+    (`<|im_end|>`, `<|eot_id|>`, ...); text rows, and templates that write none, end with EOS.
+    Raises ValueError if that is EOS and the tokenizer has none.
+    """
+    if conversational:
+        return _turn_end(tokenizer)[1]
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer {tokenizer.name_or_path!r} has no eos_token: a response could never end.")
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    """The ids of a prompt: messages with the template's generation prompt, or text with the usual special tokens.
+
+    A trailing EOS, which some tokenizers add to every text, is left out: a response follows.
+    """
+    return prompt_token_ids(tokenizer, [render_prompt(tokenizer, prompt)], not isinstance(prompt, str))[0].tolist()
+
+
+def tokenize_pair(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, as `tokenize_prompt` gives them, and of its completion, which end in exactly one stop token.
+
+    The completion's ids are those that it has in the tokenization of the whole text, unless a token spans the boundary:
+    then it is tokenized by itself. Raises ValueError if the chat template renders the prompt differently once an answer
+    follows it.
+    """
+    conversational = not isinstance(prompt, str)
+    end, stop = response_end(tokenizer, conversational)
+    prompt_text = render_prompt(tokenizer, prompt)
+    text = render_completion(tokenizer, prompt, prompt_text, completion, end)
+    prompt_ids = prompt_token_ids(tokenizer, [prompt_text], conversational)
+    completion_ids = completion_token_ids(tokenizer, [prompt_text], prompt_ids, [text], conversational, stop)
+    return prompt_ids[0].tolist(), completion_ids[0].tolist()
+
+
+def response_end(tokenizer: PreTrainedTokenizerBase, conversational: bool) -> tuple[str, int]:
+    """What is written after a response, from the stop token on ("" where nothing is), and the stop token's id."""
+    return _turn_end(tokenizer) if conversational else ("", stop_token_id(tokenizer, False))
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """What the template writes after an answer from the stop token on ("" if it has none), and that token's id."""
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    after = _render(tokenizer, probe).rpartition("answer")[2]
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = [token for token in special if token in after]
+    if not found:
+        return "", stop_token_id(tokenizer, False)
+    stop = max(found, key=lambda token: (after.rfind(token) + len(token), len(token)))
+    return after[after.rfind(stop) :], special[stop]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)
+    return text
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> str:
+    """A prompt as text: messages with the template's generation prompt."""
+    return prompt if isinstance(prompt, str) else _render(tokenizer, prompt, add_generation_prompt=True)
+
+
+def render_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, prompt_text: str, completion: Text, end: str
+) -> str:
+    """The completion as the template renders it after the prompt, without the end of the turn."""
+    if isinstance(prompt, str) or isinstance(completion, str):
+        assert isinstance(prompt, str) and isinstance(completion, str), "prompt and completion have different formats"
+        return completion
+    whole = _render(tokenizer, prompt + completion)
+    if not whole.startswith(prompt_text):
+        raise ValueError(
+            "The chat template writes the prompt differently once an answer follows it, so a model trained with it "
+            f"would be sampled on prompts that it never saw. Set base.chat_template. The prompt ends in "
+            f"{prompt_text[-40:]!r}, the conversation in {whole[-40:]!r}."
+        )
+    return whole[len(prompt_text) :].removesuffix(end)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool) -> list[Ids]:
+    result = []
+    # In pieces, because a fast tokenizer holds some hundred bytes a token until a batch is done.
+    for start in range(0, len(texts), 1000):
+        piece = texts[start : start + 1000]
+        # verbose=False: rows longer than the model's limit are ours to report.
+        encoded = tokenizer(piece, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
+        result += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]  # type: ignore[union-attr]
+    return result
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], conversational: bool) -> list[Ids]:
+    """`tokenize_prompt` of many rendered prompts."""
+    # A template writes its special tokens itself.
+    batch = _ids(tokenizer, texts, special_tokens=not conversational)
+    ends_in_eos = [not conversational and ids[-1:].tolist() == [tokenizer.eos_token_id] for ids in batch]
+    return [ids[:-1] if cut else ids for ids, cut in zip(batch, ends_in_eos, strict=True)]
+
+
+def completion_token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_texts: list[str],
+    prompt_ids: list[Ids],
+    texts: list[str],
+    conversational: bool,
+    stop: int,
+) -> list[Ids]:
+    """The ids of many rendered responses, each ending in exactly one stop token (see `tokenize_pair`)."""
+    wholes = [prompt + text for prompt, text in zip(prompt_texts, texts, strict=True)]
+    batch = _ids(tokenizer, wholes, special_tokens=not conversational)
+    spans = [not np.array_equal(ids[: len(prompt)], prompt) for ids, prompt in zip(batch, prompt_ids, strict=True)]
+    alone = iter(_ids(tokenizer, [text for text, span in zip(texts, spans, strict=True) if span], special_tokens=False))
+    result = []
+    for ids, prompt, span in zip(batch, prompt_ids, spans, strict=True):
+        ids = next(alone) if span else ids[len(prompt) :]
+        while ids[-1:].tolist() == [stop]:
+            ids = ids[:-1]
+        result.append(np.append(ids, np.int32(stop)))
+    return result

@@ -1,0 +1,168 @@
+"""All that an evaluation needs to know before a weight is loaded: models, judges, prompts that no stage trained on."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.prepare import Prepared, prepare, trained_on
+from ..data.rows import StageName
+from ..data.split import prompt_hash
+from ..feedback.judge import JudgeSettings
+from ..feedback.ledger import Prices
+from ..feedback.rows import Row
+from ..model.base import longest_row
+from ..recipe.values import Recipe, Source
+from ..records.folder import model_names
+from ..stages.inputs import prompts_to_compare_on
+from .judges import PROXY, Asking, Judge, find_judge, reward_folders
+from .models import NamedModel, find_model
+from .tax import Tasks
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is compared, and how. None and () stand for what the run says."""
+
+    models: tuple[str, ...] = ()  # all that the run has
+    against: tuple[str, ...] = ()  # sft, or base in a run without it
+    judges: tuple[str, ...] = ()  # gold, judge and reward, as far as the run has them
+    prompts: str | None = None  # a source; the prompts that the run's ppo (else dpo, else sft) stage held out
+    limit: int | None = None  # take the first so many prompts
+    samples: int = 1  # answers to each prompt; self-similarity needs two
+    texts: str | None = None  # a source of texts for perplexity; those that `ptx` held out
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness; `tax` stands for three
+    task_dir: Path | None = None
+    task_limit: int | None = None
+    temperature: float | None = None  # as the stage
+    response_length: int | None = None  # as the stage
+    seed: int = 0  # of answers and bootstraps
+    batch_size: int = 64
+    asking: Asking = field(default_factory=lambda: Asking({}, JudgeSettings(), Prices()))
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "samples", "task_limit", "response_length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"--temperature must be above 0, not {self.temperature}.")
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """All that an evaluation needs to know before a weight is loaded."""
+
+    recipe: Recipe
+    models: list[NamedModel]
+    against: list[str]
+    judges: list[Judge]
+    rows: list[Row]  # the prompts, with `prompt_ids` of the run's tokenizer
+    stop_token_ids: list[int]
+    texts: list[list[int]]
+    tasks: Tasks | None
+    ensemble: tuple[str, float]  # how the scores of several reward models make one
+    temperature: float
+    response_length: int
+    warnings: list[str]  # about the prompts
+
+
+def plan_evaluation(run_dir: Path, recipe: Recipe, tokenizer: Any, settings: EvaluationSettings) -> EvaluationPlan:
+    """Find all that is named. Raises ValueError where something is not there."""
+    names = settings.models or tuple(model_names(run_dir, recipe))
+    against = settings.against or ("base" if recipe.sft is None else "sft",)
+    found = [find_model(run_dir, recipe, name) for name in dict.fromkeys((*names, *against))]
+    known = [name for name in ("gold", "judge", PROXY) if _has(name, run_dir, recipe)]
+    asked = [find_judge(name, run_dir, recipe, settings.asking) for name in settings.judges or known]
+    if not asked:
+        raise ValueError(f"{run_dir} has neither gold nor a reward model: name a --judge.")
+    tasks = Tasks(settings.tasks, settings.task_dir, settings.task_limit) if settings.tasks else None
+    config, held_out = prompts_to_compare_on(recipe, run_dir, tokenizer)
+    length = settings.response_length or getattr(config, "response_length", 256)
+    room = longest_row(recipe.base, None, length, "--response-length")
+    if settings.prompts is None:
+        rows, said = unseen_prompts(held_out["prompts"].heldout.to_list(), recipe)
+    else:
+        rows, said = _prompts(settings.prompts, recipe, tokenizer, room)
+    if room is not None and any(len(row["prompt_ids"]) > room for row in rows):
+        raise ValueError(f"--response-length={length} leaves room for prompts of {room} tokens, and one is longer.")
+    texts = held_out["ptx"].heldout["input_ids"][:] if "ptx" in held_out else []
+    if settings.texts is not None:
+        texts = _all("ptx", settings.texts, tokenizer, None, recipe.seed).train["input_ids"][:]
+    longest = longest_row(recipe.base, getattr(config, "ptx_max_length", 512))
+    stop = getattr(config, "stop_token_id", None)
+    return EvaluationPlan(
+        recipe=recipe,
+        models=found,
+        against=list(against),
+        judges=asked,
+        rows=rows[: settings.limit],
+        stop_token_ids=[held_out["prompts"].stop_token_id, *([] if stop is None else [stop])],
+        texts=[ids[:longest] for ids in texts],
+        tasks=tasks,
+        ensemble=(getattr(config, "ensemble_aggregation", "mean"), getattr(config, "uncertainty_coef", 0.0)),
+        temperature=settings.temperature or getattr(config, "temperature", 1.0),
+        response_length=length,
+        warnings=said,
+    )
+
+
+def _has(name: str, run_dir: Path, recipe: Recipe) -> bool:
+    return recipe.gold is not None if name == "gold" else bool(reward_folders(run_dir, name))
+
+
+def _all(kind: StageName, source: str, tokenizer: Any, longest: int | None, seed: int) -> Prepared:
+    try:
+        return prepare(kind, Source(source, heldout=0.0), tokenizer, longest, seed)
+    except ValueError as error:  # `data` names the section that such rows are for
+        raise ValueError(
+            f"--{'texts' if kind == 'ptx' else 'prompts'}: {str(error).removeprefix(f'{kind}.data: ')}"
+        ) from error
+
+
+def _seen(recipe: Recipe, below: float = 1.0) -> tuple[set[int], list[str]]:
+    """The hashes of the prompts that a run was trained on, and what there is to say where they cannot be known.
+
+    Args:
+        below: look only at stages that hold out a smaller share. Every stage holds out the same prompts first, so that
+            one with as large a share has seen none of them.
+    """
+    seen: set[int] = set()
+    stages: tuple[StageName, ...] = ("sft", "reward", "ppo", "dpo")
+    for stage in stages:
+        source = getattr(recipe, stage)
+        if source is not None and source.heldout < below:
+            try:
+                seen |= trained_on(stage, source, recipe.seed)
+            except ValueError as error:
+                return seen, [f"Whether the stage {stage} was trained on some of the prompts is not known: {error}"]
+    return seen, []
+
+
+def unseen_prompts(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[str]]:
+    """What the policy's stage held out and no other was trained on, and what there is to say of the other prompts."""
+    of_policy = recipe.ppo or recipe.dpo or recipe.sft
+    assert of_policy is not None
+    seen, said = _seen(recipe, of_policy.heldout)
+    fresh = [row for row in rows if prompt_hash(row["prompt"], recipe.seed) not in seen]
+    remedy = f"Give all stages the same heldout, {of_policy.heldout}."
+    if not fresh:
+        return rows, [*said, f"Another stage was trained on all prompts that the policy's held out. {remedy}"]
+    if len(fresh) < len(rows):
+        number = f"{len(rows) - len(fresh):,} of the {len(rows):,} prompts that the policy's stage held out"
+        said.append(f"{number} were left out: another stage was trained on them. {remedy}")
+    return fresh, said
+
+
+def _prompts(source: str, recipe: Recipe, tokenizer: Any, longest: int | None) -> tuple[list[Row], list[str]]:
+    """The different prompts of a source that no stage has trained on, and what there is to say of the others."""
+    prepared = _all("ppo", source, tokenizer, longest, recipe.seed)
+    rows = {prompt_hash(row["prompt"], recipe.seed): row for row in reversed(prepared.train.to_list())}
+    said = [f"{count:,} rows of {source} were left out: {why}." for why, count in prepared.report["dropped"].items()]
+    seen, unknown = _seen(recipe)
+    said += unknown
+    fresh = [row for key, row in reversed(rows.items()) if key not in seen]
+    if not fresh:
+        raise ValueError(f"--prompts: the run was trained on all {len(rows)} prompts of {source}.")
+    if len(fresh) < len(rows):
+        said.append(f"{len(rows) - len(fresh):,} prompts of {source} were left out: the run was trained on them.")
+    return fresh, said

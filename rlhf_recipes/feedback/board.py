@@ -1,0 +1,255 @@
+"""Who judges what: which sample a labeler gets next, and every judgement on disk before that."""
+
+import hashlib
+import json
+import math
+import random
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ..data.tokens import Text
+from ..records.files import Journal
+from .rows import Row
+
+Mode = Literal["rank", "pairs"]
+
+LEASE = 600.0  # seconds without a sign of life after which another labeler may get a labeler's sample
+PACE = 20  # judgements that the pace is the median of
+NOTE = 2_000  # characters of a note at most
+
+# What a judgement adds to a sample. A sample that was judged before, by a model say, is shown and written without it.
+JUDGEMENT = ("ranking", "preferences", "weight", "labeler", "seconds", "order", "time", "note", "flag", "skipped")
+
+
+class Refusal(Exception):
+    """What a labeler asked for and cannot have. Args: the HTTP status that says so, and the words for the labeler."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+class Lease(NamedTuple):
+    """The sample that a labeler has before him."""
+
+    id: str
+    seen: float  # when he last gave a sign of life, on the monotonic clock
+
+
+class Board:
+    """What has been judged, and what each labeler is to judge next.
+
+    Its methods never await, so that on one event loop each is done before another begins: of two labelers who ask at
+    once, none gets the other's sample. They raise HTTPException for what cannot be done, and have then changed nothing.
+    """
+
+    def __init__(self, samples: Sequence[Row], labels: Path, overlap: float, seed: int) -> None:
+        """Read back what the files say.
+
+        Args:
+            samples: as `read_samples` gives them.
+            labels: the file that judgements are appended to; skips go to *.skipped.jsonl beside it.
+            overlap: share of the samples that every labeler gets.
+            seed: of the share, of the samples' and of the responses' orders.
+        Raises:
+            ValueError: a sample cannot be written as JSON, or a row of the files has no id or labeler.
+        """
+        self.seed = seed
+        self.samples = {row["id"]: row for row in samples if len(_distinct(row)) > 1}
+        self.left_out = len(samples) - len(self.samples)
+        for row in self.samples.values():
+            try:
+                json.dumps(row)
+            except TypeError as error:
+                raise ValueError(f"The sample {row['id']!r} cannot be written as JSON: {error}.") from error
+        drawn = sorted(self.samples, key=lambda id: digest_of(seed, id))
+        self.shared = set(drawn[: math.ceil(overlap * len(drawn))])
+        self.labels, self.skips = Journal(labels), Journal(labels.with_suffix(".skipped.jsonl"))
+        self.done: dict[str, dict[str, Row]] = defaultdict(dict)  # labeler -> id -> label or skip, the last one last
+        self.judged = Counter[str]()  # id -> labels of it
+        self.leases: dict[str, Lease] = {}  # labeler -> what he has before him
+        self.drafts: dict[str, Row] = {}  # labeler -> what he took back last
+        self.sequences: dict[str, list[str]] = {}
+        for journal in (self.labels, self.skips):
+            for number, row in enumerate(journal.rows, 1):
+                if not isinstance(row.get("id"), str) or not isinstance(row.get("labeler"), str):
+                    raise ValueError(f"{journal.path}, row {number}: a judgement needs an 'id' and a 'labeler'.")
+        for row in sorted(self.labels.rows + self.skips.rows, key=lambda row: str(row.get("time", ""))):
+            if row["id"] in self.samples:
+                self._note(row)
+
+    def _note(self, row: Row) -> None:
+        self.done[row["labeler"]][row["id"]] = row
+        self.judged[row["id"]] += "ranking" in row
+
+    def state(self, labeler: str) -> dict[str, Any]:
+        """What the page shows: the labeler's sample (leased to him from now on), progress and pace."""
+        done = self.done.get(labeler, {})
+        left, elsewhere = self._left(labeler)
+        item = None
+        if left:
+            self._lease(labeler, left[0])
+            item = self._item(labeler, left[0])
+        seconds = [row["seconds"] for row in done.values() if "ranking" in row and "seconds" in row][-PACE:]
+        return {
+            "labeler": labeler,
+            "item": item,
+            "done": len(done),
+            "total": len(done) + len(left),
+            "elsewhere": elsewhere,
+            "seconds": statistics.median(seconds) if seconds else None,
+            "last": next(reversed(done), None),
+        }
+
+    def _lease(self, labeler: str, id: str) -> None:
+        if holder := self._holder(labeler, id):
+            del self.leases[holder]
+        self.leases[labeler] = Lease(id, time.monotonic())
+
+    def _holder(self, labeler: str, id: str) -> str | None:
+        """Which other labeler has a sample before him that only one is to judge."""
+        others = (name for name, lease in self.leases.items() if lease.id == id and name != labeler)
+        return None if id in self.shared else next(others, None)
+
+    def _left(self, labeler: str) -> tuple[list[str], int]:
+        """The samples that the labeler may get, the next one first, and how many more others have before them."""
+        if labeler not in self.sequences:  # each goes through the samples in an order of his own
+            self.sequences[labeler] = sorted(self.samples, key=lambda id: digest_of(self.seed, id, labeler))
+        done, own = self.done.get(labeler, {}), self.leases.get(labeler)
+        open_ids = [id for id in self.sequences[labeler] if id not in done and self._is_open(id)]
+        others = {lease.id: lease.seen for name, lease in self.leases.items() if name != labeler}
+        elsewhere = [id for id in open_ids if id in others and id not in self.shared]
+        taken = set(elsewhere)
+        # What he has before him stays; what another seems to have left comes last.
+        left = sorted((id for id in open_ids if id not in taken), key=lambda id: own is None or id != own.id)
+        lapsed = [id for id in elsewhere if others[id] < time.monotonic() - LEASE]
+        return left + lapsed, len(elsewhere) - len(lapsed)
+
+    def _is_open(self, id: str) -> bool:
+        return id in self.shared or not self.judged[id]
+
+    def _item(self, labeler: str, id: str) -> dict[str, Any]:
+        """A sample as this labeler sees it, and his former judgement if he took one back. Nothing tells the origins."""
+        row, groups = self.samples[id], self._groups(labeler, id)
+        draft, former = self.drafts.get(labeler, {}), None
+        if draft.get("id") == id:
+            former = {"ranking": [draft["ranking"][group[0]] for group in groups] if "ranking" in draft else None}
+            former |= {"seconds": 0, "note": "", "flag": False}
+            former |= {key: draft[key] for key in ("seconds", "note", "flag") if key in draft}
+        responses = [_turns(row["responses"][group[0]])[-1]["content"] for group in groups]
+        return {"id": id, "prompt": _turns(row["prompt"]), "responses": responses, "former": former}
+
+    def _groups(self, labeler: str, id: str) -> list[list[int]]:
+        """The indices of the responses in the order that this labeler sees them in, equal responses together."""
+        groups = _distinct(self.samples[id])
+        random.Random(f"{self.seed}\n{id}\n{labeler}").shuffle(groups)
+        return groups
+
+    def stay(self, labeler: str, said: Row) -> None:
+        """A sign of life from the page that shows the sample `id`, if any; after a restart, the lease begins anew."""
+        id = str(said.get("id"))
+        if id not in self.samples or id in self.done.get(labeler, {}):
+            return
+        if self._is_open(id) and self._holder(labeler, id) is None:
+            self._lease(labeler, id)
+
+    def judge(self, labeler: str, said: Row) -> None:
+        """Write a judgement. Saying the same twice writes it once.
+
+        Args:
+            labeler: who judges.
+            said: `id`; `ranking`, the ranks in the order shown, 1 best, ties allowed, closed up where one is left out;
+                `seconds`, `note`, `flag`.
+        """
+        sample = self._sample(said)
+        groups = self._groups(labeler, sample["id"])
+        ranks, k = said.get("ranking"), len(groups)
+        if not isinstance(ranks, list) or len(ranks) != k or any(type(r) is not int or not 1 <= r <= k for r in ranks):
+            raise Refusal(422, f"ranking: it takes {k} whole numbers from 1, the best, to {k}.")
+        ranking = [0] * len(sample["responses"])
+        for group, rank in zip(groups, ranks, strict=True):
+            for index in group:
+                ranking[index] = 1 + len({other for other in ranks if other < rank})
+        row = {key: value for key, value in sample.items() if key not in JUDGEMENT}
+        row |= {"ranking": ranking, "labeler": labeler, **_remarks(said)}
+        self._add(self.labels, row | {"order": [index for group in groups for index in group], "time": _now()})
+
+    def skip(self, labeler: str, said: Row) -> None:
+        """Note that the labeler cannot judge a sample. If it is not shared, another will get it."""
+        row = {"id": self._sample(said)["id"], "labeler": labeler, "skipped": True, **_remarks(said)}
+        self._add(self.skips, row | {"time": _now()})
+
+    def _sample(self, said: Row) -> Row:
+        id = str(said.get("id"))
+        if id not in self.samples:
+            raise Refusal(404, "There is no such sample.")
+        return self.samples[id]
+
+    def _add(self, journal: Journal, row: Row) -> None:
+        id, labeler = row["id"], row["labeler"]
+        before = self.done.get(labeler, {}).get(id)
+        if before is not None:
+            if (before.get("ranking"), before.get("skipped")) != (row.get("ranking"), row.get("skipped")):
+                raise Refusal(409, "You have judged this one already. Take that back to change it.")
+            return  # a second click, or a page that never got its answer
+        if not self._is_open(id) or self._holder(labeler, id):
+            raise Refusal(409, "Another labeler has got this one in the meantime. Here is the next.")
+        journal.append(row)
+        self._note(row)
+        self.leases.pop(labeler, None)
+
+    def undo(self, labeler: str, said: Row) -> None:
+        """Take back the labeler's last judgement or skip, if that is of the sample `id`, and give it to him again."""
+        id = self._sample(said)["id"]
+        done = self.done.get(labeler, {})
+        if next(reversed(done), None) != id:
+            return  # it has been taken back
+        row = done[id]
+        if "skipped" in row and (not self._is_open(id) or self._holder(labeler, id)):
+            raise Refusal(409, "Another labeler has got the one that you skipped.")
+        journal = self.skips if "skipped" in row else self.labels
+        journal.remove(lambda other: (other["id"], other["labeler"]) == (id, labeler))
+        del done[id]
+        self.judged[id] -= "ranking" in row
+        self.drafts[labeler] = row
+        self._lease(labeler, id)
+
+
+def digest_of(*parts: object) -> bytes:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
+
+
+def _distinct(row: Row) -> list[list[int]]:
+    """The indices of the responses, equal ones together: they are shown once and get one rank, as training asks."""
+    groups: dict[str, list[int]] = {}
+    for index, response in enumerate(row["responses"]):
+        groups.setdefault(json.dumps(response), []).append(index)
+    return list(groups.values())
+
+
+def _turns(part: Text) -> list[dict[str, str]]:
+    if isinstance(part, str):
+        return [{"role": "", "content": part}]
+    return [{"role": message["role"], "content": message["content"]} for message in part]
+
+
+def _remarks(said: Row) -> Row:
+    """What comes with a judgement: the seconds it took, and a note and a flag where given."""
+    seconds, note, flag = said.get("seconds"), said.get("note", ""), said.get("flag", False)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
+        raise Refusal(422, "seconds: it must be a number from 0 to a million.")
+    if not isinstance(note, str) or len(note) > NOTE:
+        raise Refusal(422, f"note: it must be text of at most {NOTE:,} characters.")
+    if not isinstance(flag, bool):
+        raise Refusal(422, "flag: it must be true or false.")
+    note = note.strip().encode(errors="replace").decode()  # half of a surrogate pair is no text
+    return {"seconds": round(seconds, 1)} | ({"note": note} if note else {}) | ({"flag": True} if flag else {})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,186 @@
+"""The one base: loading it, its fingerprint, and SharedBase, which gives every role its adapter on it."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.tokens import set_chat_template, stop_token_id
+from ..recipe.lookup import function, is_function
+from ..recipe.values import Base
+
+FINGERPRINT = "base.json"  # beside each saved adapter
+
+# cuDNN's attention, torch's first choice on Hopper, makes a plan for each new length: 17 ms each on an H200. Every
+# token of decoding is a new length, and nearly every batch of training.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def device() -> torch.device:
+    """The device of this run: the first GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def precision(base: Base) -> torch.dtype:
+    """The one rule for dtypes: what the base's unquantized weights and activations are held in.
+
+    bfloat16 on a GPU that has it and on every quantized base, float32 otherwise; `base.dtype` overrides it. Where it
+    is bfloat16, trainers run under bfloat16 autocast. Adapters and heads that are trained are always float32: a step
+    of 1e-5 on a LoRA weight is below bfloat16's resolution. PPO's frozen adapters are held in the base's dtype.
+    """
+    if base.dtype != "auto":
+        return getattr(torch, base.dtype)
+    bf16_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16_gpu or base.quantization else torch.float32
+
+
+def cache_folder() -> Path:
+    """Where bases that a function builds are kept: $RLHF_RECIPES_CACHE, else beside the Hugging Face cache."""
+    return Path(os.environ.get("RLHF_RECIPES_CACHE") or Path(HF_HOME).parent / "rlhf_recipes").expanduser()
+
+
+def model_path(base: Base) -> str:
+    """What `from_pretrained` takes: the Hub id or folder, or the folder that `module:function` fills, built once."""
+    if not is_function(base.model):
+        return base.model
+    build = function(base.model)
+    file = Path(build.__code__.co_filename)
+    files = sorted(file.parent.glob("*.py")) if (file.parent / "__init__.py").is_file() else [file]
+    version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    folder = cache_folder() / f"{build.__name__}-{version}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            build(Path(scratch) / "base")
+            os.replace(Path(scratch) / "base", folder)
+    return str(folder)
+
+
+def longest_row(base: Base, limit: int | None, spare: int = 0, key: str = "") -> int | None:
+    """The longest row, in tokens: `limit`, or what the model's context leaves beside `spare` tokens of response.
+
+    Raises ValueError, naming the setting `key` of the response length, where nothing is left.
+    """
+    config = AutoConfig.from_pretrained(
+        model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return limit
+    if spare >= context:
+        raise ValueError(f"{key}={spare} leaves no room for a prompt in the context of {context} tokens.")
+    return min(limit or context, context - spare)
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with its chat template, and a padding token that never ends a response.
+
+    transformers' sequence classifiers pool at the last token that is not the padding token. Were padding also the token
+    that ends a response, the reward model would be trained to read its score one token too early.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    set_chat_template(tokenizer, base.chat_template)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"base.model={base.model}: its tokenizer has no EOS token, so a response could never end.")
+    ends = {tokenizer.eos_token_id, stop_token_id(tokenizer, conversational=True)}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        spare = [i for i in (tokenizer.unk_token_id, *tokenizer.all_special_ids, 0, 1, 2) if i not in {None, *ends}]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """The base's weights, frozen, on this run's device, quantized as the recipe says.
+
+    Args:
+        auto_class: AutoModelForCausalLM, or AutoModelForSequenceClassification to train the reward model.
+        kwargs: more arguments of `from_pretrained` (`num_labels=1`).
+    """
+    dtype = precision(base)
+    quantization = {
+        None: None,
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }[base.quantization]
+    model = auto_class.from_pretrained(
+        model_path(base),
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
+        use_safetensors=True,
+        dtype=dtype,
+        device_map={"": device()},
+        **({"quantization_config": quantization} if quantization else {}),
+        **({"attn_implementation": base.attn_implementation} if base.attn_implementation else {}),
+        **kwargs,
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights for good in the first no-grad forward, and later gradients be wrong.
+            module.support_avx512bf16_for_cpu = False
+    return model.requires_grad_(False)
+
+
+def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What an adapter's scores and log-probs depend on beside its own weights, as plain JSON values.
+
+    A local model is known by its configuration, and its weight files' names, sizes and first MiB, so that its folder
+    may move; a Hub model by its id and commit.
+    """
+    path = model_path(base)
+    identity = {"model": base.model, "revision": base.revision}
+    if Path(path).is_dir():
+        digest = hashlib.sha256()
+        for file in sorted([Path(path) / "config.json", *Path(path).glob("*.safetensors")]):
+            with file.open("rb") as stream:
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(2**20))
+        identity = {"model": f"sha256:{digest.hexdigest()[:16]}", "revision": None}
+    elif base.revision is None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
+        identity["revision"] = getattr(config, "_commit_hash", None)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return {
+        **identity,
+        "quantization": base.quantization,
+        "dtype": str(precision(base)).removeprefix("torch."),
+        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
+        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
+    }
+
+
+def write_fingerprint(folder: Path, found: dict[str, Any]) -> None:
+    """Record beside a saved adapter the base that it was trained on."""
+    (folder / FINGERPRINT).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raises ValueError if the adapter in `folder` was trained on another base than `wanted` describes."""
+    path = folder / FINGERPRINT
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {FINGERPRINT}: it was not written by this package, or not finished.")
+    found = json.loads(path.read_text())
+    differences = [
+        f"{key}: {found.get(key)} there, {wanted[key]} here" for key in wanted if found.get(key) != wanted[key]
+    ]
+    if differences:
+        raise ValueError(f"The adapter in {folder} was trained on another base ({'; '.join(differences)}).")

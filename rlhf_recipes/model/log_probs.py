@@ -1,0 +1,88 @@
+"""Log-probabilities of tokens from hidden states, with the logits made in chunks and never kept.
+
+N tokens, H hidden size, V vocabulary entries.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits that exist at one time, in elements: 64 MiB of float32. A (B, T, V) tensor would take 40 GiB at V = 152k.
+LOGITS_AT_ONCE = 2**24
+CPU_ROWS = 128  # and in rows on a CPU, whose cache is small
+
+
+def token_log_probs(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each label and entropy of each distribution, with the logits made in chunks.
+
+    A token's log-probability depends on its own row of `hidden` alone. So its gradient with respect to that row is
+    taken at once, while the chunk's logits are there, and kept in their place: logits are neither stored nor made anew.
+
+    Args:
+        hidden: (N, H) final hidden states, each at the position before its label.
+        labels: (N,) token ids.
+        head: maps (n, H) to logits (n, V), row by row. It gets no gradient itself: it must be frozen.
+        vocabulary: V, which sets the chunk length.
+        temperature: divides the logits; the policy is the tempered distribution.
+    Returns:
+        log-probabilities (N,) in float32, and entropies (N,) without gradient, or None.
+    """
+    chunk = max(1, LOGITS_AT_ONCE // vocabulary)
+    if hidden.device.type == "cpu":
+        chunk = min(chunk, CPU_ROWS)
+    log_probs, entropy = _TokenLogProbs.apply(hidden, labels, head, chunk, temperature, with_entropy)
+    return log_probs, entropy if with_entropy else None
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Callable[[Tensor], Tensor],
+        chunk: int,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        trains = ctx.needs_input_grad[0]
+        log_probs, entropy = torch.zeros(2, len(labels), device=hidden.device)
+        gradient = torch.empty_like(hidden) if trains else None  # (N, H): of each log-probability to its hidden state
+        for start in range(0, len(labels), chunk):
+            rows = slice(start, start + chunk)
+            states, label = hidden[rows].detach().requires_grad_(trains), labels[rows, None]
+            with torch.set_grad_enabled(trains):
+                output = head(states)  # (n, V)
+            logits = output.detach().float()
+            if temperature != 1:
+                logits = logits / temperature
+            normalized = logits.log_softmax(-1)
+            log_probs[rows] = normalized.gather(1, label)[:, 0]
+            if with_entropy or gradient is not None:
+                probs = normalized.exp()
+                if with_entropy:
+                    entropy[rows] = -torch.linalg.vecdot(probs, normalized)
+                if gradient is not None:
+                    # d log p(label) / d logits is the label's unit vector less the probabilities.
+                    probs.scatter_add_(1, label, probs.new_full(label.shape, -1.0))
+                    (slope,) = torch.autograd.grad(output, states, probs.to(output.dtype))
+                    torch.mul(slope, -1 / temperature, out=gradient[rows])
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_log_probs[:, None].to(gradient.dtype), None, None, None, None, None

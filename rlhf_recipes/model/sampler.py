@@ -1,0 +1,243 @@
+"""Sampling from the roles of a shared base, and what they make of the samples.
+
+B rows, P prompt tokens (left-padded), T response tokens (right-padded).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import pad
+
+from .decode import TOKENS_AT_ONCE
+from .memory import halved, ran_out
+from .shared import SharedBase
+
+S = TypeVar("S", bound="Samples")
+
+
+@dataclass
+class Samples:
+    """Prompts with sampled responses."""
+
+    input_ids: Tensor  # (B, P + T)
+    attention_mask: Tensor  # (B, P + T) bool
+    response_mask: Tensor  # (B, T) bool: every generated token, up to and including EOS
+    ended: Tensor  # (B,) bool: EOS came within the response length
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens of each row (B,)."""
+        return self.response_mask.sum(1)
+
+    def responses(self) -> list[list[int]]:
+        """Token ids of each response, padding cut."""
+        response = self.input_ids[:, -self.response_mask.shape[1] :]
+        return [row[keep].tolist() for row, keep in zip(response, self.response_mask, strict=True)]
+
+    def rows(self: S, index: Tensor) -> S:
+        """Some of the rows, without the columns that are padding in all of them."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked = {name: tensor[index] for name, tensor in found.items() if tensor is not None}
+        length = self.response_mask.shape[1]
+        prompt = self.input_ids.shape[1] - length
+        left = prompt - int(picked["attention_mask"][:, :prompt].sum(1).max())
+        right = length - int(picked["response_mask"].sum(1).max())
+        for name, tensor in picked.items():
+            if tensor.ndim == 2:
+                whole = name in ("input_ids", "attention_mask")
+                picked[name] = tensor[:, left if whole else 0 : tensor.shape[1] - right]
+        return type(self)(**found | picked)
+
+
+# Samples from a role: prompts (token ids) to responses, each (t,). What follows a first stop token means nothing.
+Backend = Callable[[str, list[list[int]]], list[Tensor]]
+
+
+class Sampler:
+    """Samples from roles and scores the samples, at most `batch_size` rows at a time."""
+
+    def __init__(
+        self,
+        model: SharedBase,
+        tokenizer: PreTrainedTokenizerBase,
+        response_length: int,
+        temperature: float,
+        batch_size: int,
+        stop_token_ids: Sequence[int],
+        autocast: Callable[[], AbstractContextManager] | None = None,
+        auto: bool = False,
+    ) -> None:
+        """
+        Args:
+            response_length: sample at most so many tokens.
+            temperature: of the policy; log-probabilities are of the tempered distribution too. Nothing else warps it
+                (no top-k, top-p, penalty, minimum length), or the KL would be of one that nobody sampled from.
+            stop_token_ids: tokens that end a response, beside the tokenizer's EOS.
+            autocast: context of every forward, the same in which the update trains; None: bfloat16 where the base is.
+            auto: where memory runs out, halve `batch_size` and go on.
+        """
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.autocast = autocast or (lambda: autocast_of(model))
+        self.response_length, self.temperature, self.auto = response_length, temperature, auto
+        eos: Any = tokenizer.eos_token_id
+        padding: Any = tokenizer.pad_token_id
+        self.stop_token_ids = sorted({*stop_token_ids, eos})
+        self.pad_token_id = 0 if padding is None else padding
+        self.backend: Backend = self.generate  # see `backends.make_backend`
+
+    def in_batches(self, lengths: Tensor, work: Callable[[Tensor], None], tokens_at_once: int | None = None) -> None:
+        """Call `work` with the indices of each batch's rows. Rows of like length share one: little of it is padding.
+
+        Args:
+            lengths: (B,) tokens of each row.
+            tokens_at_once: a batch has no more tokens than this, padding included, unless a single row has.
+        """
+        order = lengths.argsort(stable=True).to(self.model.device)
+        lengths = lengths.sort().values
+        start = 0
+        while start < len(order):
+            rows = min(self.batch_size, len(order) - start)
+            while tokens_at_once and rows > 1 and rows * int(lengths[start + rows - 1]) > tokens_at_once:
+                rows -= 1
+            batch = functools.partial(work, order[start : start + rows])
+            if not self.auto:
+                batch()
+            elif ran_out(batch):
+                self.batch_size = halved(rows, "rollout_micro_batch_size")
+                continue
+            start += rows
+
+    def sample(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> Samples:
+        """Sample a response to each prompt (token ids) from a role, with the given random numbers as in `generate`."""
+        device = self.model.device
+        found = self.backend(role, prompts) if uniforms is None else self.generate(role, prompts, uniforms)
+        response = pad(found, padding_value=self.pad_token_id, padding_side="right")  # (B, T)
+        # Lengths come from the stop tokens and nothing else: padding may equal EOS, and a model may sample padding.
+        stops = torch.isin(response, torch.tensor(self.stop_token_ids, device=device))
+        ended = stops.any(1)
+        length = torch.where(ended, stops.int().argmax(1) + 1, response.shape[1])
+        mask = torch.arange(response.shape[1], device=device) < length[:, None]
+        ids, kept = self.pad_left(prompts)
+        return Samples(torch.cat([ids, response], 1), torch.cat([kept, mask], 1), mask, ended)
+
+    def generate(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> list[Tensor]:
+        """The backend `native`: see `decode.decode`. How the rows are batched does not change what is drawn.
+
+        Args:
+            uniforms: (B, T) float64, the random numbers that the tokens come from; None: torch's own.
+        """
+        device = self.model.device
+        if uniforms is None:
+            uniforms = torch.rand(len(prompts), self.response_length, dtype=torch.float64)
+        uniforms = uniforms.to(device)
+        stops = torch.tensor(self.stop_token_ids, device=device)
+        responses: list[Tensor] = [torch.empty(0)] * len(prompts)
+
+        def work(rows: Tensor) -> None:
+            inputs = self.pad_left([prompts[row] for row in rows.tolist()])
+            found = self.model.generate(*inputs, uniforms[rows], self.temperature, stops)
+            for row, response in zip(rows.tolist(), found, strict=True):
+                responses[row] = response
+
+        with self.model.role(role), self.autocast():
+            self.in_batches(torch.tensor([len(prompt) for prompt in prompts]), work)
+        return responses
+
+    def pad_left(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts (B, P) padded at the left, and their attention mask from the lengths."""
+        ids = pad([torch.tensor(p) for p in prompts], padding_value=self.pad_token_id, padding_side="left")
+        kept = pad([torch.ones(len(p)) for p in prompts], padding_value=0, padding_side="left")
+        return ids.to(self.model.device), kept.bool().to(self.model.device)
+
+    @torch.no_grad()
+    def _forwards(self, role: str, samples: Samples, work: Callable[[Tensor, Samples], None]) -> None:
+        """Call `work` with the indices and the rows of each batch, with the role active."""
+        with self.model.role(role), self.autocast():
+            lengths = samples.attention_mask.sum(1).cpu()
+            self.in_batches(lengths, lambda rows: work(rows, samples.rows(rows)), TOKENS_AT_ONCE)
+
+    def log_probs(self, role: str, samples: Samples, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (B, T) of a role on the responses, from the same forward that trains.
+
+        The entropies are zero unless they are asked for.
+        """
+        log_probs, entropy = torch.zeros(2, *samples.response_mask.shape, device=self.model.device)
+
+        def work(rows: Tensor, part: Samples) -> None:
+            width = part.response_mask.shape[1]
+            log_probs[rows, :width], found = self.model.log_probs(
+                part.input_ids, part.attention_mask, part.response_mask, self.temperature, with_entropy
+            )
+            if found is not None:
+                entropy[rows, :width] = found
+
+        self._forwards(role, samples, work)
+        return log_probs, entropy
+
+    def values(self, samples: Samples) -> Tensor:
+        """The critic's values (B, T) of the states before the response tokens, zero outside the mask."""
+        values = torch.zeros(samples.response_mask.shape, device=self.model.device)
+
+        def work(rows: Tensor, part: Samples) -> None:
+            values[rows, : part.response_mask.shape[1]] = state_values(self.model, part)
+
+        self._forwards("critic", samples, work)
+        return values
+
+    def reward_scores(self, samples: Samples, role: str = "reward") -> Tensor:
+        """A reward role's scores (B,): its head at the last token of each response."""
+        scores = torch.zeros(len(samples.input_ids), device=self.model.device)
+
+        def work(rows: Tensor, part: Samples) -> None:
+            scores[rows] = self.model.scores(part.input_ids, part.attention_mask)
+
+        self._forwards(role, samples, work)
+        return scores
+
+    @torch.no_grad()
+    def text_loss(self, role: str, texts: list[list[int]]) -> float:
+        """A role's mean negative log-likelihood in nats per token of texts (token ids), the first tokens aside."""
+        found: list[tuple[float, int]] = []
+
+        def work(rows: Tensor) -> None:
+            loss, tokens = text_loss(self.model, [texts[row] for row in rows.tolist()])
+            found.append((loss.item(), tokens))
+
+        with self.model.role(role), self.autocast():
+            self.in_batches(torch.tensor([len(text) for text in texts]), work, TOKENS_AT_ONCE)
+        return sum(loss for loss, _ in found) / sum(tokens for _, tokens in found)
+
+    def texts(self, samples: Samples) -> list[str]:
+        """The responses as text, without special tokens."""
+        return self.tokenizer.batch_decode(samples.responses(), skip_special_tokens=True)
+
+
+def autocast_of(model: SharedBase) -> AbstractContextManager:
+    """The context of forwards outside a trainer: bfloat16 autocast on a bfloat16 base, else nothing."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.causal.dtype == torch.bfloat16)
+
+
+def state_values(model: SharedBase, samples: Samples) -> Tensor:
+    """The active role's head (B, T) at the state before each response token, zero outside the mask."""
+    outputs = model.head_outputs(samples.input_ids, samples.attention_mask)
+    return outputs[:, -samples.response_mask.shape[1] - 1 : -1] * samples.response_mask
+
+
+def text_loss(model: SharedBase, texts: list[list[int]]) -> tuple[Tensor, int]:
+    """The active role's negative log-likelihood of texts (token ids), summed, and how many tokens that are."""
+    ids, kept = pad_right(texts, 0, model.device)
+    log_probs, _ = model.log_probs(ids, kept, kept[:, 1:].bool())
+    return -log_probs.sum(), int(kept[:, 1:].sum())
+
+
+def pad_right(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, L) padded at the right, and their attention mask from the rows' lengths."""
+    ids = pad([torch.tensor(row) for row in rows], padding_value=pad_token_id, padding_side="right")
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)

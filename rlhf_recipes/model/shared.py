@@ -1,0 +1,351 @@
+"""SharedBase: every role an adapter on the one base, some with a scalar head.
+
+B rows, P prompt tokens (left-padded), T response tokens (right-padded), L any tokens, H hidden size, V vocabulary.
+"""
+
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from trl.trainer.utils import disable_dropout_in_model
+
+from ..recipe.values import Lora
+from .base import check_fingerprint, write_fingerprint
+from .decode import decode
+from .log_probs import token_log_probs
+
+BIAS = "score_bias.json"  # beside a reward adapter: what is added to its score (see `reward`)
+HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
+
+
+def lora_config(lora: Lora, task_type: TaskType) -> LoraConfig:
+    """PEFT's configuration of a role's adapter. SEQ_CLS trains and saves the score head as well, CAUSAL_LM has none."""
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task_type
+    )
+
+
+def lora_forward(layer: Any, x: Tensor) -> Tensor:
+    """What PEFT's LoRA layers compute for one plain adapter without dropout, with fewer passes over the output.
+
+    PEFT scales the adapter's product, adds it, and in 4 bits copies the result, in a pass each. In float32 the scale
+    and the sum go into the last product, in bfloat16 they are one pass that rounds as PEFT's do.
+    """
+    name = layer._active_adapter[0] if layer._active_adapter else None
+    rows = x.flatten(0, -2)  # (n, in)
+    result = layer.base_layer(rows)  # (n, out)
+    if name in layer.lora_A:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # (r, in), (out, r)
+        low = nn.functional.linear(rows if torch.is_autocast_enabled(x.device.type) else rows.to(a.dtype), a)
+        if result.dtype == low.dtype == torch.float32:
+            result.addmm_(low, b.T, alpha=layer.scaling[name])
+        else:
+            product = nn.functional.linear(low, b)
+            result = torch.add(result, product, alpha=layer.scaling[name]).to(result.dtype)
+    return result.unflatten(0, x.shape[:-1])
+
+
+class SharedBase(nn.Module):
+    """Several roles on one copy of a causal language model.
+
+    Each role is a LoRA adapter, some with a scalar head on the last hidden state. Exactly one role is active at a time:
+
+        with shared.role("critic"):
+            values = shared.head_outputs(input_ids, attention_mask)
+
+    A backward must run inside the `with` of its forward: gradient checkpointing runs the forward again, and takes the
+    adapter that is active then.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: Lora | None = None, found: dict[str, Any] | None = None) -> None:
+        """
+        Args:
+            model: the base, as `load_base` returns it. It is wrapped, not copied.
+            lora: shape of the adapters that `add_role` makes anew.
+            found: the base's fingerprint, against which loaded adapters are checked and which saved ones carry.
+        """
+        super().__init__()
+        self.lora = lora or Lora()
+        self.fingerprint = found
+        self.causal: Any = model
+        # No setting of the model's own (top-k, repetition penalty, minimum length) may warp the sampled distribution.
+        model.generation_config = GenerationConfig()
+        self.peft: PeftModel | None = None
+        self.heads = nn.ModuleDict()
+        self.biases: dict[str, float] = {}  # role -> constant added to its head's output
+        self._borrowed: dict[str, str] = {}  # role without an adapter of its own -> role whose features its head reads
+        self._active = "base"
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self._tuner_layers: list[BaseTunerLayer] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.device
+
+    def add_role(
+        self,
+        name: str,
+        folder: Path | None = None,
+        trainable: bool = False,
+        head: bool = False,
+        exact: bool = False,
+    ) -> None:
+        """Attach a role, with the adapter (and head) saved in `folder`, or a fresh one that changes nothing yet.
+
+        A fresh adapter has B = 0 and a fresh head is zero. Adapters are held in float32 where they are `trainable` or
+        `exact`, else in the base's dtype, to which autocast would bring them anyway. Heads are always float32.
+
+        Raises ValueError if `folder` is of another base, or lacks the head, or if the language-model head is adapted.
+        """
+        if folder is not None and self.fingerprint is not None:
+            check_fingerprint(folder, self.fingerprint)
+        config = (
+            lora_config(self.lora, TaskType.CAUSAL_LM) if folder is None else PeftConfig.from_pretrained(str(folder))
+        )
+        # The task only matters to PEFT's own wrappers; here every role runs through the one causal model.
+        config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
+        if self.peft is None:
+            self.peft = get_peft_model(self.causal, config, adapter_name=name)
+        else:
+            self.peft.add_adapter(name, config)
+        if head:
+            self.add_head(name)
+            if folder is not None and (folder / BIAS).is_file():
+                self.biases[name] = json.loads((folder / BIAS).read_text())["bias"]
+        if folder is not None:
+            self.load_role(name, folder)
+        disable_dropout_in_model(self)
+        for module in self.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                setattr(module, "attention_dropout", 0.0)  # noqa: B010 # the architectures that pass the rate to a function
+        self._tuner_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._tuner_layers:
+            if isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+                layer.forward = functools.partial(lora_forward, layer)
+        if isinstance(self.causal.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError("lora.target_modules must leave the language-model head out: PPO gives it no gradient.")
+        for parameter in self.parameters_of(name):
+            parameter.requires_grad_(trainable)
+            # A step of 1e-5 on a LoRA weight is below bfloat16's resolution; what is frozen takes no steps.
+            parameter.data = parameter.data.to(torch.float32 if trainable or exact else self.causal.dtype)
+        self.heads.float()
+
+    def remove_role(self, name: str) -> None:
+        """Take a role off the base again, with its head."""
+        assert self.peft is not None and name != self._active
+        self.peft.delete_adapter(name)
+        self.biases.pop(name, None)
+        if name in self.heads:
+            del self.heads[name]
+
+    def add_head(self, name: str, on: str | None = None) -> None:
+        """Give a role a trainable scalar head that is zero at first.
+
+        Args:
+            on: make `name` a role of this head alone, on the adapter of that role, which the head does not train.
+        """
+        if on is not None:
+            self._borrowed[name] = on
+        self.heads[name] = nn.Linear(self.causal.config.get_text_config().hidden_size, 1, bias=False)
+        self.heads.to(self.device)
+        nn.init.zeros_(self.head_weight(name))
+
+    @torch.no_grad()
+    def copy_role(self, source: str, target: str, weight: float = 1.0) -> None:
+        """Move a role's adapter a share `weight` of the way to another's: 1 copies it."""
+        for ours, theirs in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
+            ours.lerp_(theirs, weight)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The adapter weights of a role, and its head."""
+        adapter = [p for key, p in self.named_parameters() if f".{name}." in key and "lora_" in key]
+        return adapter + (list(self.heads[name].parameters()) if name in self.heads else [])
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Make one role active. `base` is the bare base, with no adapter.
+
+        It sets each layer's active adapter and nothing else. PEFT's `set_adapter` would also make the role trainable
+        and freeze the others, and takes 60 times as long.
+        """
+        # PEFT's layers pass over an adapter that they do not have, and would compute the bare base.
+        adapter = self._borrowed.get(name, name)
+        assert name == "base" or (self.peft and adapter in self.peft.peft_config), f"there is no role {name!r}"
+        before = self._active, [layer._active_adapter for layer in self._tuner_layers]
+        try:
+            self._active = name
+            for layer in self._tuner_layers:
+                layer._active_adapter = [] if name == "base" else [adapter]
+            yield
+        finally:
+            self._active = before[0]
+            for layer, adapters in zip(self._tuner_layers, before[1], strict=True):
+                layer._active_adapter = adapters
+
+    @property
+    def active(self) -> str:
+        """Name of the active role."""
+        return self._active
+
+    @property
+    def backbone(self) -> Any:
+        """The base without its language-model head, with the adapters in it."""
+        return getattr(self.causal, self.causal.base_model_prefix)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The active role's final hidden states (B, L, H), normalized as the language-model head takes them."""
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self.backbone(
+            input_ids=input_ids,
+            # Without a mask attention is plainly causal, which its kernels compute in half the time.
+            attention_mask=None if attention_mask.all() else attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Language-model head: hidden states (n, H) to logits (n, V), as the model's own forward would."""
+        config = self.causal.config.get_text_config()
+        logits = self.causal.get_output_embeddings()(hidden)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def log_probs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the response tokens under the active role, and the entropies there if they are wanted.
+
+        Args:
+            input_ids, attention_mask: (B, P + T), left-padded prompts followed by right-padded responses.
+            response_mask: (B, T).
+            temperature: divides the logits.
+        Returns:
+            log-probabilities and entropies, (B, T) float32, zero outside the mask. Entropies carry no gradient.
+        """
+        length = response_mask.shape[1]
+        hidden = self.hidden(input_ids, attention_mask)[:, -length - 1 : -1]  # (B, T, H): the state before each token
+        labels = input_ids[:, -length:][response_mask]  # (N,)
+        log_probs, entropy = token_log_probs(
+            hidden[response_mask], labels, self.logits, self.vocabulary, temperature, with_entropy
+        )
+        empty = log_probs.new_zeros(response_mask.shape)
+        return empty.masked_scatter(response_mask, log_probs), (
+            None if entropy is None else empty.masked_scatter(response_mask, entropy)
+        )
+
+    def head_outputs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The active role's head, and its bias, at every position: (B, L) float32.
+
+        The product is written out so that autocast leaves it in float32.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.active not in self._borrowed):
+            hidden = self.hidden(input_ids, attention_mask)
+        return (hidden.float() * self.head_weight(self.active)).sum(-1) + self.biases.get(self.active, 0.0)
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The active role's head (B,) at the last token of each row, whatever side the padding is on."""
+        last = attention_mask.shape[1] - 1 - attention_mask.int().flip(1).argmax(1)  # (B,)
+        return self.head_outputs(input_ids, attention_mask).gather(1, last[:, None])[:, 0]
+
+    def head_weight(self, name: str) -> Tensor:
+        """The weight (1, H) of a role's scalar head."""
+        head = self.heads[name]
+        assert isinstance(head, nn.Linear)
+        return head.weight
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        uniforms: Tensor,
+        temperature: float,
+        stop_token_ids: Tensor,
+    ) -> Tensor:
+        """Sample from the active role: left-padded prompts (B, P) to responses (B, T). See `decode.decode`."""
+        training = self.training
+        self.eval()  # gradient checkpointing would switch the KV cache off in training mode
+        try:
+            return decode(self, input_ids, attention_mask, uniforms, temperature, stop_token_ids)
+        finally:
+            self.train(training)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """What transformers' Trainer calls for `gradient_checkpointing=True`. Non-reentrant unless it is told so."""
+        options = activation_checkpointing_kwargs or {"use_reentrant": False}
+        if hasattr(self.causal, "activation_checkpointing_enable"):
+            self.causal.activation_checkpointing_enable(options, **kwargs)
+        else:
+            self.causal.gradient_checkpointing_enable(options, **kwargs)
+        if options.get("use_reentrant"):
+            # The embeddings are frozen, and reentrant checkpointing passes gradients only where an input wants one.
+            self.causal.enable_input_require_grads()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """The same for the older versions of transformers that know it by this name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def role_state(self, name: str) -> dict[str, Tensor]:
+        """The role's weights under the names PEFT saves them by, with the head under `HEAD`."""
+        assert self.peft is not None
+        adapter = self._borrowed.get(name, name)
+        state = get_peft_model_state_dict(self.peft, adapter_name=adapter, save_embedding_layers=False)
+        return {**state, HEAD: self.head_weight(name)} if name in self.heads else state
+
+    def save_role(self, name: str, folder: Path) -> None:
+        """Write the role as a standard PEFT folder: a SEQ_CLS adapter if it has a head, a CAUSAL_LM one otherwise.
+
+        A role that borrows its adapter is written with it. A bias has no place in that format and stands beside it.
+        """
+        assert self.peft is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.peft.peft_config[self._borrowed.get(name, name)])
+        config.inference_mode = True
+        if name in self.heads:
+            config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["classifier", "score"]
+        config.save_pretrained(str(folder))
+        state = {key: value.detach().cpu().contiguous() for key, value in self.role_state(name).items()}
+        safetensors.torch.save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        if name in self.biases:
+            (folder / BIAS).write_text(json.dumps({"bias": self.biases[name]}) + "\n")
+        if self.fingerprint is not None:
+            write_fingerprint(folder, self.fingerprint)
+
+    def load_role(self, name: str, folder: Path) -> None:
+        """Read a role's weights from a PEFT folder. Raises ValueError where they do not fit the role."""
+        assert self.peft is not None
+        state = load_peft_weights(str(folder), device="cpu")
+        score = state.pop(HEAD, None)
+        found = {key: value.shape for key, value in state.items()}
+        wanted = {key: value.shape for key, value in self.role_state(name).items() if key != HEAD}
+        odd = sorted({key for key, _ in found.items() ^ wanted.items()})[:3]
+        if odd:
+            raise ValueError(
+                f"The adapter in {folder} does not fit the role {name!r}: {', '.join(odd)} are in only one of the two, "
+                "or of another shape."
+            )
+        if name in self.heads and score is None:
+            raise ValueError(f"The adapter in {folder} has no score head: it is not a reward model.")
+        set_peft_model_state_dict(self.peft, state, adapter_name=self._borrowed.get(name, name))
+        if name in self.heads:
+            with torch.no_grad():
+                self.head_weight(name).copy_(score)

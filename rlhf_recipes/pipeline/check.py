@@ -1,0 +1,87 @@
+"""What is wrong with a recipe, found before anything is loaded."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..feedback.client import ModelSettings
+from ..feedback.constitution import read_constitution
+from ..feedback.judge import JudgeSettings
+from ..feedback.sample import SampleSettings
+from ..recipe.lookup import function, is_function
+from ..recipe.values import Recipe
+from ..records import tracking
+from ..stages.configure import configure
+from ..stages.scores import ROLE
+
+
+def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
+    """Find what is wrong with a recipe before anything is loaded. Returns each stage's TRL configuration.
+
+    Raises ValueError naming the key and the nearest right one.
+    """
+    tracking.check_tracker(recipe)
+    configs = configure(recipe, run_dir)
+    if recipe.rounds is not None:
+        check_rounds(recipe)
+    if recipe.gold:
+        function(recipe.gold)
+    return configs
+
+
+PEOPLE = "people"
+SAMPLED_MODELS = ("base", "sft", "ppo")
+
+
+def check_rounds(recipe: Recipe) -> None:
+    """Raises ValueError for rounds that the recipe cannot have."""
+    rounds = recipe.rounds
+    assert rounds is not None
+    if recipe.reward is None or recipe.ppo is None or ROLE not in recipe.ppo.reward_sources:
+        raise ValueError("rounds needs a reward stage and a ppo stage whose reward it is: its labels train that one.")
+    for key in ("count", "size"):
+        if getattr(rounds, key) < 1:
+            raise ValueError(f"rounds.{key} must be above 0, not {getattr(rounds, key)}.")
+    if not 0 < rounds.enough <= 1:
+        raise ValueError(f"rounds.enough must be above 0 and at most 1, not {rounds.enough}.")
+    for name in rounds.models:
+        if name not in SAMPLED_MODELS:
+            example = "rounds.models=('sft','ppo')"
+            raise ValueError(f"rounds.models may have {', '.join(SAMPLED_MODELS)}, as in {example}, and not {name!r}.")
+    try:
+        SampleSettings(rounds.models, rounds.temperatures, rounds.responses)
+    except ValueError as error:
+        raise ValueError(f"rounds: {error}") from error
+    _check_labeler(rounds.labeler)
+    judge_settings(recipe)
+    if rounds.weigh_labelers and importlib.util.find_spec("crowdkit") is None:
+        raise ValueError("rounds.weigh_labelers needs packages: pip install 'rlhf_recipes[label]'.")
+
+
+def _check_labeler(labeler: str) -> None:
+    """Raises ValueError, before anything is trained, for a labeler that there is not."""
+    if is_function(labeler):
+        function(labeler)
+    elif ModelSettings(labeler).is_endpoint:
+        if importlib.util.find_spec("openai") is None:
+            raise ValueError("rounds.labeler is an endpoint, which needs a package: pip install 'rlhf_recipes[judge]'.")
+    elif labeler != PEOPLE and not (Path(labeler) / "recipe.json").is_file():
+        try:
+            AutoConfig.from_pretrained(labeler)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"rounds.labeler: {labeler!r} is not {PEOPLE!r}, no function (module:function or file.py:function), "
+                f"URL, run folder or model that can be loaded: {str(error).splitlines()[0]}"
+            ) from error
+
+
+def judge_settings(recipe: Recipe) -> JudgeSettings:
+    """How a judge judges: by its own criteria, or by the principles of `rounds.constitution`."""
+    rounds = recipe.rounds
+    assert rounds is not None
+    if rounds.constitution is None:
+        return JudgeSettings(seed=recipe.seed)
+    principles = read_constitution(Path(rounds.constitution), needs_principle=True)
+    return JudgeSettings(tuple(principles), seed=recipe.seed)

@@ -1,0 +1,40 @@
+"""`run(recipe)`: one run, or a sweep of them where the recipe has variants."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..recipe.values import Recipe
+from .one_run import run_one
+from .sweep import run_sweep
+
+
+def run(
+    recipe: Recipe,
+    run_dir: Path | None = None,
+    stages: Sequence[str] | None = None,
+    force: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
+
+    Run again, it skips the stages that are finished and resumes an unfinished one from its last checkpoint.
+
+    Args:
+        stages: only these, of `sft`, `reward`, `ppo`, `dpo`; what they build on must be finished in `run_dir`.
+        force: run stages that cannot fit by the plan.
+        callbacks: given to the trainer of every stage, whose `args.output_dir` tells them which it is.
+        jobs: of a recipe with variants, run so many of them at once.
+    Raises:
+        ValueError: anything wrong with the recipe, its data or the folder, or a stage that cannot fit, before a weight
+            is loaded; a stage that ran out of memory.
+    """
+    run_dir = Path(run_dir or Path("runs") / recipe.name.replace("_", "-"))
+    if recipe.variants:
+        return run_sweep(recipe, run_dir, stages, force, callbacks, jobs)
+    if jobs != 1:
+        raise ValueError(f"Recipe {recipe.name!r} has no variants to run {jobs} of at once: leave out --jobs.")
+    return run_one(recipe, run_dir, stages, force, callbacks)

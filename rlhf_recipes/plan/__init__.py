@@ -1,0 +1,8 @@
+"""Does it fit, and how long does it take? Found before a weight is read.
+
+plan      each stage's memory, phase by phase, and its work
+dry_run   the stages' own code on tensors without storage
+meter     adds up what these tensors would allocate
+skeleton  the base on the meta device, and its weights in bytes
+advice    what to change where a stage does not fit
+"""

@@ -1,0 +1,128 @@
+"""What to change where a plan does not fit, or where memory ran out all the same: each change with what it buys."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..model.memory import peak_memory_mib
+from ..recipe.overrides import parse_overrides, replace
+from ..recipe.values import Recipe
+from ..stages.configure import configure
+from .plan import MemoryPlan, StagePlan, for_device, gib, plan_memory, work_of_step
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings, as the command line takes them, and what the stage then takes."""
+
+    settings: str
+    peak_mib: float
+    saves_mib: float
+    same_results: bool
+
+    def __str__(self) -> str:
+        same = ", same results" if self.same_results else ""
+        return f"{self.settings}: {gib(self.peak_mib)} GiB (-{gib(self.saves_mib)}{same})"
+
+
+def helpful_changes(recipe: Recipe, stage: str, configs: dict[str, Any], gpu: float | None = None) -> list[Change]:
+    """Single changes that lower a stage's peak, those that save most first."""
+
+    before = plan_memory(recipe, configs, gpu, only=[stage]).stages[stage].peak_mib
+    found = []
+    for settings, same_results in candidates(recipe, stage, configs[stage], gpu):
+        changed = replace(recipe, **parse_overrides(settings.split()))
+        after = plan_memory(changed, configure(changed), gpu, only=[stage]).stages[stage].peak_mib
+        if after < 0.99 * before:
+            found.append(Change(settings, after, before - after, same_results))
+    return sorted(found, key=lambda change: change.peak_mib)
+
+
+def candidates(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> Iterator[tuple[str, bool]]:
+    """Settings that may help, and whether a run gives the same results with them, to rounding."""
+    on_gpu, _, config = for_device(recipe, stage, config, gpu)
+    rows, auto = config.per_device_train_batch_size, getattr(config, "auto_sizes", set())
+    if rows % 2 == 0 and "per_device_train_batch_size" not in auto:
+        fewer = f"{stage}.per_device_train_batch_size={rows // 2}"
+        if "mini_batch_size" not in getattr(recipe, stage).args:
+            fewer += f" {stage}.gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
+        yield fewer, True
+    if not config.gradient_checkpointing:
+        yield f"{stage}.gradient_checkpointing=true", True
+    key = "rollout_micro_batch_size" if stage == "ppo" else "per_device_eval_batch_size"
+    if getattr(config, key) > 1 and key not in auto:
+        yield f"{stage}.{key}={getattr(config, key) // 2}", getattr(config, "generation_backend", "native") == "native"
+    for key in ("max_prompt_length", "response_length") if stage == "ppo" else ("max_length",):
+        if getattr(config, key):
+            yield f"{stage}.{key}={getattr(config, key) // 2}", False
+    if on_gpu and "8bit" not in str(config.optim):
+        yield f"{stage}.optim=paged_adamw_8bit", False
+    if stage == "ppo" and config.has_critic and config.critic != "head":
+        yield "ppo.critic=head", False
+    if recipe.lora.r > 1:
+        yield f"lora.r={recipe.lora.r // 2}", False
+    if recipe.base.quantization is None:
+        yield "base.quantization=nf4", False
+
+
+def refuse_misfit(recipe: Recipe, configs: dict[str, Any], found: MemoryPlan) -> None:
+    """Raises ValueError for the first stage that does not fit, with the three changes that help most."""
+    for stage, of_stage in found.stages.items():
+        if not found.fits_in(stage):
+            raise ValueError(
+                f"{stage} does not fit: it is planned to take {gib(of_stage.peak_mib)} GiB, or with the allocator's "
+                f"reserve {gib(of_stage.needed_mib)}, of {gib(found.limit_mib)}. "
+                f"{best_changes(recipe, stage, configs)} To run it all the same: --force."
+            )
+
+
+def best_changes(recipe: Recipe, stage: str, configs: dict[str, Any], gpu: float | None = None) -> str:
+    """The three single changes that help most, as a sentence."""
+    best = helpful_changes(recipe, stage, configs, gpu)[:3]
+    return f"What helps most: {'; '.join(map(str, best))}." if best else "No single setting helps."
+
+
+def out_of_memory(error: BaseException, recipe: Recipe, stage: str, config: Any, planned: StagePlan | None) -> str:
+    """What to tell a user whose stage ran out of memory.
+
+    Args:
+        error: the allocator's, with notes of what was being done.
+    """
+    doing = f" while {', '.join(error.__notes__)}" if getattr(error, "__notes__", None) else ""
+    asked = re.search(r"tried to allocate ([0-9.]+ ?\w+)", str(error), re.IGNORECASE)
+    wanted = f"{asked[1]} were asked for, and " if asked else ""
+    of_plan = "" if planned is None else f" The plan was {gib(planned.peak_mib)} GiB."
+    return (
+        f"{stage} ran out of memory{doing}: {wanted}{gib(peak_memory_mib())} GiB were in use at most.{of_plan} "
+        f"{best_changes(recipe, stage, {stage: config})} What was computed stays: the same command resumes, also with "
+        "other settings that give the same results."
+    )
+
+
+def size_in_bytes(text: str) -> float:
+    """`24GiB`, `24GB`, `24576MiB`, or `24`, which is in GiB. Raises ValueError for anything else."""
+    units = {"": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+    match = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in units or match[1].count(".") > 1:
+        raise ValueError(f"--gpu={text} is no size of memory. Write 24GiB, 24GB or 24576MiB.")
+    return float(match[1]) * units[match[2]]
+
+
+def plan_as_dict(recipe: Recipe, configs: dict[str, Any], found: MemoryPlan, gpu: float | None) -> dict[str, Any]:
+    """The plan as JSON values, in MiB, with changes for each stage that does not fit, or for the largest."""
+    largest_stage = max(found.stages, key=lambda stage: found.stages[stage].peak_mib)
+    stages = {}
+    for stage, of_stage in found.stages.items():
+        helped = stage == largest_stage if found.fits else not found.fits_in(stage)
+        stages[stage] = {
+            "parts": of_stage.parts,
+            "phases": of_stage.phases,
+            "peak_mib": of_stage.peak_mib,
+            "needed_mib": of_stage.needed_mib,
+            "fits": found.fits_in(stage),
+            "work": work_of_step(recipe, stage, configs[stage]),
+            "changes": [dataclasses.asdict(c) for c in helpful_changes(recipe, stage, configs, gpu)] if helped else [],
+        }
+    return {"limit_mib": found.limit_mib, "fits": found.fits, "stages": stages}

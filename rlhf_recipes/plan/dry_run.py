@@ -1,0 +1,223 @@
+"""Dry runs: what a stage's forward and backward take in memory, with no weight read and no number computed.
+
+A stage's own code runs on tensors that have a shape and no storage (torch's `FakeTensorMode`), while a meter adds up
+what they would allocate and free. But for the insides of kernels, that is what torch's allocator gives out.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import TaskType, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+from ..model import log_probs as chunks
+from ..model.base import precision
+from ..model.decode import TOKENS_AT_ONCE, RoomyLayer, draw, roomy_cache
+from ..model.shared import SharedBase, lora_config
+from ..recipe.values import Base, Lora
+from ..stages.ppo.roles import Role
+from .meter import Trace, trace
+from .skeleton import materialize, skeleton
+
+DRY = FakeTensorMode()
+
+
+class NoPlan(ValueError):
+    """The model cannot be run dry: what its code does depends on the numbers in tensors, as experts' routing may."""
+
+
+def optimizer_bytes(optim: str, trained: Sequence[nn.Parameter]) -> float:
+    """State of the optimizer.
+
+    AdamW keeps two numbers a weight, Lion and RMSprop one, in 4 bytes each or, in 8 bits, in a byte and 4 bytes a block
+    of 256 (arXiv:2110.02861), weights of fewer than 4,096 elements in 32 bits all the same. Adafactor keeps a row and a
+    column. Paged state counts as if it were all on the GPU.
+    """
+    if optim.startswith("adafactor"):
+        return sum(4.0 * sum(p.shape) for p in trained)
+    moments = 0 if optim.startswith("sgd") else 1 if "lion" in optim or "rmsprop" in optim else 2
+    each = [1 + 4 / 256 if "8bit" in optim and p.numel() >= 4096 else 4.0 for p in trained]
+    return sum(moments * size * p.numel() for size, p in zip(each, trained, strict=True))
+
+
+def adapter_bytes(model: nn.Module, optim: str) -> dict[str, float]:
+    """All adapters and heads, each in its own precision; gradients and optimizer state of those that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    added = [p for name, p in model.named_parameters() if "lora_" in name or "heads." in name or "score." in name]
+    numbers = {"adapters": sum(p.nbytes for p in added), "gradients": sum(p.nbytes for p in trained)}
+    return {**numbers, "optimizer": optimizer_bytes(optim, trained)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a stage's dry run depends on. Rows are sequences, lengths are tokens."""
+
+    stage: str
+    on_gpu: bool
+    base: Base
+    lora: Lora
+    optim: str
+    checkpointing: str  # gradient checkpointing: off, reentrant or not
+    rows: int  # of a micro-batch in training
+    more_rows: int  # of one without gradients: in evaluation, or in PPO's rollouts
+    prompt: int  # longest prompt, of PPO
+    length: int  # longest row
+    dropout: bool  # whether the model's own dropout is left on, and LoRA's
+    roles: tuple[Role, ...]  # beside those of TRL's own trainers
+
+
+def dry_batch(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (rows, length)."""
+    return torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
+
+
+def forward_precision(shape: Shape) -> torch.autocast:
+    """The precision in which the trainers run their forwards."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision(shape.base) == torch.bfloat16)
+
+
+def no_grad(step: Callable[[], Any]) -> Callable[[], Any]:
+    return torch.no_grad()(step)
+
+
+def dry_backward(values: Tensor) -> None:
+    if values.requires_grad:
+        values.sum().backward()
+
+
+def largest_traces(phase: str, *traces: Trace) -> dict[str, float]:
+    """The larger of several micro-batches, number by number, as `phase.activations` and so on."""
+    columns = zip(*traces, strict=True)
+    return {f"{phase}.{name}": max(column) for name, column in zip(Trace._fields, columns, strict=True)}
+
+
+def checkpointing(model: Any, shape: Shape) -> None:
+    if shape.checkpointing != "off":
+        model.activation_checkpointing_enable({"use_reentrant": shape.checkpointing == "reentrant"})
+
+
+@functools.cache
+def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> dict[str, float]:
+    """Bytes at so many layers: adapters, gradients, optimizer, kv_cache, and a `Trace` of each phase."""
+    at_once = chunks.CPU_ROWS
+    if shape.on_gpu:  # the tensors of a dry run say that they are on a CPU
+        chunks.CPU_ROWS = chunks.LOGITS_AT_ONCE
+    try:
+        return (dry_ppo if shape.stage == "ppo" else dry_trl)(shape, layers, training_only)
+    except RuntimeError as error:
+        raise NoPlan(f"{shape.stage} cannot be planned: {str(error).splitlines()[0]}") from error
+    finally:
+        chunks.CPU_ROWS = at_once
+
+
+def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:
+    """sft, reward and dpo, by TRL's trainers. DPO's reference is a copy of the SFT adapter, where there is one."""
+    scores = shape.stage == "reward"
+    lora = lora_config(shape.lora, TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM)
+    with torch.device("meta"):
+        causal: Any = skeleton(shape.base, layers, scores)
+        model: Any = get_peft_model(causal, lora)
+        for role in shape.roles:
+            model.add_adapter(role.name, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if not scores:
+        # The outputs that TRL's trainers ask for.
+        add_fused_lm_head(causal, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+
+    def step(rows: int) -> None:
+        ids, mask = dry_batch(rows, shape.length)
+        more = {} if scores else {"labels": ids, "fused_lm_head": True}
+        with forward_precision(shape):
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+        dry_backward(output.logits.float() if scores else output.log_probs)
+
+    numbers = adapter_bytes(model, shape.optim)
+    with DRY:
+        materialize(model)
+        run = functools.partial(trace, model, getattr(causal, causal.base_model_prefix))
+        if not training_only:
+            numbers |= largest_traces("evaluate", run(no_grad(lambda: step(shape.more_rows))))
+        reference = [run(no_grad(lambda: step(shape.rows)))] if shape.stage == "dpo" else []
+        model.train()
+        if not shape.dropout:
+            disable_dropout_in_model(model)
+        checkpointing(causal, shape)
+        if shape.checkpointing != "off":
+            model.enable_input_require_grads()
+        policy = run(lambda: step(shape.rows))
+        # DPO's reference comes after the policy's forward, on top of what that has saved.
+        after = [Trace(policy.saved, policy.saved + r.activations, r.saved + r.logits) for r in reference]
+        return numbers | largest_traces("train", policy, *after)
+
+
+def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:
+    """PPO: a micro-batch of decoding, of scoring (log-probs, a head), and of the policy's and the critic's update."""
+    with torch.device("meta"):
+        shared = SharedBase(skeleton(shape.base, layers), shape.lora)
+        for role in shape.roles:
+            if role.on is None:
+                head = role.head is not None
+                shared.add_role(role.name, trainable=role.trained, head=head, exact=role.copy)
+            else:
+                shared.add_head(role.name, on=role.on)
+
+    def log_probs(rows: int, entropy: bool = False) -> None:
+        ids, mask = dry_batch(rows, shape.length)
+        with shared.role("policy"):
+            with forward_precision(shape):
+                found = shared.log_probs(ids, mask, mask[:, shape.prompt :].bool(), 0.7, entropy)[0]
+            dry_backward(found)
+
+    def outputs(role: str, rows: int) -> None:
+        with shared.role(role):
+            with forward_precision(shape):
+                found = shared.head_outputs(*dry_batch(rows, shape.length))
+            dry_backward(found)
+
+    numbers = adapter_bytes(shared, shape.optim)
+    with DRY:
+        materialize(shared)
+        run = functools.partial(trace, shared, shared.backbone)
+        if not training_only:
+            sizes: list[int] = []
+            saved, activations, logits = run(no_grad(lambda: sizes.append(dry_decode(shared, shape))))
+            numbers |= largest_traces("generate", Trace(saved - sizes[0], activations - sizes[0], logits))
+            numbers["kv_cache"] = sizes[0]
+            rows = min(shape.more_rows, max(1, TOKENS_AT_ONCE // shape.length))
+            scored = [run(no_grad(lambda role=role: outputs(role, rows))) for role in list(shared.heads)[:1]]
+            numbers |= largest_traces("score", run(no_grad(lambda: log_probs(rows, entropy=True))), *scored)
+        shared.train()
+        checkpointing(shared, shape)
+        critic = [run(lambda: outputs("critic", shape.rows))] if "critic" in shared.heads else []
+        return numbers | largest_traces("update", run(lambda: log_probs(shape.rows)), *critic)
+
+
+def dry_decode(shared: SharedBase, shape: Shape) -> int:
+    """The prompt and the last token of `decode.decode`. Returns the bytes of the KV cache."""
+    rows, prompt, total = shape.more_rows, shape.prompt, shape.length
+    cache = roomy_cache(shared.causal.config, total)
+    ids, mask = dry_batch(rows, total)
+    with shared.role("policy"), forward_precision(shape):
+        for start, piece in ((0, ids[:, :prompt]), (total - 1, ids[:, -1:])):
+            for layer in cache.layers:
+                if start and isinstance(layer, RoomyLayer):  # as after all tokens but the last
+                    layer.length, layer.keys = start, layer.room[0][:, :, :start]
+            for part in piece.split(max(1, TOKENS_AT_ONCE // rows), dim=1):
+                end = start + part.shape[1]
+                hidden = shared.backbone(
+                    input_ids=part,
+                    attention_mask=mask[:, :end].bool(),
+                    position_ids=mask[:, start:end],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+                start = end
+        draw(shared.logits(hidden[:, -1]).float() / 0.7, torch.zeros(rows, dtype=torch.float64))
+    return sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))

@@ -1,0 +1,276 @@
+"""What each stage of a recipe takes in memory, found before a weight is read.
+
+Weights, adapters, gradients and optimizer state are counted on the model's skeleton. What a forward and its backward
+take is found by dry runs (see `dry_run`) of few layers, from where every number goes on in a straight line to all of
+them. Lengths are the longest that the configuration allows.
+"""
+
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.training_args import OptimizerNames
+
+from ..model.memory import resident_mib
+from ..recipe.values import Recipe
+from ..stages.configure import configure
+from ..stages.options import PPOConfig
+from ..stages.ppo.roles import Role, ppo_roles
+from ..stages.reward.adapters import JUDGE
+from .dry_run import Shape, dry_run
+from .meter import Trace
+from .skeleton import read_config, skeleton, weight_bytes
+
+LAYERS = (2, 3)  # of the dry runs
+
+# Of all but the weights: what the allocator holds in fragments and, from 7B on, the CUDA context (0.5 GiB).
+RESERVE = 0.15
+MIB = 2**20
+
+
+def gib(mib: float) -> str:
+    """MiB in GiB."""
+    return f"{mib / 1024:.1f}" if mib >= 1024 else f"{mib / 1024:.2f}"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage's memory in MiB: `parts` at their largest, and `phases`, each the sum of what is there at one time."""
+
+    parts: dict[str, float]
+    phases: dict[str, float]
+
+    @property
+    def peak_mib(self) -> float:
+        """What torch.cuda.max_memory_allocated will say, or what a process on the CPU takes above its start."""
+        return max(self.phases.values())
+
+    @property
+    def needed_mib(self) -> float:
+        """The peak and the allocator's reserve."""
+        return self.peak_mib + self.parts["reserve"]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the stages of a recipe take, and what they may take of the device."""
+
+    stages: dict[str, StagePlan]
+    limit_mib: float
+
+    @property
+    def fits(self) -> bool:
+        return all(self.fits_in(stage) for stage in self.stages)
+
+    @property
+    def peak_mib(self) -> float:
+        return max(stage.peak_mib for stage in self.stages.values())
+
+    def fits_in(self, stage: str) -> bool:
+        return self.stages[stage].needed_mib <= self.limit_mib
+
+    def line(self, stage: str) -> str:
+        """`ppo: 9.8 of 24.0 GiB planned`"""
+        return f"{stage}: {gib(self.stages[stage].needed_mib)} of {gib(self.limit_mib)} GiB planned"
+
+
+def plan_memory(
+    recipe: Recipe, configs: dict[str, Any] | None = None, gpu: float | None = None, only: Sequence[str] | None = None
+) -> MemoryPlan:
+    """What each stage of a recipe will take, from the model's configuration alone.
+
+    Args:
+        configs: the stages' trainer configurations, as `check_recipe` returns them.
+        gpu: bytes of the GPU to plan for; None: this machine's GPU, or its memory where it has none.
+        only: these stages.
+    Raises:
+        ValueError: the recipe is wrong, or the model's configuration cannot be read; NoPlan, see there.
+    """
+    if configs is None:
+        configs = configure(recipe)
+    stages = {}
+    for stage in only or configs:
+        on_gpu, of_stage, config = for_device(recipe, stage, configs[stage], gpu)
+        if stage == "ppo":
+            settle_auto_sizes(recipe, config, gpu)
+        stages[stage] = stage_plan(of_stage, stage, config, on_gpu)
+    return MemoryPlan(stages, (available_bytes() if gpu is None else gpu) / MIB)
+
+
+def for_device(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> tuple[bool, Recipe, Any]:
+    """Whether it is a GPU, and recipe and configuration as the runner makes them on one, whatever this machine is."""
+    config, on_gpu = copy.copy(config), gpu is not None or torch.cuda.is_available()
+    if on_gpu and recipe.base.dtype == "auto":
+        recipe = dataclasses.replace(recipe, base=dataclasses.replace(recipe.base, dtype="bfloat16"))
+    if on_gpu and "optim" not in getattr(recipe, stage).args:
+        config.optim = OptimizerNames.PAGED_ADAMW_8BIT
+    return on_gpu, recipe, config
+
+
+def shape_of(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> Shape:
+    """What the stage's dry runs depend on. A row of reward and dpo is two sequences, a chosen and a rejected one."""
+    context = getattr(read_config(recipe.base).get_text_config(), "max_position_embeddings", None) or math.inf
+    rows, more, prompt = config.per_device_train_batch_size, config.per_device_eval_batch_size, 0
+    if stage == "ppo":
+        prompt = min(config.max_prompt_length or math.inf, context - config.response_length)
+        length, more = prompt + config.response_length, min(config.rollout_micro_batch_size, config.rollout_size)
+    else:
+        length = min(config.max_length or math.inf, context)
+        rows, more = (rows, more) if stage == "sft" else (2 * rows, 2 * more)
+    if not math.isfinite(length):
+        raise ValueError(
+            f"{stage}: the model has no longest context, so set {stage}.max_{'prompt_' * bool(prompt)}length."
+        )
+    kind = "reentrant" if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant") else "on"
+    return Shape(
+        stage=stage,
+        on_gpu=on_gpu,
+        base=recipe.base,
+        lora=recipe.lora,
+        optim=str(OptimizerNames(config.optim).value),
+        checkpointing=kind if config.gradient_checkpointing else "off",
+        rows=rows,
+        more_rows=more,
+        prompt=int(prompt),
+        length=int(length),
+        dropout=not getattr(config, "disable_dropout", False),
+        roles=_roles(recipe, stage, config),
+    )
+
+
+def _roles(recipe: Recipe, stage: str, config: Any) -> tuple[Role, ...]:
+    """The stage's adapters beside the one that TRL trains: all of PPO's, and DPO's copy of the SFT adapter."""
+    if stage == "ppo":
+        return tuple(ppo_roles(recipe, config))
+    return (Role("ref"),) if stage == "dpo" and recipe.sft is not None else ()
+
+
+def stage_plan(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> StagePlan:
+    """Add up what is there at one time in each phase: what stays, and one micro-batch."""
+    n = at_full_depth(shape_of(recipe, stage, config, on_gpu))
+    weights, cache = weight_bytes(recipe.base), n.get("kv_cache", 0)
+    rollout = rollout_bytes(config) if stage == "ppo" else 0
+    training = "update" if stage == "ppo" else "train"
+    phases, activations = {}, {}
+    for phase in ("generate", "score", "update") if stage == "ppo" else ("train", "evaluate"):
+        micro = Trace(*(n[f"{phase}.{name}"] for name in Trace._fields))
+        own = n["gradients"] if phase == training else cache if phase == "generate" else 0
+        phases[phase] = (weights + n["adapters"] + n["optimizer"] + rollout + own + micro.peak) / MIB
+        activations[phase] = micro.activations + rollout
+    parts = {"weights": weights, **{name: n[name] for name in ("adapters", "optimizer", "gradients")}}
+    parts |= {"activations": max(activations.values()), "kv_cache": cache}
+    parts["logits"] = max(n[f"{phase}.logits"] for phase in phases)
+    parts = {name: size / MIB for name, size in parts.items()}
+    return StagePlan(parts | {"reserve": reserve(max(phases.values()), parts["weights"])}, phases)
+
+
+def reserve(peak: float, weights: float) -> float:
+    """What the allocator takes above a peak. Weights stay where they are and leave no fragments."""
+    return RESERVE * (peak - weights)
+
+
+def at_full_depth(shape: Shape) -> dict[str, float]:
+    """The dry runs' numbers, carried on from few layers to the model's.
+
+    Adapters, their gradients and optimizer state, the KV cache and what training keeps grow with the layers; what a
+    forward without gradients takes does not.
+    """
+    text = read_config(shape.base).get_text_config()
+    depth = text.num_hidden_layers
+    low, high = min(depth, LAYERS[0]), min(depth, LAYERS[1])
+    numbers = dict(dry_run(shape, low))
+    steps = (depth - low) / max(1, high - low)
+    for name, value in dry_run(shape, high, training_only=True).items() if steps else ():
+        numbers[name] += (value - numbers[name]) * steps
+    if "kv_cache" in numbers:
+        numbers["kv_cache"] *= depth / low
+    if shape.on_gpu and shape.stage in ("sft", "dpo"):
+        for phase, rows in (("train", shape.rows), ("evaluate", shape.more_rows)):
+            numbers[f"{phase}.logits"] = fused_head_bytes(rows * shape.length, text.hidden_size)
+    return numbers
+
+
+def fused_head_bytes(tokens: int, hidden_size: int) -> float:
+    """TRL's fused head on a GPU, whose kernels have no temporaries: a tile of up to 4,096 tokens and 32,768 vocabulary
+    entries in 16 bits, and the gradient of the hidden states in float32 and then in 16 bits (trl.kernels).
+    """
+    return 2 * 32768 * min(tokens, 4096) + (4 + 2) * tokens * hidden_size
+
+
+def rollout_bytes(config: PPOConfig) -> float:
+    """A rollout: 8 bytes of id and a mask for each token, and a mask and seven float32 for each of a response."""
+    prompt, response = config.max_prompt_length or 0, config.response_length
+    return config.rollout_size * (9 * (prompt + response) + 29 * response)
+
+
+def available_bytes() -> float:
+    """Bytes that this process may take: of the GPU, or what the machine (or the container) has beside what is taken."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text().strip() != "max":
+        limits.append(int(limit.read_text()))
+    return min(limits) - resident_mib() * MIB
+
+
+def settle_auto_sizes(recipe: Recipe, config: PPOConfig, gpu: float | None = None) -> None:
+    """Set the sizes that are `auto` to the largest that fit by the plan."""
+    for key in sorted(config.auto_sizes):
+        setattr(config, key, largest_size(recipe, {"ppo": config}, key, gpu))
+
+
+def largest_size(recipe: Recipe, configs: dict[str, Any], key: str, gpu: float | None = None) -> int:
+    """The largest per_device_train_batch_size or rollout_micro_batch_size with which PPO fits, by its own phases.
+
+    It divides the mini-batch or the rollout. 1 where nothing fits: what to change is then for `changes` to say.
+    """
+    on_gpu, of_stage, config = for_device(recipe, "ppo", configs["ppo"], gpu)
+    updates = key == "per_device_train_batch_size"
+    whole = config.mini_batch_size if updates else config.rollout_size
+    limit = (available_bytes() if gpu is None else gpu) / MIB
+    sizes = [size for size in range(1, whole + 1) if whole % size == 0]
+    while len(sizes) > 1:  # keep the half in which the largest is
+        middle = len(sizes) // 2
+        setattr(config, key, sizes[middle])
+        tried = stage_plan(of_stage, "ppo", config, on_gpu)
+        peak = tried.phases["update"] if updates else max(tried.phases["generate"], tried.phases["score"])
+        fits = peak + reserve(peak, tried.parts["weights"]) <= limit
+        sizes = sizes[middle:] if fits else sizes[:middle]
+    return sizes[0]
+
+
+def work_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float | None]:
+    """Tokens and floating-point operations (FLOP) of a step, and steps, where the recipe alone says how many.
+
+    A forward takes 2 FLOP a token and weight, a backward to the adapters through frozen weights 2 more, gradient
+    checkpointing one more forward (Kaplan et al., arXiv:2001.08361, section 2.1, without attention). A step of PPO is
+    an update: each row is decoded, scored by every role, and trained on num_ppo_epochs times by policy and critic.
+    """
+    shape = shape_of(recipe, stage, config, on_gpu=False)
+    model: Any = skeleton(recipe.base)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - (0 if head is embedding else embedding.numel())
+    training = 4 if shape.checkpointing == "off" else 6
+    section, epochs = getattr(recipe, stage), config.num_train_epochs
+    if stage == "ppo":
+        tokens = config.rollout_size * shape.length
+        # A head alone reads what the policy's forward has computed.
+        scored = sum(not role.copy and role.on is None and role.name != JUDGE for role in shape.roles)
+        trained = config.num_ppo_epochs * sum(role.trained for role in shape.roles)
+        flop = tokens * weights * (2 + 2 * scored + training * trained)
+        rows, per_step = config.total_episodes, config.rollout_size
+    else:
+        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        tokens = per_step * shape.length * (1 if stage == "sft" else 2)
+        flop, rows = tokens * weights * (training + 2 * (stage == "dpo")), None
+    if rows is None and section.limit is not None:
+        rows = section.limit * (1 - section.heldout) * epochs * getattr(config, "num_generations", 1)
+    steps = config.max_steps if config.max_steps > 0 else None if rows is None else math.ceil(rows / per_step)
+    return {"tokens": tokens, "flop": flop, "steps": steps}

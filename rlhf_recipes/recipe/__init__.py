@@ -1,0 +1,6 @@
+"""Recipes as values. Standard library only, so that importing one costs milliseconds.
+
+values     the frozen dataclasses
+overrides  changing one by `replace` or `key=value`, to and from JSON
+lookup     finding recipes and functions by name
+"""

@@ -1,0 +1,77 @@
+"""Finding recipes and functions by name."""
+
+import importlib.util
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .overrides import suggestion
+from .values import Recipe
+
+
+def recipes_folder() -> Path:
+    """The folder of the named recipes: inside the package when installed from a wheel, beside it in a clone."""
+    inside = Path(__file__).parents[1] / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, as `load` takes them."""
+    return sorted(path.stem.replace("_", "-") for path in recipes_folder().glob("*.py") if path.stem != "__init__")
+
+
+def recipe_file(name: str) -> Path:
+    """The file of that recipe, as `load` takes its name. Raises ValueError if no shipped recipe has the name."""
+    path = Path(name)
+    if path.suffix != ".py":
+        path = recipes_folder() / f"{name.replace('-', '_')}.py"
+        if not path.is_file():
+            raise ValueError(f"There is no recipe {name!r}.{suggestion(name, recipe_names())}")
+    return path
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name (`-` and `_` are the same), or the one in a file of your own (`path/to/my.py`).
+
+    Raises ValueError if there is none, or the file holds no `recipe`.
+    """
+    path = recipe_file(name)
+    recipe = getattr(load_module(path), "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{path} holds no recipe: it must set `recipe = Recipe(...)`.")
+    return recipe
+
+
+def load_module(path: Path) -> types.ModuleType:
+    """Import a Python file by its path, without putting it into `sys.modules`."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_function(name: str) -> bool:
+    """Whether the text names a function (`module:function` or `file.py:function`), not a Hub id or a path."""
+    module, colon, function = name.rpartition(":")
+    return bool(colon) and function.isidentifier() and len(module) > 1 and not Path(name).exists()
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The function that `module:function` or `file.py:function` names. Raises ValueError where there is none."""
+    module_name, _, function_name = name.rpartition(":")
+    if not is_function(name):
+        raise ValueError(f"{name!r} names no function. Write module:function or path/to/file.py:function.")
+    if module_name.endswith(".py"):
+        module = load_module(Path(module_name))
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name!r}: there is no module {error.name!r}.") from error
+    if not hasattr(module, function_name):
+        raise ValueError(f"{name!r}: {module_name} has no function {function_name!r}.")
+    return getattr(module, function_name)

@@ -1,0 +1,10 @@
+"""The run folder: what is written in it, and what it holds. No torch.
+
+files     writes that a kill leaves whole
+folder    models, checkpoints and rounds of a run by name
+manifest  what was run, and which stages are done
+recorder  what a stage writes while it trains
+tracking  the same for W&B, trackio or TensorBoard
+rates     win rates with intervals
+summary   what a run achieved, as JSON and as a table
+"""

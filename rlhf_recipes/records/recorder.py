@@ -1,0 +1,55 @@
+"""What a stage writes while it trains: `metrics.jsonl`, `samples.jsonl`, and the tracker's curves."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import write_text
+from .tracking import Tracker
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class Recorder:
+    """Appends a stage's rows to the files of its run folder, and hands them to the tracker."""
+
+    def __init__(self, run_dir: Path, stage: str, tracker: Tracker, step: int = 0) -> None:
+        """
+        Args:
+            step: the one that the stage goes on from. Rows that an earlier attempt wrote after it are dropped, because
+                they come again.
+        """
+        self.run_dir, self.stage, self.tracker = run_dir, stage, tracker
+        for name in (METRICS, SAMPLES):
+            drop_rows_to_come_again(run_dir / name, stage, step)
+
+    def metrics(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Record what a trainer logs at a step."""
+        self._append(METRICS, [logs], step)
+        if "train_runtime" not in logs:  # the totals at the end are no points of a curve
+            self.tracker.point(logs, step)
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record held-out prompts with their responses and scores, a row each with its `model`."""
+        self._append(SAMPLES, samples, step)
+        self.tracker.table("completions", samples, step)
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        with (self.run_dir / name).open("a") as stream:
+            stream.writelines(json.dumps({"stage": self.stage, "step": step, **row}) + "\n" for row in rows)
+
+
+def drop_rows_to_come_again(path: Path, stage: str, step: int) -> None:
+    """Drop a stage's rows that are about to be written again: after the step it resumes from, or after its training."""
+    if path.is_file():
+        kept, again = [], False
+        for line in path.read_text().split("\n")[:-1]:  # what follows the last line end is torn
+            row = json.loads(line)
+            # The comparison of the models at the end begins with the base.
+            again = again or (row["stage"] == stage and (row["step"] > step or row.get("model") == "base"))
+            if row["stage"] != stage or not again:
+                kept.append(line + "\n")
+            # This row ends the training. It stays with a checkpoint of the last step; the evaluation comes again.
+            again = again or (row["stage"] == stage and "train_runtime" in row)
+        write_text(path, "".join(kept))

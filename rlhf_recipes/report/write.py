@@ -1,0 +1,27 @@
+"""Writing the report of runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..records.files import write_text
+from .gather import gather
+from .page import render
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the report of one run, or of several side by side, from what their folders hold. A run may be unfinished.
+
+    Args:
+        runs: run folders; one of a sweep stands for its variants.
+        out: the HTML file, which is replaced in one step.
+    Returns:
+        `out`.
+    Raises:
+        ValueError: a folder is no run's, or a file in it is damaged.
+    """
+
+    page = render(gather(runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A name of a file may hold bytes that are no text, which UTF-8 has no place for.
+    write_text(out, page.encode(errors="backslashreplace").decode())
+    return out

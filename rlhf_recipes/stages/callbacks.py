@@ -1,0 +1,52 @@
+"""What watches a stage's trainer: the recorder of its logs, and the bar on the terminal."""
+
+from typing import Any, ClassVar
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from ..records.recorder import Recorder
+
+
+class RecordLogs(TrainerCallback):
+    """Hands each logged row to the recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.recorder.metrics(state.global_step, logs)
+
+
+class Progress(TrainerCallback):
+    """A progress bar over the stage's steps with the numbers that matter in it."""
+
+    SHOWN: ClassVar = {
+        "loss": "loss",
+        "accuracy": "accuracy",
+        "rewards/accuracies": "accuracy",
+        "objective/scores": "reward",
+        "objective/kl": "KL",
+        "response_length": "tokens",
+        "eval_gold": "gold",
+        "eval_judge": "judge",
+    }
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.shown |= {label: f"{logs[key]:.3g}" for key, label in self.SHOWN.items() if key in logs}
+        if self.stage == "ppo":
+            self.shown.pop("loss", None)
+        self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,103 @@
+"""A recipe's settings as the configurations of the stages' trainers, checked before anything is loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from ..model.backends import check_backend
+from ..model.base import device, precision
+from ..recipe.overrides import check_args, suggestion
+from ..recipe.values import STAGES, Recipe
+from .options import DPOConfig, PPOConfig, RewardConfig
+from .scores import ROLE, check_reward_source, check_reward_weights
+
+CONFIGS: dict[str, type[TrainingArguments]] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "dpo": DPOConfig,
+}
+
+
+def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
+    """The configuration of each stage's trainer, by the stage's name, before anything is loaded.
+
+    Raises ValueError, naming the key and the nearest right one, for settings that a trainer does not have, or that do
+    not fit the rest of the recipe.
+    """
+    configs = {}
+    for stage in stages_of(recipe, None):
+        check_args(stage, getattr(recipe, stage), CONFIGS[stage])
+        configs[stage] = stage_config(recipe, stage, run_dir)
+    if recipe.ppo is not None:
+        check_ppo(recipe, configs["ppo"])
+    return configs
+
+
+def check_ppo(recipe: Recipe, config: PPOConfig) -> None:
+    """What of the PPO stage depends on the rest of the recipe."""
+    if recipe.reward is None and not recipe.ppo.reward_funcs:
+        raise ValueError(f"Recipe {recipe.name!r} has no reward: add a `reward` stage or set ppo.reward_funcs.")
+    sources = recipe.ppo.reward_sources
+    for name in sources:
+        check_reward_source(name, recipe.reward is not None)
+    check_reward_weights(config.reward_weights, sources)
+    check_backend(config.generation_backend, recipe.base.quantization, precision(recipe.base))
+    if config.critic == "reward" and recipe.reward is None:
+        raise ValueError(
+            "ppo.critic=reward copies a reward model, and the recipe has no reward stage: set sft or head."
+        )
+    if config.ptx_coef and recipe.ptx is None:
+        raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")
+    if config.metric_for_best_model is None:
+        return
+    known, metric = _measured_in_evaluation(recipe), config.metric_for_best_model.removeprefix("eval_")
+    if metric == "quality" and metric not in known:
+        raise ValueError(
+            "The best policy is that of the best held-out quality, which this recipe does not know: set gold, or "
+            "reward.judge_share above 0, or ppo.metric_for_best_model."
+        )
+    if metric not in known:
+        raise ValueError(f"ppo.metric_for_best_model: no evaluation has {metric!r}.{suggestion(metric, known)}")
+
+
+def _measured_in_evaluation(recipe: Recipe) -> list[str]:
+    """What evaluations during PPO measure, by the names that `ppo.metric_for_best_model` takes."""
+    args = recipe.reward.args if recipe.reward is not None else {}
+    own = ROLE in recipe.ppo.reward_sources
+    has = {"gold": recipe.gold is not None, "judge": args.get("judge_share"), "perplexity": recipe.ptx is not None}
+    has |= {"ensemble_std": own and args.get("ensemble_size", 1) > 1, "quality": has["gold"] or has["judge"]}
+    return ["score", "kl", "response_length", "without_eos", *(name for name, known in has.items() if known)]
+
+
+def stages_of(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
+    has = [stage for stage in STAGES if getattr(recipe, stage) is not None]
+    for stage in stages or ():
+        if stage not in has:
+            raise ValueError(f"Recipe {recipe.name!r} has no stage {stage!r}.{suggestion(stage, has)}")
+    return [stage for stage in has if stages is None or stage in stages]
+
+
+def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
+    """A stage's TRL configuration: our defaults, then the recipe's arguments, then what the runner owns."""
+    defaults: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
+    if device().type == "cuda":
+        defaults["optim"] = "paged_adamw_8bit"  # QLoRA's, arXiv:2305.14314
+    owned = {
+        "output_dir": str(run_dir / stage),
+        "report_to": "none",  # see `tracking`
+        "run_name": f"{run_dir.name}-{stage}",
+        "seed": recipe.seed,
+        "bf16": precision(recipe.base) == torch.bfloat16,
+        "use_cpu": device().type == "cpu",
+        "disable_tqdm": True,
+    }
+    try:
+        return CONFIGS[stage](**{**defaults, **getattr(recipe, stage).args, **owned})
+    except ValueError as error:
+        message = str(error)  # ours name their key, the libraries' do not know the stage
+        raise ValueError(message if message.startswith(f"{stage}.") else f"{stage}: {message}") from error

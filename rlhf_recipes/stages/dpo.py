@@ -1,0 +1,113 @@
+"""The `dpo` stage: a policy straight from comparisons with TRL's DPOTrainer, starting from the SFT adapter.
+
+Its loss is -log sigma(beta * (log pi/pi_ref of the chosen response - the same of the rejected)) (Rafailov et al.,
+arXiv:2305.18290, equation 7). The reference is the SFT adapter or, without an SFT stage, the bare base.
+"""
+
+import gc
+from typing import Any
+
+import trl
+from datasets import Dataset
+from peft import PeftModel, TaskType
+
+from ..model.base import check_fingerprint, load_base, write_fingerprint
+from ..model.sampler import Sampler
+from ..model.shared import SharedBase, lora_config
+from ..recipe.lookup import function
+from .compare import Evaluator, compare, held_out_texts
+from .job import Job
+from .options import PPOConfig
+from .reward.adapters import PROBES, add_reward_roles, judge_folder, member_folders
+from .scores import ROLE, Rewards, resolve_rewards
+
+MODELS = {"base": "base", "reference": "sft", "policy": "dpo"}
+
+
+class DPOTrainer(trl.DPOTrainer):
+    """TRL's trainer on rows that are tokenized already (columns prompt_ids, chosen_ids, rejected_ids)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        weights = dict(self.model.named_parameters())
+        for name, weight in weights.items():
+            if ".ref." in name:
+                # TRL has rounded the policy's copy of the adapter to bfloat16 where the base is quantized.
+                weights[name.replace(".ref.", ".default.")].data = weight.detach().float().clone()
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        return dataset
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        # TRL takes the means of its metrics over batches; so they are over rows, where the last batch is smaller too.
+        rows = len(inputs["input_ids"]) // 2
+        for values in self._metrics["eval"].values():
+            values += values[-1:] * (rows - 1)
+        return result
+
+
+def train_dpo(job: Job) -> dict[str, Any]:
+    """Train the policy from the SFT adapter, save it to the stage's folder, and compare the models.
+
+    Returns the held-out loss and accuracy (of beta * log pi/pi_ref as a reward), and the comparison.
+    """
+    trainer = make_trainer(job)
+    recorder = job.watch(trainer)
+    job.train(trainer)
+    metrics = trainer.evaluate()
+    model = trainer.model
+    assert isinstance(model, PeftModel)
+    model.save_pretrained(str(job.folder), selected_adapters=["default"])
+    job.tokenizer.save_pretrained(job.folder)
+    write_fingerprint(job.folder, job.fingerprint)
+    step = trainer.state.global_step
+    # Whoever holds the trainer holds its base, beside the one that is loaded now.
+    del trainer, model
+    gc.collect()
+    results, samples = compare(make_evaluator(job), job.others["prompts"].heldout.to_list(), MODELS)
+    recorder.samples(step, samples)
+    return {"heldout_loss": metrics["eval_loss"], "heldout_accuracy": metrics["eval_rewards/accuracies"], **results}
+
+
+def make_trainer(job: Job) -> DPOTrainer:
+    """The trainer of a policy that begins as the SFT adapter, of which TRL keeps a copy for the reference."""
+    model, sft = load_base(job.recipe.base), job.run_dir / "sft"
+    if job.recipe.sft is not None:
+        check_fingerprint(sft, job.fingerprint)
+        model = PeftModel.from_pretrained(model, str(sft), is_trainable=True)
+    return DPOTrainer(
+        model=model,
+        args=job.config,
+        train_dataset=job.data.train,
+        eval_dataset=job.data.heldout,
+        processing_class=job.tokenizer,
+        peft_config=None if job.recipe.sft is not None else lora_config(job.recipe.lora, TaskType.CAUSAL_LM),
+    )
+
+
+def make_evaluator(job: Job) -> Evaluator:
+    """The roles on one base, ready to be compared. Their samples are scored by PPO's reward, as far as there is one."""
+    recipe, run_dir = job.recipe, job.run_dir
+    shared = SharedBase(load_base(recipe.base), recipe.lora, job.fingerprint)
+    shared.add_role("reference", job.sft)
+    shared.add_role("policy", job.folder)
+    sampler = Sampler(
+        shared,
+        job.tokenizer,
+        job.config.response_length,
+        job.config.temperature,
+        job.config.per_device_eval_batch_size,
+        [job.data.stop_token_id],
+    )
+    sources, args = (recipe.ppo.reward_sources, recipe.ppo.args) if recipe.ppo is not None else ((ROLE,), {})
+    if ROLE in sources:
+        if (run_dir / "reward" / PROBES).is_file():
+            add_reward_roles(shared, member_folders(run_dir))
+        else:  # this stage does not wait for the reward stage
+            sources, args = (), {}
+    add_reward_roles(shared, judge_folder(run_dir))
+    config = PPOConfig(str(job.folder), use_cpu=job.config.use_cpu, report_to="none", **args)
+    gold = function(recipe.gold) if recipe.gold is not None else None
+    texts = held_out_texts(job.others.get("ptx"), config.ptx_max_length)
+    return Evaluator(sampler, Rewards(sampler, config, resolve_rewards(sources)), gold, recipe.seed, texts)

@@ -1,0 +1,108 @@
+"""A stage's inputs: its data, and what it takes beside them, with rows held out."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data.prepare import Prepared, prepare
+from ..data.split import set_aside
+from ..model.base import longest_row
+from ..recipe.values import Recipe, Source
+from .configure import stage_config
+
+
+def prepare_stage(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """A stage's data. No row may be longer than the stage's limit, or than the model's context."""
+    if stage == "ppo":
+        limit = longest_row(recipe.base, config.max_prompt_length, config.response_length, "ppo.response_length")
+    else:
+        limit = longest_row(recipe.base, config.max_length)
+    prepared = _prepare_with_heldout(stage, stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+    if stage == "reward":  # what is wrong with the split is said now, and not after the SFT stage
+        set_aside(prepared.train, config.judge_share, recipe.seed)
+    return prepared
+
+
+def prepare_beside(
+    recipe: Recipe,
+    stage: str,
+    configs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: dict[str, Prepared],
+) -> dict[str, Prepared]:
+    """What a stage takes beside its data, which is in `prepared`.
+
+    reward: the SFT stage's `demonstrations`, which set its bias. ppo and dpo: the texts of `ptx`. dpo: the `prompts` on
+    which models are compared.
+    """
+    others = {}
+    if stage == "reward" and recipe.sft is not None:
+        others["demonstrations"] = prepared.get("sft") or prepare_stage(recipe, "sft", configs["sft"], tokenizer)
+    if stage in ("ppo", "dpo") and recipe.ptx is not None:
+        others["ptx"] = _prepare_with_heldout("ptx", "ptx", recipe.ptx, tokenizer, None, recipe.seed)
+    if stage == "dpo":
+        own = {f.name: getattr(recipe.dpo, f.name) for f in fields(Source)}
+        source = Source(
+            **own | ({"data": recipe.dpo.prompts, "columns": {}, "convert": None} if recipe.dpo.prompts else {})
+        )
+        limit = longest_row(recipe.base, None, configs["dpo"].response_length, "dpo.response_length")
+        try:
+            others["prompts"] = _prepare_with_heldout("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)
+        except ValueError as error:  # `data` names the section that such rows are for
+            raise ValueError(f"dpo.prompts: {str(error).removeprefix('ppo.data: ')}") from error
+    return others
+
+
+def prompts_to_compare_on(
+    recipe: Recipe, run_dir: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, dict[str, Prepared]]:
+    """What the models of a run are compared on, split as in training.
+
+    Returns the configuration of the stage that trained the policy (PPO's, else DPO's, else SFT's), and its `prompts`
+    and, where there are any, the texts of `ptx`. Raises ValueError where nothing is held out.
+    """
+    stage = next((stage for stage in ("ppo", "dpo", "sft") if getattr(recipe, stage) is not None), None)
+    if stage is None:
+        raise ValueError(
+            f"The recipe of {run_dir} has none of the stages sft, ppo and dpo: there is nothing to compare."
+        )
+    config = stage_config(recipe, stage, run_dir)
+    found = prepare_beside(recipe, stage, {stage: config}, tokenizer, {})
+    if stage == "ppo":
+        found["prompts"] = prepare_stage(recipe, stage, config, tokenizer)
+    elif stage == "sft":
+        found["prompts"] = _prepare_with_heldout("ppo", "sft", getattr(recipe, stage), tokenizer, None, recipe.seed)
+    return config, found
+
+
+def _prepare_with_heldout(
+    kind: Any, key: str, source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None, seed: int
+) -> Prepared:
+    """`prepare` of a source of which some rows must be held out."""
+    prepared = prepare(kind, source, tokenizer, limit, seed)
+    if len(prepared.heldout) == 0:
+        raise ValueError(
+            f"{key}.data: no row of {source.data} is held out to evaluate on. It needs two prompts "
+            f"or more, with {key}.heldout and {key}.heldout_limit above 0."
+        )
+    return prepared
+
+
+def check_same_format(prepared: dict[str, Prepared], others: dict[str, dict[str, Prepared]]) -> None:
+    """A reward model that saw chat templates cannot judge plain text: the stages of a run must agree."""
+    found = {f"{stage}.data": p.conversational for stage, p in prepared.items()}
+    if "dpo" in others:
+        found["dpo.prompts"] = others["dpo"]["prompts"].conversational
+    if len(set(found.values())) > 1:
+        kinds = [f"{key} is {'messages' if messages else 'plain text'}" for key, messages in found.items()]
+        raise ValueError(f"The stages must all have messages or all have plain text, but {', '.join(kinds)}.")
+
+
+def rows_line(report: Mapping[str, Any]) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
+    return f"{report['train']:,} rows to train on, {report['heldout']:,} held out" + (
+        f"; dropped {dropped}" if dropped else ""
+    )

@@ -1,0 +1,147 @@
+"""A stage's job: all that training it needs, and what is the same for every stage's trainer."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainerState
+
+from ..data.prepare import Prepared
+from ..recipe.overrides import to_dict
+from ..recipe.values import Recipe
+from ..records import tracking
+from ..records.folder import last_checkpoint, round_folder
+from ..records.recorder import Recorder
+from ..records.tracking import Session, Tracker
+from .callbacks import Progress, RecordLogs
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one stage needs."""
+
+    recipe: Recipe
+    stage: str
+    run_dir: Path
+    config: Any  # one of CONFIGS
+    others: dict[str, Prepared]  # see `inputs.prepare_beside`
+    data: Prepared
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: dict[str, Any]
+    resume: str | None  # the checkpoint to go on from
+    round: int = 1  # from the second on `run_dir` is the round's folder, inside the run's
+    callbacks: tuple[TrainerCallback, ...] = ()  # the user's, of every stage's trainer
+    tracker: Tracker | None = None  # while the stage runs
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def step(self) -> int | None:
+        """The step of the checkpoint to go on from."""
+        return None if self.resume is None else trainer_state(self.resume).global_step
+
+    @property
+    def root(self) -> Path:
+        """The run's own folder."""
+        return self.run_dir if self.round == 1 else self.run_dir.parent
+
+    @property
+    def sft(self) -> Path | None:
+        """The SFT adapter; None, the bare base, in a recipe without that stage."""
+        return None if self.recipe.sft is None else self.root / "sft"
+
+    @property
+    def start(self) -> Path | None:
+        """The adapter that the policy starts from: the SFT one, or the policy of the round before."""
+        return self.sft if self.round == 1 else round_folder(self.root, self.round - 1) / "ppo" / "policy"
+
+    def adapter(self, folder: str, name: str, seed: int) -> "Job":
+        """The job of a further reward adapter, in a folder, with a name and a tracked run of its own.
+
+        Args:
+            seed: is added to the stage's.
+        """
+        config = copy.copy(self.config)
+        config.output_dir = str(self.folder / folder)
+        config.run_name += f"-{name}"
+        config.seed += seed
+        config.data_seed = None if config.data_seed is None else config.data_seed + seed
+        resume = last_checkpoint(Path(config.output_dir))
+        return dataclasses.replace(self, stage=f"{self.stage}-{name}", config=config, resume=resume)
+
+    @contextmanager
+    def tracked(self, beside: bool = False) -> Iterator["Job"]:
+        """The job with its run in the tracker; `beside` that of the stage, for a further reward adapter."""
+        recipe = self.recipe
+        known, goes_on = tracking.session_id(self.folder, recipe.tracker, resumed=self.step is not None)
+        session = Session(
+            run_dir=self.run_dir,
+            group=self.root.name,
+            job=self.stage,
+            name=self.config.run_name,
+            config={
+                "recipe": to_dict(recipe),
+                "base": self.fingerprint,
+                "args": self.config.to_dict(),
+                "round": self.round,
+            },
+            id=known,
+            step=self.step if goes_on else None,
+            beside=beside,
+        )
+        with tracking.tracked_run(recipe.tracker, session) as tracker:
+            yield dataclasses.replace(self, tracker=tracker)
+
+    def conclude(self, results: Mapping[str, Any]) -> None:
+        """Give the tracker the stage's results and, where the recipe asks for it, its adapters."""
+        assert self.tracker is not None
+        numbers = tracking.result_numbers(results)
+        self.tracker.summarize(numbers)
+        if self.recipe.artifacts:
+            metadata = {"stage": self.stage, "round": self.round, "base": self.fingerprint, **numbers}
+            tracking.upload_adapters(self.tracker, self.folder, self.root, metadata)
+
+    def watch(self, trainer: Trainer) -> Recorder:
+        """Log the trainer to the run folder and the terminal, in place of transformers' own printing.
+
+        Rows that an earlier attempt wrote after the checkpoint are dropped: they come again.
+        """
+        assert self.tracker is not None
+        recorder = Recorder(self.run_dir, self.stage, self.tracker, self.step or 0)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(RecordLogs(recorder))
+        trainer.add_callback(Progress(self.stage))
+        for callback in self.callbacks:
+            trainer.add_callback(callback)
+        return recorder
+
+    def train(self, trainer: Trainer) -> None:
+        """Train from the stage's last checkpoint, if there is one, to the end."""
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                # TRL makes the adapters of a quantized base bfloat16, where a step of 1e-5 on a weight is lost.
+                parameter.data = parameter.data.float()
+        if self.resume is not None:
+            state: Any = trainer_state(self.resume)
+            # True of the last step, and where training stopped early or beyond max_kl.
+            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+                # From such a checkpoint the Trainer would take one more step, so it is only loaded. The path of the
+                # best one in its state may be that of a folder that has been moved since.
+                best = self.folder / f"checkpoint-{state.best_global_step}"
+                chosen = trainer.args.load_best_model_at_end and best.is_dir()
+                trainer.state = state
+                trainer._load_from_checkpoint(str(best) if chosen else self.resume)
+                trainer.remove_callback(Progress)
+                return
+        trainer.train(resume_from_checkpoint=self.resume)
+
+
+def trainer_state(checkpoint: str) -> TrainerState:
+    """The state that the Trainer wrote into a checkpoint."""
+    return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))

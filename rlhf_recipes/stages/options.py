@@ -1,0 +1,319 @@
+"""Arguments of the stages' trainers where they have more than TRL's: `RewardConfig` and `PPOConfig`.
+
+Each help text ends with its source in brackets. `rlhf-recipes options` prints them all.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import trl
+from transformers import TrainingArguments
+
+# Of what evaluations during PPO measure, for `metric_for_best_model`; of all else more is better.
+LESS_IS_BETTER = ("kl", "ensemble_std", "perplexity", "response_length", "without_eos")
+
+
+def _option(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+def _check_range(stage: str, config: Any, names: tuple[str, ...], low: float, high: float, words: str) -> None:
+    """Raises ValueError for an option that is set and not from `low` to `high`, NaN included."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{stage}.{name} must be {words}, not {value}.")
+
+
+@dataclass
+class RewardConfig(trl.RewardConfig):
+    """Arguments of `RewardTrainer`, beside TRL's and transformers' own."""
+
+    label_smoothing: float = _option(
+        0.0, "Share of the comparisons taken to be labelled the wrong way round. [conservative loss: arXiv:2401.06080]"
+    )
+    ensemble_size: int = _option(
+        1, "Train so many reward adapters, each with its own head, seed and order of rows. [arXiv:2310.02743]"
+    )
+    judge_share: float = _option(
+        0.0,
+        "Train one more reward adapter, the judge, on this share of the training prompts, which the others then do not "
+        "see. No policy is trained on it: it measures held-out quality where no gold is known. [a reward model that is "
+        "not optimized against: arXiv:2210.10760]",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"reward.label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
+        if self.ensemble_size < 1:
+            raise ValueError(f"reward.ensemble_size must be above 0, not {self.ensemble_size}.")
+        _check_range("reward", self, ("judge_share",), 0, 1 - 1e-9, "at least 0 and below 1")
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Arguments of `PPOTrainer`, beside transformers' own. Names and meanings are TRL's where it has the option.
+
+    A rollout holds mini_batch_size * num_mini_batches episodes. An optimizer step takes mini_batch_size of them, in
+    micro-batches of per_device_train_batch_size.
+    """
+
+    # Size and pace
+    learning_rate: float = _option(1e-5, "Learning rate of the policy adapter. [N+, times the 3 to 10 that LoRA wants]")
+    critic_learning_rate: float | None = _option(
+        None, "Learning rate of the critic's adapter and head; None: as the policy. [InstructGPT has two]"
+    )
+    logging_steps: float = _option(1, "Log every so many PPO updates.")
+    gradient_checkpointing: bool = _option(True, "Trade compute for memory. [TRL]")
+    total_episodes: int | None = _option(
+        None, "Responses sampled in all; None: num_train_epochs over the data, num_generations a prompt. [TRL]"
+    )
+    num_ppo_epochs: int = _option(4, "Passes over each rollout. [TRL, N+; InstructGPT 1]")
+    num_mini_batches: int = _option(1, "Optimizer steps in each pass. [TRL, N+; InstructGPT 8]")
+    mini_batch_size: int | None = _option(
+        None, "Episodes in each optimizer step; None: per_device_train_batch_size * gradient_accumulation_steps. [TRL]"
+    )
+    per_device_train_batch_size: int | Literal["auto"] = _option(  # type: ignore[assignment]
+        8,
+        "Episodes that the update takes through the model at once: memory and speed alone. auto: as many of the "
+        "mini_batch_size as fit, halved where memory runs out. [TRL]",
+    )
+
+    # Sampling
+    max_prompt_length: int | None = _option(512, "Longer prompts, in tokens, are bad rows.")
+    response_length: int = _option(53, "Sample at most so many tokens. [TRL, N+]")
+    temperature: float = _option(0.7, "The policy is the distribution tempered by this. [TRL, N+; InstructGPT 1]")
+    stop_token_id: int | None = _option(
+        None, "One more token that ends a response, beside EOS and the chat template's own. [TRL]"
+    )
+    num_generations: int = _option(1, "Responses to each prompt; rloo and grpo need 2 or more. [TRL]")
+    rollout_micro_batch_size: int | Literal["auto"] = _option(
+        64,
+        "Rows sampled or scored at once: memory and speed alone. auto: as many of the rollout as fit, halved where "
+        "memory runs out. [TRL's local_rollout_forward_batch_size]",
+    )
+    generation_backend: Literal["native", "generate", "static", "continuous", "vllm"] = _option(
+        "native",
+        "What samples: our decoding loop; transformers' generate, the same with a static cache (compiled on CUDA "
+        "unless the base is quantized), its continuous batching; or vLLM, on a copy of the base. Log-probs are ours.",
+    )
+    vllm_gpu_memory_utilization: float = _option(
+        0.3,
+        "Share of the GPU for vLLM: its own copy of the base (about 4 GiB for 7B in NF4, 14 GiB in bfloat16) and its "
+        "KV cache. [TRL]",
+    )
+    vllm_enable_sleep_mode: bool = _option(
+        True,
+        "Put vLLM's weights into the CPU's memory and free its KV cache while nothing is sampled. [TRL; its False]",
+    )
+
+    # Reward
+    reward_weights: list[float] | None = _option(  # noqa: RUF009
+        None, "Weights of the sources in `reward_funcs`, in their order; None: all 1. [TRL]"
+    )
+    ensemble_aggregation: Literal["mean", "worst_case", "uncertainty"] = _option(
+        "mean",
+        "What an ensemble of reward adapters says: the members' mean, their minimum, or the mean less "
+        "uncertainty_coef times their variance. [arXiv:2310.02743, equations 2 to 4]",
+    )
+    uncertainty_coef: float = _option(0.1, "See ensemble_aggregation. [arXiv:2310.02743]")
+    reward_normalization: Literal["none", "running", "sft"] = _option(
+        "none",
+        "Bring each source to mean 0 and variance 1: by all samples so far, or by those of the first rollout, when "
+        "the policy is the SFT model. [running: arXiv:2005.12729; sft: arXiv:1909.08593, section 2.2]",
+    )
+    reward_clip: float | None = _option(
+        None, "Clip the score to plus or minus this, before penalties. [arXiv:2005.12729]"
+    )
+    missing_eos_penalty: float | None = _option(
+        None, "Subtracted from the score of a response without EOS. [TRL; N+ sets its score to -1]"
+    )
+    length_penalty: float = _option(0.0, "Subtracted from the score for each response token. [arXiv:2310.03716]")
+    whiten_rewards: bool = _option(
+        False, "Scale the token rewards to unit variance; of gae and reinforce++. [TRL, arXiv:1909.08593's code]"
+    )
+
+    # KL penalty
+    kl_coef: float = _option(0.05, "Weight of the KL penalty. [N+; InstructGPT 0.02]")
+    kl_estimator: Literal["k1", "k3"] | None = _option(
+        None,
+        "What estimates the KL of a token: k1, unbiased, or k3, which is never negative; None: k1, and k3 for grpo, "
+        "whose penalty is in the loss. [InstructGPT; TRL]",
+    )
+    target_kl: float | None = _option(
+        None,
+        "Adapt kl_coef so that the KL of a response, in nats, comes near this; None: kl_coef stays. [arXiv:1909.08593]",
+    )
+    kl_horizon: int = _option(10_000, "Episodes over which target_kl acts. [arXiv:1909.08593's code]")
+    max_kl: float | None = _option(
+        None,
+        "When a rollout's KL, in nats a response, is above this, stop and go back to the policy whose rollout had the "
+        "best objective/rlhf_reward. [KL as a budget: arXiv:2210.10760]",
+    )
+
+    # Advantages and losses
+    advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce++"] = _option(
+        "gae",
+        "gae learns a critic; the others have none. [gae: arXiv:1506.02438; rloo: arXiv:2402.14740; "
+        "grpo: arXiv:2402.03300; reinforce++: arXiv:2501.03262]",
+    )
+    gamma: float = _option(1.0, "Discount, of gae and reinforce++. [InstructGPT, N+]")
+    lam: float = _option(0.95, "GAE's lambda. [N+]")
+    cliprange: float = _option(0.2, "Clip range of the policy ratio. [InstructGPT, N+]")
+
+    # Critic
+    critic: Literal["reward", "sft", "head"] | None = _option(
+        None,
+        "What the critic starts as: a copy of the reward role, or of the SFT adapter with a zero head; `head` is a "
+        "zero head on the policy's features, which it does not train. None: reward, where there is one, else sft. "
+        "[reward: InstructGPT; separate adapters: arXiv:2309.00754]",
+    )
+    critic_warmup_steps: int = _option(0, "In the first so many updates only the critic learns. [arXiv:2503.01491]")
+    cliprange_value: float = _option(0.2, "Clip range of the values. [N+]")
+    vf_coef: float = _option(0.1, "Weight of the value loss. [N+]")
+
+    # Which policy is kept
+    early_stopping_patience: int | None = _option(
+        None,
+        "Stop after so many evaluations in a row without a new best metric_for_best_model, which is `quality` unless "
+        "set: gold where the recipe has it, else the judge's score. load_best_model_at_end then goes back to that "
+        "policy. [transformers' EarlyStoppingCallback]",
+    )
+
+    # Beside the reward
+    ptx_coef: float = _option(
+        0.0, "Weight of the language-model loss on the texts of `ptx` (PPO-ptx). [InstructGPT 27.8]"
+    )
+    ptx_batch_size: int | None = _option(
+        None, "Texts in each optimizer step; None: as many as episodes. [InstructGPT: 8 times as many]"
+    )
+    ptx_max_length: int = _option(512, "Texts are cut to so many tokens.")
+    ema_decay: float | None = _option(
+        None,
+        "Evaluate and save an exponential moving average of the policy adapter, updated after each PPO update. "
+        "[InstructGPT 0.992]",
+    )
+
+    def __post_init__(self) -> None:
+        self._resolve_sizes()
+        self._choose_by_quality()
+        super().__post_init__()
+        infinity, least = float("inf"), 5e-324
+        positive = (
+            "per_device_train_batch_size",
+            "response_length",
+            "temperature",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "rollout_micro_batch_size",
+        )
+        positive += ("cliprange", "cliprange_value", "total_episodes", "max_prompt_length", "num_generations")
+        positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size", "mini_batch_size")
+        positive += ("early_stopping_patience",)
+        _check_range("ppo", self, positive, least, infinity, "above 0")
+        others = ("kl_coef", "vf_coef", "critic_learning_rate", "missing_eos_penalty", "length_penalty", "ptx_coef")
+        _check_range("ppo", self, (*others, "uncertainty_coef", "critic_warmup_steps"), 0, infinity, "0 or more")
+        _check_range("ppo", self, ("gamma", "lam", "vllm_gpu_memory_utilization"), 0, 1, "from 0 to 1")
+        _check_range("ppo", self, ("ptx_max_length",), 2, infinity, "2 or more")
+        _check_range("ppo", self, ("ema_decay",), 0, 1 - 1e-9, "at least 0 and below 1")
+        self._check_choices()
+        if self.rollout_size % self.num_generations:
+            raise ValueError(
+                f"ppo.num_generations={self.num_generations} must divide a rollout's {self.rollout_size} episodes."
+            )
+
+    def _check_choices(self) -> None:
+        choices = {
+            "ensemble_aggregation": ("mean", "worst_case", "uncertainty"),
+            "reward_normalization": ("none", "running", "sft"),
+            "kl_estimator": (None, "k1", "k3"),
+            "advantage_estimator": ("gae", "rloo", "grpo", "reinforce++"),
+            "critic": (None, "reward", "sft", "head"),
+            "generation_backend": ("native", "generate", "static", "continuous", "vllm"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                words = ", ".join(map(str, known))
+                raise ValueError(f"ppo.{name} must be one of {words}, not {getattr(self, name)!r}.")
+        estimator = self.advantage_estimator
+        if estimator in ("rloo", "grpo") and self.num_generations < 2:
+            raise ValueError(
+                f"ppo.advantage_estimator={estimator} compares responses: set ppo.num_generations to 2 or more."
+            )
+        if estimator in ("rloo", "grpo") and self.whiten_rewards:
+            raise ValueError(f"ppo.whiten_rewards is of token rewards, and {estimator} has none: switch it off.")
+        if self.critic_warmup_steps and not self.has_critic:
+            raise ValueError(f"ppo.critic_warmup_steps trains the critic alone, and {estimator} has none: set it to 0.")
+        if estimator == "grpo" and self.kl_estimator == "k1":
+            raise ValueError("ppo.kl_estimator=k1 has no gradient in grpo's loss: set k3.")
+
+    def _choose_by_quality(self) -> None:
+        """The best policy is that of the best held-out quality, and never of transformers' choice, the loss."""
+        chooses = [key for key in ("load_best_model_at_end", "early_stopping_patience") if getattr(self, key)]
+        chooses += ["save_strategy=best"] * (self.save_strategy == "best")
+        if not chooses:
+            return
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "quality"
+        if self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in LESS_IS_BETTER
+        if self.eval_strategy == "no":
+            raise ValueError(f"ppo.{chooses[0]} needs evaluations: set ppo.eval_strategy=steps and ppo.eval_steps.")
+        # transformers also takes a multiple, but then the best evaluation may be of a policy that was not saved.
+        saves, evaluates = (self.save_strategy, self.save_steps), (self.eval_strategy, self.eval_steps)
+        if self.load_best_model_at_end and self.save_strategy == self.eval_strategy == "steps" and saves != evaluates:
+            raise ValueError(
+                f"ppo.load_best_model_at_end needs a checkpoint of each evaluation: set ppo.save_steps and "
+                f"ppo.eval_steps to one number (they are {self.save_steps} and {self.eval_steps}), or "
+                "ppo.save_strategy=best."
+            )
+
+    def _resolve_sizes(self) -> None:
+        """Settle `mini_batch_size`, and where `auto` starts: with all there is, unless a plan says less."""
+        sizes = ("per_device_train_batch_size", "rollout_micro_batch_size")
+        self.auto_sizes = {name for name in sizes if getattr(self, name) == "auto"}
+        if self.mini_batch_size is not None and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "ppo.mini_batch_size is all of an optimizer step's episodes: leave ppo.gradient_accumulation_steps out."
+            )
+        if "per_device_train_batch_size" in self.auto_sizes:
+            if self.mini_batch_size is None:
+                raise ValueError("ppo.per_device_train_batch_size=auto needs ppo.mini_batch_size.")
+            self.per_device_train_batch_size = self.mini_batch_size
+        if self.mini_batch_size is None:
+            self.mini_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if "rollout_micro_batch_size" in self.auto_sizes:
+            self.rollout_micro_batch_size = self.rollout_size
+
+    @property
+    def rollout_size(self) -> int:
+        """Rows of one rollout."""
+        assert self.mini_batch_size is not None
+        return self.mini_batch_size * self.num_mini_batches
+
+    @property
+    def rollout_prompts(self) -> int:
+        """Prompts of one rollout."""
+        return self.rollout_size // self.num_generations
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is learned at all."""
+        return self.advantage_estimator == "gae"
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """Arguments of `DPOTrainer`, beside TRL's and transformers' own.
+
+    The last two are of the comparison of the models after training, in batches of per_device_eval_batch_size.
+    """
+
+    learning_rate: float = _option(1e-5, "Learning rate of the adapter. [TRL's 1e-6, times the 10 that LoRA wants]")
+    response_length: int = _option(53, "Sample at most so many tokens to a held-out prompt. [as ppo]")
+    temperature: float = _option(0.7, "The models are compared as distributions tempered by this. [as ppo]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range("dpo", self, ("beta", "response_length", "temperature"), 5e-324, float("inf"), "above 0")

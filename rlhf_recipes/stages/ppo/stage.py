@@ -1,0 +1,58 @@
+"""The `ppo` stage: the roles on one base, trained by PPO, and the models compared."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ...model.base import load_base
+from ...model.shared import SharedBase
+from ...recipe.lookup import function
+from ...records.recorder import Recorder
+from ..compare import compare
+from ..job import Job
+from .roles import add_roles, ppo_roles
+from .trainer import PPOTrainer
+
+
+class RecordSamples(TrainerCallback):
+    """Hands the samples of each evaluation to the recorder."""
+
+    def __init__(self, trainer: PPOTrainer, recorder: Recorder) -> None:
+        self.trainer, self.recorder = trainer, recorder
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        samples = [{"model": "ppo", **sample} for sample in self.trainer.samples]
+        self.recorder.samples(state.global_step, samples)
+
+
+def train_ppo(job: Job) -> dict[str, Any]:
+    """Put the roles on one base, train, save policy and critic, compare the models.
+
+    Returns the comparison on the held-out prompts.
+    """
+    recipe = job.recipe
+    assert recipe.ppo is not None
+    shared = SharedBase(load_base(recipe.base), recipe.lora, job.fingerprint)
+    add_roles(shared, job, ppo_roles(recipe, job.config))
+    trainer = PPOTrainer(
+        model=shared,
+        args=job.config,
+        train_dataset=job.data.train,
+        eval_dataset=job.data.heldout,
+        processing_class=job.tokenizer,
+        reward_funcs=recipe.ppo.reward_sources,
+        gold=function(recipe.gold) if recipe.gold else None,
+        stop_token_ids=[job.data.stop_token_id],
+        ptx=job.others.get("ptx"),
+    )
+    recorder = job.watch(trainer)
+    trainer.add_callback(RecordSamples(trainer, recorder))
+    job.train(trainer)
+    for role in trainer.trained:
+        folder = job.folder / role
+        shared.save_role(trainer.result if role == "policy" else role, folder)
+        job.tokenizer.save_pretrained(folder)
+    models = {"base": "base", "reference": "sft", trainer.result: "ppo"}
+    results, samples = compare(trainer.evaluator, job.data.heldout.to_list(), models)
+    recorder.samples(trainer.state.global_step, samples)
+    return results | trainer.choice()

@@ -1,0 +1,489 @@
+"""PPO on a shared base: rollout -> score -> advantages -> update -> log.
+
+One step of the Trainer is one PPO update: a rollout, then `num_ppo_epochs` passes of `num_mini_batches` optimizer steps
+over it. Logging, evaluation, checkpoints and the learning-rate schedule count updates, so a checkpoint always lies on a
+rollout boundary.
+"""
+
+import copy
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from trl.trainer.utils import identity
+
+from ...data.prepare import Prepared
+from ...model.backends import make_backend
+from ...model.memory import halved, peak_memory_mib, ran_out
+from ...model.sampler import Sampler, state_values, text_loss
+from ...model.shared import SharedBase
+from ..compare import Evaluator, held_out_texts, quality
+from ..options import PPOConfig
+from ..ppo import objectives
+from ..scores import ROLE, RewardFunc, Rewards, resolve_rewards
+from .roles import copies
+from .rollout import Rollout
+
+DOING = {  # phase -> what is said where memory runs out in it
+    "generate": "sampling responses, {rows} rows at a time",
+    "score": "scoring responses, up to {rows} rows at a time",
+    "update_policy": "training the policy, {micro} rows at a time",
+    "update_critic": "training the critic, {micro} rows at a time",
+    "evaluate": "evaluating, up to {rows} rows at a time",
+}
+
+STATE = "ppo_state.json"  # in a checkpoint: what changes through training and is no weight
+
+
+class PPOTrainer(Trainer):
+    """PPO of the `policy` role against the `reference` role, with the values of the `critic` role or without any."""
+
+    model: SharedBase
+    args: PPOConfig
+
+    def __init__(
+        self,
+        model: SharedBase,
+        args: PPOConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        eval_dataset: Dataset | None = None,
+        reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] = ROLE,
+        gold: RewardFunc | None = None,
+        stop_token_ids: Sequence[int] = (),
+        ptx: Prepared | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: a shared base with the roles `policy` and, for the estimator `gae`, `critic` (trainable, the critic
+                with a head), `reference` and, where it is a source of reward, `reward` with a head.
+            train_dataset: rows with `prompt_ids` (token ids) and, for reward functions, `prompt` and any other columns,
+                as `prepare("ppo", ...)` gives them.
+            eval_dataset: held-out rows, sampled with fixed seeds.
+            reward_funcs: sources of the score: functions with TRL's signature, "reward" for the `reward` role, or other
+                names as in `PPOStage`.
+            gold: a function of the same signature that measures true quality in evaluation, never trained on.
+            stop_token_ids: tokens that end a response, beside the tokenizer's EOS.
+            ptx: pretraining texts (`prepare("ptx", ...)`) to mix in, and held-out ones to measure perplexity on.
+        """
+        self.config = args
+        check_fit(args, len(train_dataset), ptx is not None)
+        self.texts: list[list[int]] = [] if ptx is None else ptx.train["input_ids"][:]
+        self.kl_coef = args.kl_coef  # which target_kl adapts
+        self.micro_batch_size = int(args.per_device_train_batch_size)  # which auto halves
+        self.best_reward = -math.inf  # of the role `best`
+        self.trained = ("policy", "critic") if args.has_critic else ("policy",)
+        for role in copies(self.config):
+            model.add_role(role, exact=True)
+            model.copy_role("policy", role)
+        self.samples: list[dict[str, Any]] = []  # of the last evaluation
+        self._sums: dict[str, list[float]] = defaultdict(list)
+        self._seconds: dict[str, float] = defaultdict(float)
+
+        # The Trainer counts whole rollouts, so it must neither accumulate nor see less than one rollout as a batch.
+        counting = copy.copy(args)
+        counting.per_device_train_batch_size = args.rollout_prompts
+        counting.gradient_accumulation_steps = 1
+        counting.remove_unused_columns = False
+        counting.dataloader_drop_last = True
+        counting.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
+        if args.total_episodes is not None:
+            counting.max_steps = math.ceil(args.total_episodes / args.rollout_size)
+        super().__init__(
+            model=model,
+            args=counting,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=identity,
+            callbacks=callbacks,
+        )
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self.sampler = self._sampler(stop_token_ids)
+        sources = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else reward_funcs
+        self.rewards = Rewards(self.sampler, args, resolve_rewards(sources), lambda: self.state)
+        texts = held_out_texts(ptx, args.ptx_max_length)
+        self.evaluator = Evaluator(self.sampler, self.rewards, gold, args.seed, texts)
+
+    def _sampler(self, stop_token_ids: Sequence[int]) -> Sampler:
+        config, tokenizer = self.config, self.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        own = [] if config.stop_token_id is None else [config.stop_token_id]
+        sampler = Sampler(
+            self.model,
+            tokenizer,
+            config.response_length,
+            config.temperature,
+            int(config.rollout_micro_batch_size),
+            [*stop_token_ids, *own],
+            lambda: self.accelerator.autocast(),
+            auto="rollout_micro_batch_size" in config.auto_sizes,
+        )
+        longest = None if config.max_prompt_length is None else config.max_prompt_length + config.response_length
+        vllm = config.vllm_gpu_memory_utilization, config.vllm_enable_sleep_mode, longest
+        sampler.backend = make_backend(config.generation_backend, sampler, *vllm)
+        return sampler
+
+    @property
+    def result(self) -> str:
+        """The role that training is for: the policy or, with `ema_decay`, its moving average."""
+        return "policy" if self.config.ema_decay is None else "ema"
+
+    # The update
+
+    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+        """One PPO update, from the prompts in `inputs` to the last optimizer step, whose loss it returns."""
+        start = time.perf_counter()
+        self.model.train()
+        inputs = [row for row in inputs for _ in range(self.config.num_generations)]
+        rollout = self.rollout(inputs)
+        stop = self.config.max_kl is not None and self.guard(rollout)
+        if not stop:
+            with self.phase("update"):
+                for _ in range(self.config.num_ppo_epochs):
+                    order = torch.randperm(len(inputs)).to(rollout.input_ids.device)
+                    for rows in order.split(self.config.mini_batch_size):
+                        self.optimizer_step(rollout, rows)
+        self.record(rollout, time.perf_counter() - start)
+        if stop:
+            return torch.zeros((), device=self.args.device)
+        if self.config.ema_decay is not None:
+            self.model.copy_role("policy", "ema", 1 - self.config.ema_decay)
+        if self.config.target_kl is not None:
+            kl, target = mean_kl(rollout), self.config.target_kl
+            self.kl_coef = objectives.adapted_kl_coef(self.kl_coef, kl, target, len(inputs), self.config.kl_horizon)
+        loss = sum(
+            coef * self._sums[name][-1]
+            for name, coef in (("loss/policy_avg", 1.0), ("loss/value_avg", self.config.vf_coef))
+            if name in self._sums
+        )
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"The PPO loss is {loss} at update {self.state.global_step + 1}: lower ppo.learning_rate."
+            )
+        return torch.tensor(loss, device=self.args.device)
+
+    def guard(self, rollout: Rollout) -> bool:
+        """Keep the policy in the role `best` if its rollout is the best so far; beyond `max_kl`, go back to it.
+
+        Returns whether training stops here.
+        """
+        assert self.config.max_kl is not None
+        if mean_kl(rollout) > self.config.max_kl:
+            for role in ("policy", *(["ema"] if self.result == "ema" else [])):
+                self.model.copy_role("best", role)
+            self.control.should_training_stop = True
+            return True
+        reached = (rollout.scores + self.non_score_reward(rollout)).mean().item()
+        if reached > self.best_reward:
+            self.best_reward = reached
+            self.model.copy_role("policy", "best")
+        return False
+
+    def rollout(self, rows: list[dict[str, Any]]) -> Rollout:
+        """Sample a response to each row's prompt, and find everything the update needs to know of it.
+
+        Rows of the same prompt, `num_generations` of them, stand side by side.
+        """
+        with self.phase("generate"):
+            samples = self.sampler.sample("policy", [row["prompt_ids"] for row in rows])
+        with self.phase("score"):
+            raw, logs = self.rewards.raw(rows, samples)
+            scores = self.rewards.train(raw, samples)
+            log_probs, entropy = self.sampler.log_probs("policy", samples, with_entropy=True)
+            ref_log_probs, _ = self.sampler.log_probs("reference", samples)
+            values = self.sampler.values(samples) if self.config.has_critic else None
+        for name, value in logs.items():
+            self._sums[name].append(value)
+        kl = objectives.kl_penalty(log_probs, ref_log_probs, self.config.kl_estimator or "k1")
+        advantages, returns = self.advantages(scores, kl, values, samples.response_mask)
+        return Rollout(
+            **vars(samples),
+            log_probs=log_probs,
+            ref_log_probs=ref_log_probs,
+            entropy=entropy,
+            scores=scores,
+            advantages=advantages,
+            values=values,
+            returns=returns,
+        )
+
+    def advantages(
+        self, scores: Tensor, kl: Tensor, values: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Advantages (B, T) by `advantage_estimator` and, for gae, returns (B, T). The policy loss is PPO's for all.
+
+        Args:
+            scores: (B,). kl, values, mask: (B, T).
+        """
+        config, group = self.config, self.config.num_generations
+        if config.advantage_estimator == "grpo":
+            return objectives.group_normalized(scores, group)[:, None] * mask, None
+        if config.advantage_estimator == "rloo":
+            returns = objectives.token_rewards(scores, kl, mask, self.kl_coef).sum(1)  # (B,)
+            return objectives.leave_one_out(returns, group)[:, None] * mask, None
+        if config.advantage_estimator == "reinforce++" and group > 1:
+            # The paper's variant with a baseline; a single response has none.
+            scores = (scores.view(-1, group) - scores.view(-1, group).mean(1, keepdim=True)).flatten()
+        rewards = objectives.token_rewards(scores, kl, mask, self.kl_coef)
+        if config.whiten_rewards:
+            rewards = objectives.whiten(rewards, mask, shift_mean=False)
+        if values is None:
+            return objectives.whiten(objectives.returns_to_go(rewards, mask, config.gamma), mask), None
+        advantages, returns = objectives.gae(rewards, values, mask, config.gamma, config.lam)
+        return objectives.whiten(advantages, mask), returns
+
+    def optimizer_step(self, rollout: Rollout, rows: Tensor) -> None:
+        """One step on a mini-batch: the policy's forward and backward, then the critic's, in micro-batches.
+
+        The two never share a graph, because a backward must run under the role of its forward.
+        """
+        rows = rows[rollout.attention_mask[rows].sum(1).argsort()]  # rows of like length share a micro-batch
+        totals: dict[str, float] = {}
+        warming_up = self.state.global_step < self.config.critic_warmup_steps
+        for role in self.trained[1:] if warming_up else self.trained:
+            with self.phase(f"update_{role}"), self.model.role(role):
+                totals |= self.backward(role, rollout, rows)
+            if self.config.max_grad_norm > 0:
+                norm = self.accelerator.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm)
+                totals[f"{role}/grad_norm"] = float(norm or 0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for name, value in totals.items():
+            self._sums[name].append(value)
+
+    def backward(self, role: str, rollout: Rollout, rows: Tensor) -> dict[str, float]:
+        """Gradients of the active role on a mini-batch, and the mini-batch's averages.
+
+        With `per_device_train_batch_size=auto` it begins again in half the size where memory runs out.
+        """
+        loss_of = self.policy_loss if role == "policy" else self.value_loss
+        tokens = rollout.response_mask[rows].sum()
+        ptx = role == "policy" and self.config.ptx_coef > 0
+        # Drawn before the work, which may begin again.
+        texts = self.random_texts(self.config.ptx_batch_size or len(rows)) if ptx else []
+
+        def work() -> None:
+            totals.clear()
+            for parameter in self.model.parameters_of(role):
+                parameter.grad = None
+            for micro in rows.split(self.micro_batch_size):
+                loss, sums = loss_of(rollout.rows(micro), tokens)
+                self.accelerator.backward(loss)
+                for name, value in sums.items():
+                    totals[name] += value.item()
+            if texts:
+                totals["loss/ptx_avg"] = self.ptx_backward(texts)
+
+        totals: dict[str, float] = defaultdict(float)
+        if "per_device_train_batch_size" not in self.config.auto_sizes:
+            work()
+        else:
+            while ran_out(work):
+                self.micro_batch_size = halved(min(self.micro_batch_size, len(rows)), "per_device_train_batch_size")
+        return totals
+
+    def policy_loss(self, batch: Rollout, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clipped policy loss of a micro-batch, and its share in the mini-batch's averages over `tokens` tokens."""
+        with self.accelerator.autocast():
+            log_probs, _ = self.model.log_probs(
+                batch.input_ids, batch.attention_mask, batch.response_mask, self.config.temperature
+            )
+        loss, sums = objectives.policy_loss(
+            log_probs, batch.log_probs, batch.advantages, batch.response_mask, self.config.cliprange, tokens
+        )
+        if self.config.advantage_estimator == "grpo":
+            kl = objectives.kl_penalty(log_probs, batch.ref_log_probs, "k3") * batch.response_mask
+            loss = loss + self.kl_coef * kl.sum() / tokens
+        return loss, {
+            "loss/policy_avg": loss.detach(),
+            "policy/approxkl_avg": sums["approxkl"] / tokens,
+            "policy/clipfrac_avg": sums["clipfrac"] / tokens,
+            "val/ratio": sums["ratio"] / tokens,
+        }
+
+    def value_loss(self, batch: Rollout, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clipped value loss of a micro-batch times `vf_coef`, and its share in the mini-batch's averages."""
+        assert batch.values is not None and batch.returns is not None
+        with self.accelerator.autocast():
+            values = state_values(self.model, batch)
+        loss, sums = objectives.value_loss(
+            values, batch.values, batch.returns, batch.response_mask, self.config.cliprange_value, tokens
+        )
+        averages = {"loss/value_avg": loss.detach(), "val/clipfrac_avg": sums["clipfrac"] / tokens}
+        return self.config.vf_coef * loss, averages
+
+    def random_texts(self, count: int) -> list[list[int]]:
+        """So many texts of `ptx`, cut to `ptx_max_length`, the shortest first."""
+        picked = torch.randint(len(self.texts), (count,)).tolist()
+        return sorted((self.texts[i][: self.config.ptx_max_length] for i in picked), key=len)
+
+    def ptx_backward(self, texts: list[list[int]]) -> float:
+        """Backward of `ptx_coef` times the mean loss per token of texts (InstructGPT, equation 2).
+
+        Returns that mean, in nats.
+        """
+        tokens, total = sum(len(text) - 1 for text in texts), 0.0
+        for start in range(0, len(texts), self.micro_batch_size):
+            with self.accelerator.autocast():
+                loss, _ = text_loss(self.model, texts[start : start + self.micro_batch_size])
+            self.accelerator.backward(self.config.ptx_coef * loss / tokens)
+            total += loss.item()
+        return total / tokens
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Sample the held-out prompts and log the means. The samples themselves stay in `self.samples`."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        with self.phase("evaluate"):
+            self.samples = self.evaluator(self.result, dataset.to_list())
+            means = self.evaluator.means(self.result, self.samples)
+            means |= quality(means)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in means.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Logging
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block to `time/<name>` of the next log, in seconds. An error says what was being done."""
+        start = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            if name in DOING:
+                error.add_note(DOING[name].format(rows=self.sampler.batch_size, micro=self.micro_batch_size))
+            raise
+        finally:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            self._seconds[name] += time.perf_counter() - start
+
+    def record(self, rollout: Rollout, seconds: float) -> None:
+        """Add an update's metrics, under TRL's names, to those of the next log. KL and entropy are sums over a row."""
+        mask, sums = rollout.response_mask, self._sums
+        non_score = self.non_score_reward(rollout)
+        for name, value in {
+            "objective/kl": mean_kl(rollout),
+            "objective/kl_coef": self.kl_coef,
+            "objective/entropy": -rollout.log_probs.sum(1).mean(),
+            "objective/non_score_reward": non_score.mean(),
+            "objective/rlhf_reward": (rollout.scores + non_score).mean(),
+            "objective/scores": rollout.scores.mean(),
+            "policy/entropy_avg": objectives.masked_mean(rollout.entropy, mask),
+            "val/num_eos_tokens": rollout.ended.sum(),
+            "response_length": mask.sum(1).float().mean(),
+            "without_eos": 1 - rollout.ended.float().mean(),
+            "tokens_per_second": mask.sum() / seconds,
+        }.items():
+            sums[name].append(float(value))
+        if rollout.values is not None and rollout.returns is not None:
+            explained = objectives.explained_variance(rollout.values, rollout.returns, mask)
+            sums["val/explained_variance"].append(explained.item())
+
+    def non_score_reward(self, rollout: Rollout) -> Tensor:
+        """The KL penalty's part (B,) of each response's reward."""
+        estimator = self.config.kl_estimator or "k1"
+        penalty = objectives.kl_penalty(rollout.log_probs, rollout.ref_log_probs, estimator) * rollout.response_mask
+        return -self.kl_coef * penalty.sum(1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # the log of a training step; evaluation and the end of training log what they were given
+            logs |= {name: sum(values) / len(values) for name, values in self._sums.items()}
+            logs |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+            logs["episode"] = self.state.global_step * self.config.rollout_size
+            logs["memory/peak_mib"] = peak_memory_mib()
+            if self.config.auto_sizes:
+                logs["auto/per_device_train_batch_size"] = self.micro_batch_size
+                logs["auto/rollout_micro_batch_size"] = self.sampler.batch_size
+            self._sums.clear()
+            self._seconds.clear()
+        super().log(logs, start_time)
+
+    # What the Trainer asks of a subclass
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The configured optimizer over a group for each trained role: its adapter, and its head."""
+        if self.optimizer is None:
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+            rates = {"policy": self.config.learning_rate, "critic": self.config.critic_learning_rate}
+            groups = [
+                {
+                    "params": self.model.parameters_of(role),
+                    "lr": rates[role] if rates[role] is not None else self.config.learning_rate,
+                    "weight_decay": self.config.weight_decay,
+                }
+                for role in self.trained
+            ]
+            self.optimizer = kind(groups, **kwargs)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> None:
+        """Nothing is left to clip when the Trainer asks: `optimizer_step` has, for each role by itself."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
+        """See `policy/grad_norm` and `critic/grad_norm`."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        for role in (*self.trained, *copies(self.config)):
+            self.model.save_role(role, folder / role)
+        state = {"kl_coef": self.kl_coef, "best_reward": self.best_reward, "rewards": self.rewards.state_dict()}
+        (folder / STATE).write_text(json.dumps(state) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        for role in (*self.trained, *copies(self.config)):
+            self.model.load_role(role, folder / role)
+        state = json.loads((folder / STATE).read_text())
+        self.kl_coef, self.best_reward = state["kl_coef"], state["best_reward"]
+        self.rewards.load_state_dict(state["rewards"])
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def choice(self) -> dict[str, Any]:
+        """The best evaluation, where evaluations are compared: `best_step`, `best_<metric>` and `stopped_early`.
+
+        With `load_best_model_at_end` the policy is that of this step. Where no evaluation was, both are None; where
+        nothing is saved, the step is.
+        """
+        metric, state = self.args.metric_for_best_model, self.state
+        if metric is None:
+            return {}
+        found = {"best_step": state.best_global_step, f"best_{metric.removeprefix('eval_')}": state.best_metric}
+        return found | {"stopped_early": state.global_step < state.max_steps}
+
+
+def check_fit(config: PPOConfig, prompts: int, has_texts: bool) -> None:
+    """Raises ValueError where the configuration does not fit the processes, the number of prompts or the texts."""
+    if config.world_size > 1 or config.n_gpu > 1:
+        raise ValueError(
+            f"PPOTrainer runs in one process on one GPU, not {max(config.world_size, config.n_gpu)}. "
+            "Start it without torchrun or accelerate launch, with CUDA_VISIBLE_DEVICES=0."
+        )
+    if prompts < config.rollout_prompts:
+        raise ValueError(
+            f"ppo.data has {prompts} prompts to train on, fewer than one rollout's {config.rollout_prompts} "
+            "(ppo.mini_batch_size * num_mini_batches / num_generations)."
+        )
+    if config.ptx_coef and not has_texts:
+        raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")
+
+
+def mean_kl(rollout: Rollout) -> float:
+    """Mean over the responses of the KL to the reference, in nats: the sum over each response's tokens."""
+    return (rollout.log_probs - rollout.ref_log_probs).sum(1).mean().item()

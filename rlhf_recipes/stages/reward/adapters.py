@@ -1,0 +1,95 @@
+"""Finished reward adapters: their folders, their roles on a shared base, the probes that prove them, their scores.
+
+N rows.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.prepare import Prepared
+from ...model.sampler import autocast_of, pad_right
+from ...model.shared import BIAS, SharedBase
+from ..job import Job
+from .loss import responses_of
+from .trainer import RewardTrainer
+
+PROBES = "probe.json"  # rows and their scores at the end of training; written last, so that it marks a finished adapter
+
+PROBE_ROWS = 8
+
+JUDGE = "judge"  # the folder in the stage's and the role of an adapter that measures, and that no policy is trained on
+
+
+def member_folders(run_dir: Path) -> dict[str, Path]:
+    """The folders of a run's reward adapters by role: `reward`, and those that an ensemble has more."""
+    others = sorted((run_dir / "reward").glob("member-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return {"reward": run_dir / "reward"} | {f"reward_{number}": folder for number, folder in enumerate(others, 1)}
+
+
+def judge_folder(run_dir: Path) -> dict[str, Path]:
+    """The folder of a run's judge by its role; nothing where the run has none."""
+    folder = run_dir / "reward" / JUDGE
+    return {JUDGE: folder} if (folder / PROBES).is_file() else {}
+
+
+def add_reward_roles(shared: SharedBase, folders: dict[str, Path]) -> None:
+    """Attach reward adapters by role, each with its head, and check that they score as in training."""
+    for role, folder in folders.items():
+        shared.add_role(role, folder, head=True)
+        check_probes(shared, folder, role)
+
+
+def set_bias(shared: SharedBase, folder: Path, role: str, demonstrations: Prepared | None) -> list[float]:
+    """Write the bias with which demonstrations score 0 on average, as InstructGPT's, and give it to the role.
+
+    Returns the demonstrations' scores without it; none, and no bias, where there are no demonstrations.
+    """
+    if demonstrations is None:
+        return []
+    shared.biases[role] = 0.0  # a stage that was killed here has written one, and must find the same again
+    scores = score_rows(shared, demonstrations.heldout["input_ids"], role).tolist()
+    shared.biases[role] = -sum(scores) / len(scores)
+    (folder / BIAS).write_text(json.dumps({"bias": shared.biases[role], "demonstrations": len(scores)}) + "\n")
+    return scores
+
+
+def write_probes(trainer: RewardTrainer, job: Job) -> None:
+    """Score a few held-out rows with the trained model and keep rows and scores beside the adapter."""
+    rows = [responses_of(row)[0] for row in job.data.heldout.to_list()[:PROBE_ROWS]]
+    model: Any = trainer.model
+    ids, kept = pad_right(rows, model.config.pad_token_id, trainer.args.device)
+    model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        scores = model(input_ids=ids, attention_mask=kept).logits[:, 0].float().tolist()
+    scratch = job.folder / f"{PROBES}.tmp"
+    scratch.write_text(json.dumps({"input_ids": rows, "scores": scores}) + "\n")
+    scratch.replace(job.folder / PROBES)
+
+
+def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None:
+    """Score the probe rows with a role. Raises RuntimeError where they differ from what training wrote."""
+    probes = json.loads((folder / PROBES).read_text())
+    scores = score_rows(shared, probes["input_ids"], role) - shared.biases.get(role, 0.0)
+    trained = torch.tensor(probes["scores"])
+    error, scale = (scores - trained).abs().max().item(), 1 + trained.abs().max().item()
+    # bfloat16 keeps 8 bits, and the classifier rounds its score to them.
+    if not error < (0.05 if shared.causal.dtype == torch.bfloat16 else 1e-3) * scale:
+        raise RuntimeError(
+            f"The reward model in {folder} scores its probe rows differently after loading: {scores.tolist()}, "
+            f"in training {trained.tolist()}. Its adapter, its head or its base is not the one that was trained."
+        )
+
+
+@torch.no_grad()
+def score_rows(shared: SharedBase, rows: Sequence[list[int]], role: str = "reward", batch_size: int = 8) -> Tensor:
+    """A role's scores (N,), on the CPU, of N rows of token ids, each prompt + response + stop token."""
+    scores = []
+    with shared.role(role), autocast_of(shared):
+        for start in range(0, len(rows), batch_size):
+            scores.append(shared.scores(*pad_right(rows[start : start + batch_size], 0, shared.device)).cpu())
+    return torch.cat(scores)

@@ -1,0 +1,144 @@
+"""The `reward` stage: reward models from comparisons with TRL's RewardTrainer, starting from the SFT adapter.
+
+A prompt's K responses are one element of a batch: each goes through the model once, and their C(K, 2) comparisons weigh
+1 / C(K, 2) each (InstructGPT, arXiv:2203.02155, equation 1). A chosen and a rejected response are the case K = 2.
+"""
+
+import dataclasses
+import gc
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, set_seed
+
+from ...data.split import set_aside
+from ...model.base import check_fingerprint, load_base, write_fingerprint
+from ...model.shared import HEAD, SharedBase, lora_config
+from ..job import Job
+from .adapters import JUDGE, PROBES, add_reward_roles, judge_folder, member_folders, score_rows, set_bias, write_probes
+from .card import write_card
+from .loss import fold, ranking_loss, ranking_of, responses_of, untied
+from .trainer import RewardTrainer
+
+JUDGE_SEED = 10_000  # beyond the recipe's; the members have the numbers from 0 on
+
+
+def train_reward(job: Job) -> dict[str, Any]:
+    """Train the reward adapter, or an ensemble of them, and the judge, each with its score head, into their folders.
+
+    An adapter that is finished is not trained again. Returns what `evaluate` measures.
+    Raises RuntimeError if a saved adapter, loaded as PPO will load it, scores the probe rows differently.
+    """
+    jobs = adapter_jobs(job)
+    for index, member in enumerate(jobs):
+        if not (member.folder / PROBES).is_file():
+            with nullcontext(job) if index == 0 else member.tracked(beside=True) as tracked:
+                train_member(tracked)
+            gc.collect()
+    return evaluate_adapters(jobs[0])
+
+
+def adapter_jobs(job: Job) -> list[Job]:
+    """The job of each adapter that the stage trains: the main one, an ensemble's others, and the judge, if any.
+
+    The judge has training prompts of its own, `judge_share` of all.
+    """
+    rest, aside = set_aside(job.data.train, job.config.judge_share, job.recipe.seed)
+    main = dataclasses.replace(job, data=dataclasses.replace(job.data, train=rest))
+    judge = dataclasses.replace(job, data=dataclasses.replace(job.data, train=aside))
+    others = [main.adapter(f"member-{index}", str(index), index) for index in range(1, job.config.ensemble_size)]
+    return [main, *others, *([judge.adapter(JUDGE, JUDGE, JUDGE_SEED)] if len(aside) else [])]
+
+
+def train_member(job: Job) -> None:
+    """Train one adapter and its head and save them to the job's folder."""
+    set_seed(job.config.seed)  # the head begins at random
+    model = load_base(job.recipe.base, AutoModelForSequenceClassification, num_labels=1)
+    model = get_peft_model(model, lora_config(job.recipe.lora, TaskType.SEQ_CLS))
+    if job.sft is not None:
+        start_from_sft(model, job.sft, job.fingerprint)
+    trainer = RewardTrainer(
+        model=model,
+        args=job.config,
+        train_dataset=job.data.train,
+        eval_dataset=job.data.heldout,
+        processing_class=job.tokenizer,
+    )
+    job.watch(trainer)
+    job.train(trainer)
+    trainer.evaluate()
+    model.save_pretrained(str(job.folder))
+    job.tokenizer.save_pretrained(job.folder)
+    write_fingerprint(job.folder, job.fingerprint)
+    write_probes(trainer, job)
+
+
+def start_from_sft(model: PeftModel, folder: Path, fingerprint: dict) -> None:
+    """Copy the SFT adapter into the reward model's, keeping the score head as it was initialised.
+
+    Raises ValueError if the SFT adapter is of another base.
+    """
+    check_fingerprint(folder, fingerprint)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    sft = load_peft_weights(str(folder), device="cpu")
+    assert own.keys() == {*sft, HEAD}, "the two adapters have the same shape, because a recipe has one `lora`"
+    set_peft_model_state_dict(model, {**sft, HEAD: own[HEAD]})
+
+
+def evaluate_adapters(job: Job) -> dict[str, Any]:
+    """Check each finished adapter, set its bias, and measure it on the held-out rows.
+
+    Writes the main adapter's reward card (see `card`). Returns its accuracy over the untied held-out pairs
+    (heldout_accuracy), its loss on them without smoothing, weights or centering (heldout_loss), each member's accuracy
+    (members_accuracy), the judge's (judge_accuracy), if there is one, and the card.
+    """
+    shared = SharedBase(load_base(job.recipe.base), job.recipe.lora, job.fingerprint)
+    heldout = job.data.heldout.to_list()
+    ranking = ranking_of(heldout)
+    row, better, worse = untied(ranking)
+    rows, results, accuracies = [ids for one in heldout for ids in responses_of(one)], {}, {}
+    for role, folder in (member_folders(job.run_dir) | judge_folder(job.run_dir)).items():
+        add_reward_roles(shared, {role: folder})
+        demonstrations = set_bias(shared, folder, role, job.others.get("demonstrations"))
+        scores = fold(score_rows(shared, rows, role), ranking)  # (N, K)
+        # Not TRL's figure, which is a mean over batches of unequal size.
+        accuracies[role] = (scores[row, better] > scores[row, worse]).float().mean().item()
+        if role == "reward":
+            margin = torch.tensor(job.data.heldout["margin"]) if "margin" in heldout[0] else None
+            results["heldout_loss"] = ranking_loss(scores, ranking, margin).mean().item()
+            # The other way round in every batch: a score must not depend on what it is computed beside.
+            swapped = fold(score_rows(shared, rows[::-1], role).flip(0), ranking)
+            found = comparisons(heldout, ranking, scores, swapped)
+            results["card"] = write_card(folder, found, demonstrations, count_pairs(job.data.train))
+    if JUDGE in accuracies:
+        results["judge_accuracy"] = accuracies.pop(JUDGE)
+    return {"heldout_accuracy": accuracies["reward"], "members_accuracy": list(accuracies.values()), **results}
+
+
+def comparisons(rows: list[dict[str, Any]], ranking: Tensor, scores: Tensor, swapped: Tensor) -> list[dict[str, Any]]:
+    """The untied pairs of rows as the reward card wants them, from the scores (N, K) in two orders."""
+    lengths = [[len(ids) - row["prompt_length"] for ids in responses_of(row)] for row in rows]
+    return [
+        {
+            "chosen_score": scores[row, better].item(),
+            "rejected_score": scores[row, worse].item(),
+            "chosen_length": lengths[row][better],
+            "rejected_length": lengths[row][worse],
+            "source": rows[row].get("source"),
+            "swapped_difference": (swapped[row, worse] - swapped[row, better]).item(),
+        }
+        for row, better, worse in zip(*(indices.tolist() for indices in untied(ranking)), strict=True)
+    ]
+
+
+def count_pairs(rows: Dataset) -> int:
+    """The number of untied pairs in a dataset of the stage."""
+    if "ranking" not in rows.column_names:
+        return len(rows)
+    return len(untied(ranking_of([{"ranking": ranks} for ranks in rows["ranking"]]))[0])

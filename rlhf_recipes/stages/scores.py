@@ -1,0 +1,258 @@
+"""What the reward of PPO is made of: its sources, their normalisation and their weighted sum. B rows."""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_callable_name
+
+from ..model.base import device
+from ..model.sampler import Sampler, Samples
+from ..recipe.lookup import function, is_function
+from .options import PPOConfig
+
+RewardFunc = Callable[..., Any]
+
+ROLE = "reward"  # in `reward_funcs`: the shared reward role, or the ensemble of reward, reward_1, reward_2, ...
+
+
+@dataclass
+class Moments:
+    """Mean and variance of all numbers added so far (Chan et al. 1983, the parallel form of Welford's)."""
+
+    count: int = 0
+    mean: float = 0.0
+    square: float = 0.0  # sum of the squared deviations from the mean
+
+    def add(self, values: Tensor) -> None:
+        count, mean = self.count + len(values), values.double().mean().item()
+        square = ((values.double() - mean) ** 2).sum().item()
+        self.square += square + (mean - self.mean) ** 2 * self.count * len(values) / count
+        self.mean += (mean - self.mean) * len(values) / count
+        self.count = count
+
+    def normalize(self, values: Tensor) -> Tensor:
+        return (values - self.mean) / (self.square / self.count + 1e-8) ** 0.5
+
+
+class Rewards:
+    """The score of samples: a weighted sum of sources, each of which is normalised and logged by itself."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        config: PPOConfig,
+        reward_funcs: Sequence[RewardFunc | str] = (ROLE,),
+        state: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            reward_funcs: functions of TRL's signature, and "reward" for the shared reward role.
+            state: gives the TrainerState, which functions get as `trainer_state`.
+        Raises:
+            ValueError: two sources of one name, not as many weights as sources, or no reward role where it is one.
+        """
+        self.sampler, self.config, self.state = sampler, config, state
+        names = ["reward_model" if isinstance(f, str) else get_callable_name(f) for f in reward_funcs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Two reward functions have one name: {', '.join(names)}.")
+        check_reward_weights(config.reward_weights, names)
+        self.sources = dict(zip(names, reward_funcs, strict=True))
+        self.weights = dict(zip(names, config.reward_weights or [1.0] * len(names), strict=True))
+        self.moments = {name: Moments() for name in names}
+        self.members = [role for role in sampler.model.heads if role == ROLE or role.startswith(f"{ROLE}_")]
+        if ROLE in reward_funcs and not self.members:
+            raise ValueError(
+                "There is no reward: give the shared base a `reward` role with a head, or set reward_funcs."
+            )
+
+    def raw(self, rows: list[dict[str, Any]], samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What each source says (B,), as it says it, and statistics to log."""
+        scores, spreads = self._ask(rows, samples)
+        logs = {f"rewards/{name}/ensemble_std": spread.mean().item() for name, spread in spreads.items()}
+        for name, of_source in scores.items():
+            logs[f"rewards/{name}/mean"] = of_source.mean().item()
+            logs[f"rewards/{name}/std"] = of_source.std(correction=0).item()
+        return scores, logs
+
+    def _ask(self, rows: list[dict[str, Any]], samples: Samples) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What each source says (B,) and, of an ensemble, the standard deviation of its members (B,)."""
+        scores, spreads = {}, {}
+        for name, source in self.sources.items():
+            if isinstance(source, str):
+                members = torch.stack([self.sampler.reward_scores(samples, role) for role in self.members])  # (M, B)
+                scores[name] = aggregate_ensemble(
+                    members, self.config.ensemble_aggregation, self.config.uncertainty_coef
+                )
+                if len(members) > 1:
+                    spreads[name] = members.std(0, correction=0)
+            else:
+                scores[name] = self.judge(source, rows, samples)
+        return scores, spreads
+
+    def plain(self, rows: list[dict[str, Any]], samples: Samples) -> dict[str, Tensor]:
+        """What evaluation reports, alike at every step: `score` (B,), the weighted sum of the sources as they are.
+
+        Of an ensemble also `ensemble_std` (B,), how far its members differ.
+        """
+        scores, spreads = self._ask(rows, samples)
+        found = {"score": self._sum(scores)}
+        if spreads:
+            (found["ensemble_std"],) = spreads.values()  # the shared reward role is one source at most
+        return found
+
+    def train(self, raw: dict[str, Tensor], samples: Samples) -> Tensor:
+        """The score (B,) to train on, of a rollout's `raw`: normalised, weighted, summed, clipped, less penalties."""
+        config, scores = self.config, dict(raw)
+        if config.reward_normalization != "none":
+            for name, of_source in raw.items():
+                if config.reward_normalization == "running" or not self.moments[name].count:
+                    self.moments[name].add(of_source)
+                scores[name] = self.moments[name].normalize(of_source)
+        score = self._sum(scores)
+        if config.reward_clip is not None:
+            score = score.clamp(-config.reward_clip, config.reward_clip)
+        if config.missing_eos_penalty is not None:
+            score = score - config.missing_eos_penalty * ~samples.ended
+        return score - config.length_penalty * samples.lengths
+
+    def _sum(self, scores: dict[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * of_source for name, of_source in scores.items()]).sum(0)
+
+    def judge(self, reward_func: RewardFunc, rows: list[dict[str, Any]], samples: Samples) -> Tensor:
+        """A reward function's scores (B,) of the samples."""
+        texts = self.sampler.texts(samples)
+        scores = call_reward_func(reward_func, rows, samples.responses(), texts, self.state())
+        return scores.to(samples.input_ids.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What normalisation has seen, as plain JSON values."""
+        return {name: asdict(moments) for name, moments in self.moments.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.moments = {name: Moments(**moments) for name, moments in state.items()}
+
+
+def aggregate_ensemble(members: Tensor, how: str, uncertainty_coef: float) -> Tensor:
+    """One score (B,) of an ensemble's (M, B): `mean`, `worst_case` or `uncertainty`.
+
+    Coste et al. 2023 (arXiv:2310.02743), equations 2 to 4: the mean, the minimum, and the mean less a multiple of the
+    variance within the ensemble.
+    """
+    if how == "worst_case":
+        return members.amin(0)
+    penalty = uncertainty_coef * members.var(0, correction=0) if how == "uncertainty" else 0.0
+    return members.mean(0) - penalty
+
+
+def check_reward_weights(weights: Sequence[float] | None, names: Sequence[str]) -> None:
+    """Raises ValueError unless there is one weight for each source."""
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"ppo.reward_weights has {len(weights)} weights for {len(names)} rewards: {', '.join(names)}.")
+
+
+def resolve_rewards(sources: Sequence[RewardFunc | str]) -> list[RewardFunc | str]:
+    """Sources as `Rewards` takes them, from functions and names (see `PPOStage`). Loads external reward models."""
+    return [_resolve(source) if isinstance(source, str) and source != ROLE else source for source in sources]
+
+
+def _resolve(name: str) -> RewardFunc:
+    return function(name) if is_function(name) else ExternalRewardModel(name)
+
+
+def check_reward_source(name: str, has_reward_stage: bool) -> None:
+    """Raises ValueError, before any weight is loaded, for a source of `ppo.reward_funcs` that there is not."""
+    if name == ROLE and not has_reward_stage:
+        raise ValueError(f"ppo.reward_funcs has {ROLE!r}, but the recipe has no reward stage.")
+    if is_function(name):
+        function(name)
+    elif name != ROLE:
+        try:
+            labels = AutoConfig.from_pretrained(name).num_labels
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"ppo.reward_funcs: {name!r} is not {ROLE!r}, no function (module:function or file.py:function) and "
+                f"no model that can be loaded: {str(error).splitlines()[0]}"
+            ) from error
+        if labels != 1:
+            raise ValueError(f"ppo.reward_funcs: the model {name!r} has {labels} labels, and a reward model has one.")
+
+
+class ExternalRewardModel:
+    """A sequence-classification model with its own tokenizer and chat template, as a function of TRL's signature."""
+
+    def __init__(self, name: str, batch_size: int = 8) -> None:
+        """
+        Args:
+            name: Hub id or folder of a model with one label.
+        """
+        self.__name__ = Path(name).name
+        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", truncation_side="left")
+        self.model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device()).eval()
+        # Without a padding token the model reads the last position, which is right for a single row only.
+        self.batch_size = batch_size if self.tokenizer.pad_token is not None else 1
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        """Its scores of N prompts with their completions, as texts or messages."""
+        conversational = is_conversational({"prompt": prompts[0]})
+        whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        if conversational and self.tokenizer.chat_template is None:
+            raise ValueError(f"The reward model {self.__name__!r} has no chat template, and the prompts are messages.")
+        texts = [self.tokenizer.apply_chat_template(w, tokenize=False) if conversational else w for w in whole]
+        scores = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = self.tokenizer(
+                texts[start : start + self.batch_size],
+                return_tensors="pt",
+                padding=self.batch_size > 1,
+                truncation=self.tokenizer.model_max_length < 10**6,  # a tokenizer without a limit has a huge one
+                add_special_tokens=not conversational,  # a template writes its special tokens itself
+            )
+            scores += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+        return scores
+
+
+def call_reward_func(
+    reward_func: RewardFunc, rows: list[dict[str, Any]], completion_ids: list[list[int]], texts: list[str], state: Any
+) -> Tensor:
+    """Call a function of TRL's `reward_funcs` signature, synchronous or not.
+
+    Args:
+        rows: the data rows; `prompt` goes as `prompts`, every other column but `prompt_ids` under its own name.
+        texts: the responses; to conversational prompts they go as messages.
+        state: the TrainerState, as `trainer_state`.
+    Returns:
+        (B,), with 0 where the function returned None, as in TRL.
+    Raises:
+        ValueError: naming the function, if it does not return one finite number (or None) a row.
+    """
+    prompts = [row["prompt"] for row in rows]
+    conversational = is_conversational({"prompt": prompts[0]})
+    result = reward_func(
+        prompts=prompts,
+        completions=[[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
+        completion_ids=completion_ids,
+        trainer_state=state,
+        **{key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "prompt_ids")},
+    )
+    if inspect.iscoroutine(result):
+        with ThreadPoolExecutor(1) as thread:  # in a notebook this thread has an event loop already
+            result = thread.submit(asyncio.run, result).result()
+    name = get_callable_name(reward_func)
+    if result is None or len(result) != len(rows):
+        count = "nothing" if result is None else f"{len(result)} rewards"
+        raise ValueError(f"The reward function {name!r} returned {count} for {len(rows)} responses.")
+    scores = torch.tensor([0.0 if value is None else float(value) for value in result])
+    if not scores.isfinite().all():
+        row = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(f"The reward function {name!r} returned {result[row]} for the response {texts[row]!r}.")
+    return scores

@@ -1,0 +1,29 @@
+"""The `sft` stage: supervised fine-tuning on demonstrations with TRL's SFTTrainer, loss on the completion only."""
+
+from peft import PeftModel, TaskType
+from trl import SFTTrainer
+
+from ..model.base import load_base, write_fingerprint
+from ..model.shared import lora_config
+from .job import Job
+
+
+def train_sft(job: Job) -> dict[str, float]:
+    """Train a fresh adapter and save it to the stage's folder. Returns the held-out metrics."""
+    trainer = SFTTrainer(
+        model=load_base(job.recipe.base),
+        args=job.config,
+        train_dataset=job.data.train,
+        eval_dataset=job.data.heldout,
+        processing_class=job.tokenizer,
+        peft_config=lora_config(job.recipe.lora, TaskType.CAUSAL_LM),
+    )
+    job.watch(trainer)
+    job.train(trainer)
+    metrics = trainer.evaluate()
+    model = trainer.model
+    assert isinstance(model, PeftModel)
+    model.save_pretrained(str(job.folder))
+    job.tokenizer.save_pretrained(job.folder)
+    write_fingerprint(job.folder, job.fingerprint)
+    return {"heldout_loss": metrics["eval_loss"], "heldout_token_accuracy": metrics["eval_mean_token_accuracy"]}

@@ -1,0 +1,98 @@
+"""What the benchmarks build and count: the 4-bit base without a checkpoint, floating-point operations, exponents."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf_recipes import Base, Lora, PPOConfig, SharedBase
+from rlhf_recipes.model.base import device, load_base
+
+sys.path.insert(0, str(Path(__file__).parent))
+gpu_7b, growth, workload = map(importlib.import_module, ("gpu_7b", "growth", "workload"))
+
+WORK = gpu_7b.SHAPES["tiny"]["work"]
+
+
+def tiny_config(model_type: str) -> Any:
+    return AutoConfig.for_model(**gpu_7b.SHAPES["tiny"]["config"] | {"model_type": model_type})
+
+
+def description(value: Any) -> Any:
+    """What is equal in two values that hold different random numbers."""
+    return (type(value), value.dtype, value.shape, value.device) if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])  # qwen2 has biases
+def test_a_random_4bit_base_is_what_load_base_gives(tmp_path: Path, model_type: str) -> None:
+    config = tiny_config(model_type)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    loaded, made = load_base(Base(str(tmp_path), quantization="nf4")), gpu_7b.random_base(config, device())
+
+    def parts(model: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            state = getattr(tensor, "quant_state", None)
+            fields = vars(state) | {f"inner {key}": value for key, value in vars(state.state2).items()} if state else {}
+            known = {key: description(value) for key, value in fields.items() if key not in ("state2", "offset")}
+            found[name] = description(tensor), tensor.requires_grad, known
+        for name, module in model.named_modules():
+            kept = ("training", "compute_dtype", "support_avx512bf16_for_cpu", "source_cls")
+            found[f"{name} has"] = {key: getattr(module, key, None) for key in kept}
+        for key in ("is_quantized", "is_loaded_in_4bit", "quantization_method", "dtype"):
+            found[key] = getattr(model, key)
+        return found | {"quantization": model.config.quantization_config.to_dict()}
+
+    ours, theirs = parts(made), parts(loaded)
+    assert {key: (ours.get(key), theirs.get(key)) for key in ours | theirs if ours.get(key) != theirs.get(key)} == {}
+    assert sum(kind.__name__ == "Linear4bit" for kind in ours.values() if isinstance(kind, type)) == 2 * 7
+    inv_freq = dict(loaded.named_buffers())
+    assert inv_freq and all(torch.equal(value, inv_freq[name]) for name, value in made.named_buffers())
+
+
+def test_a_random_4bit_base_is_saved_and_read_as_it_is(tmp_path: Path) -> None:
+    made = gpu_7b.random_base(tiny_config("mistral"), device())
+    made.save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": device()})
+    for module in read.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # as in load_base
+    ids = torch.arange(24, device=device()).view(2, 12)
+    assert torch.equal(made(ids).logits, read(ids).logits)
+
+
+def test_flops_are_what_torch_counts(tmp_path: Path) -> None:
+    config = tiny_config("qwen2")
+    torch.manual_seed(0)
+    base: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(False)
+    shared = SharedBase(base, Lora(r=WORK["r"]))
+    workload.add_roles(shared)
+    counted: dict[str, float] = {}
+
+    class Counted(workload.PhasedTrainer):
+        @contextmanager
+        def around(self, name: str) -> Iterator[None]:
+            with workload.Flops() as flops:
+                yield
+            counted[name] = flops.count
+
+    work = WORK | {"prompt": 5, "response": 4}  # short rows, because torch does not know that half of the pairs count
+    arguments = gpu_7b.options(work, None, on_gpu=False) | {"bf16": False, "output_dir": str(tmp_path)}
+    rows = workload.random_prompts(work["rollouts"], work["prompt"], config.vocab_size)
+    tokenizer = workload.endless_tokenizer(config.vocab_size)
+    Counted(shared, PPOConfig(**arguments, total_episodes=work["rollouts"]), rows, tokenizer).train()
+    assert counted["score"] == pytest.approx(gpu_7b.score_flops(shared, work), rel=0.02)
+    assert counted["update"] == pytest.approx(gpu_7b.update_flops(shared, work), rel=0.02)
+
+
+def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
+    assert growth.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    assert growth.exponent([1, 10, 100], [5.0, 5.0, 5.0]) == pytest.approx(0)

@@ -1,0 +1,160 @@
+"""The command line: what it prints, its exit codes, and that an installed wheel has it all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.command_line import error_of
+from support.paths import ROOT
+
+from rlhf_recipes import __version__, load
+from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.cli.run import main
+from rlhf_recipes.recipe.lookup import recipe_names
+from rlhf_recipes.recipe.overrides import to_dict
+from rlhf_recipes.stages.options import DPOConfig, PPOConfig, RewardConfig
+
+
+def command(*words: str, cwd: Path = ROOT, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run Python on `words` in a process of its own, which imports the package from `path`."""
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_the_page_of_options_is_what_the_code_says(capsys: pytest.CaptureFixture[str]) -> None:
+    main_cli(["options"])
+    printed = capsys.readouterr().out
+    assert printed == (ROOT / "recipes" / "OPTIONS.md").read_text(), "rlhf-recipes options > recipes/OPTIONS.md"
+    for config in (PPOConfig, RewardConfig, DPOConfig):
+        own = set(config.__annotations__)
+        assert own and all(f"| `{name}` |" in printed for name in own)
+    main_cli(["options", "reward", "lora"])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("## ")][1] == "## `lora`"
+    assert "Did you mean reward?" in error_of(capsys, ["options", "rewards"])
+
+
+def test_list_has_a_line_for_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    main_cli(["list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    line = next(line for line in lines if line.startswith("mistral-7b-hh"))
+    assert "mistralai/Mistral-7B-v0.3" in line and "sft,reward,ppo" in line and "one consumer GPU" in line
+
+
+def test_show_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    main_cli(["show", "mistral-7b-hh"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {"base.quantization=nf4", "ppo.kl_coef=0.05", "lora.r=16", "gold=None"} <= set(lines)
+
+
+def test_show_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    main_cli(["show", "mistral_7b_hh", "--json"])
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(to_dict(load("mistral-7b-hh"))))
+
+
+def test_show_applies_and_checks_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    main_cli(["show", "mistral-7b-hh", "ppo.kl_coef=0.1", "--json", "seed=4"])
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["ppo"]["args"]["kl_coef"], shown["seed"]) == (0.1, 4)
+    assert "ppo.kl_coeff" in (line := error_of(capsys, ["show", "mistral-7b-hh", "ppo.kl_coeff=0.1"]))
+    assert "Did you mean kl_coef?" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["run", "tinny"], "no recipe 'tinny'"),
+        (["run", "absent.py"], "no file absent.py"),
+        (["run", "mistral-7b-hh", "ppo"], "'ppo' is not a setting"),
+        (["run", "mistral-7b-hh", "--stages", "foo"], "has no stage 'foo'"),
+        (["run", "mistral-7b-hh", "--stages=sft,rewards"], "has no stage 'rewards'. Did you mean reward?"),
+        (["run", "mistral-7b-hh", "--run-dir", "somewhere", "seed=x"], "seed must be int"),
+        (["run", "mistral-7b-hh", "ppo.kl_coeff=0.1"], "Did you mean kl_coef?"),
+        (["show", "mistral-7b-hh", "ppo.output_dir=x"], "--run-dir"),
+    ],
+)
+def test_a_users_error_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], part: str) -> None:
+    assert part in error_of(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["lst"], "invalid choice: 'lst'"),
+        ([], "usage: rlhf-recipes"),
+        (["list", "more"], "unrecognized arguments: more"),
+        (["run", "mistral-7b-hh", "--rundir", "x"], "unrecognized arguments: --rundir"),
+    ],
+)
+def test_unknown_words_get_the_usage(capsys: pytest.CaptureFixture[str], words: list[str], part: str) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main_cli(words)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert part in error and "usage: rlhf-recipes" in error
+
+
+def test_an_interrupted_run_says_how_to_go_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(SystemExit) as exit:
+        main_cli(["run", str(tmp_path / "mine.py")])
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "stopped; run the same command again to resume\n"
+
+
+def test_other_exceptions_keep_their_traceback(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        main_cli(["run", str(tmp_path / "mine.py")])
+
+
+def test_a_recipe_file_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(load("mistral-7b-hh"), ["ppo.kl_coef=0.1", "--stages", "foo", "seed=1"])
+    assert exit.value.code == 2 and "no stage 'foo'" in capsys.readouterr().err
+    ran = command("recipes/mistral_7b_hh.py", "ppo.kl_coeff=0.1")
+    assert (ran.returncode, ran.stderr) == (2, "error: There is no key ppo.kl_coeff. Did you mean kl_coef?\n")
+    assert "key=value" in command("recipes/mistral_7b_hh.py", "--help").stdout
+
+
+@pytest.mark.parametrize("words", [["list"], ["show", "mistral-7b-hh"], ["--help"]])
+def test_what_needs_no_torch_imports_none(words: list[str]) -> None:
+    start = time.perf_counter()
+    ran = command("-X", "importtime", "-m", "rlhf_recipes.cli", *words)
+    seconds = time.perf_counter() - start
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert ran.returncode == 0 and "rlhf_recipes.recipe" in imported
+    assert not imported & {"torch", "trl", "transformers", "numpy"}
+    assert seconds < 2  # measured 0.05 s; the margin is for a busy machine
+
+
+def test_an_installed_wheel_has_the_command_and_the_recipes(tmp_path: Path) -> None:
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    for part in ("rlhf_recipes", "recipes"):
+        shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, clone)
+    built = command("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), cwd=clone)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"rlhf_recipes-{__version__}-py3-none-any.whl"
+
+    sources = {str(path.relative_to(clone)) for path in (clone / "rlhf_recipes").rglob("*") if path.is_file()}
+    sources |= {f"rlhf_recipes/recipes/{path.name}" for path in (clone / "recipes").iterdir()}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == sources
+
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    assert command(*pip, cwd=tmp_path).returncode == 0
+    script = str(site / "bin" / "rlhf-recipes")
+    listed = command(script, "list", cwd=tmp_path, path=site)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == recipe_names(), listed.stderr
+    for name in recipe_names():
+        assert f"name={name}" in command(script, "show", name, cwd=tmp_path, path=site).stdout
+    where = command("-c", "from rlhf_recipes.recipe import find; print(find('mistral-7b-hh'))", cwd=tmp_path, path=site)
+    assert Path(where.stdout.strip()) == site / "rlhf_recipes" / "recipes" / "mistral_7b_hh.py"

@@ -1,0 +1,135 @@
+"""Named sources: small files in exactly the formats of the public ones, through the conversions and the stages."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from support.repository import TREE, helpsteer3, hh, tldr, ultrafeedback, write_repository
+from support.rows import assistant, make_tokenizer, user, write
+
+from rlhf_recipes.data.prepare import prepare
+from rlhf_recipes.data.sources import SOURCES, conversion, resolve_source
+from rlhf_recipes.recipe.values import Stage
+
+CASES = [(name, stage) for name, named in SOURCES.items() for stage in named.stages if stage != "dpo"]
+
+
+@pytest.mark.parametrize(("name", "stage"), CASES)
+def test_a_name_is_enough(name: str, stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_repository(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer = make_tokenizer()
+    result = prepare(stage, Stage(data=name, heldout=0.0), tokenizer, None)
+    assert result.report["dropped"] == {} and result.report["source"] == name
+    assert len(result.train) == (3 if name == "oasst1" else 20)
+    assert result.conversational == (name != "tldr")
+    row = result.train[0]
+    if stage == "sft":
+        text = tokenizer.decode([token for token in row["labels"] if token != -100])
+        assert text in (" It is 1.</s>", " The cat 0.</s>", " Good.</s>")
+    elif stage == "ppo":
+        assert tokenizer.decode(row["prompt_ids"]).endswith(("Assistant:", "TL;DR:"))
+    elif "responses_ids" in row:
+        first, second = (tokenizer.decode(ids) for ids in row["responses_ids"][:2])
+        assert row["ranking"][:2] == [1, 2] and first != second
+        assert first.endswith((" It is 1.</s>", " Good.</s>"))
+    else:
+        assert tokenizer.decode(row["chosen_ids"]).endswith((" It is 1.</s>", " The cat 0.</s>"))
+        assert tokenizer.decode(row["rejected_ids"]).endswith((" I do not know.</s>", " A.</s>"))
+
+
+def test_dpo_takes_what_the_sources_say(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    for convert, row in ((None, hh(1)), (None, ultrafeedback(1)), ("helpsteer3", helpsteer3(1)), ("tldr", tldr(1))):
+        path = write(tmp_path / "copy.jsonl", [row])
+        result = prepare("dpo", Stage(data=path, convert=convert, heldout=0.0), tokenizer, None)
+        chosen, rejected = (tokenizer.decode(result.train[0][f"{side}_ids"]) for side in ("chosen", "rejected"))
+        assert chosen.endswith((" It is 2.</s>", " The cat ate 1 fish.</s>"))
+        assert rejected.endswith((" I do not know.</s>", " Cats.</s>"))
+
+
+def test_what_the_user_sets_stays() -> None:
+    source = resolve_source(Stage(data="ultrafeedback"))
+    assert (source.data, source.split, source.convert) == (SOURCES["ultrafeedback"].data, "train_prefs", None)
+    assert resolve_source(Stage(data="ultrafeedback", split="test_prefs")).split == "test_prefs"
+    source = resolve_source(Stage(data="helpsteer3", convert="my:own", limit=5))
+    assert (source.subset, source.convert, source.limit) == ("preference", "my:own", 5)
+    assert resolve_source(Stage(data="other.jsonl")) == Stage(data="other.jsonl")
+
+
+def test_a_file_of_that_name_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tulu3").write_text("")
+    assert resolve_source(Stage(data="tulu3")).data == "tulu3"
+
+
+@pytest.mark.parametrize(
+    ("preference", "ranking", "chosen", "weight"),
+    [(-3, [1, 2], 0, 3), (-1, [1, 2], 0, 1), (0, [1, 1], None, 1), (1, [2, 1], 1, 1), (3, [2, 1], 1, 3)],
+)
+def test_strength_of_preference(preference: int, ranking: list[int], chosen: int | None, weight: int) -> None:
+    (row,) = conversion("x", "helpsteer3")([helpsteer3(1, preference)])
+    assert (row["ranking"], row["weight"]) == (ranking, weight)
+    assert row.get("chosen") == (None if chosen is None else row["responses"][chosen])
+    assert row.get("rejected") == (None if chosen is None else row["responses"][1 - chosen])
+
+
+def test_strengths_become_weights_of_mean_1_and_ties_are_dropped(tmp_path: Path) -> None:
+    rows = [helpsteer3(number, preference) for number, preference in enumerate((-3, 1, 0, 2))]
+    stage = Stage(data=write(tmp_path / "copy.jsonl", rows), convert="helpsteer3", heldout=0.0)
+    result = prepare("reward", stage, make_tokenizer(), None)
+    assert result.train["weight"][:] == [1.5, 0.5, 1.0]
+    assert result.train["ranking"][:] == [[1, 2], [2, 1], [2, 1]]
+    assert result.train["source"][:] == ["general", "code", "code"]
+    assert result.report["dropped"] == {"all tied": 1}
+    assert "row 3, field 'ranking'" in result.report["examples"][0]
+
+
+def test_tldr_prompts_are_openais() -> None:
+    article = tldr(2, 0)
+    article["info"] |= {"post": None, "subreddit": None, "site": "cnn", "article": "News."}
+    post, news, other = conversion("x", "tldr")([tldr(1), article, {"prompt": "p", "chosen": "a", "rejected": "b"}])
+    assert post["prompt"] == "SUBREDDIT: r/pets\n\nTITLE: Cat\n\nPOST: My cat ate 1 fish.\n\nTL;DR:"
+    assert (post["chosen"], post["rejected"]) == (" The cat ate 1 fish.", " Cats.")
+    assert news["prompt"] == "Article:\nNews.\n\nTL;DR:" and news["chosen"] == " Cats."
+    assert other == {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def test_trees_become_rankings_of_replies() -> None:
+    first, second, many = conversion("x", "oasst1")(TREE)
+    assert first["prompt"] == [user("What is love?")]
+    assert [text[0]["content"] for text in first["responses"]] == ["Good.", "Rather bad.", "Worst."]
+    assert first["ranking"] == [1, 2, 3] and first["completion"] == [assistant("Good.")]
+    assert second["prompt"] == [user("What is love?"), assistant("Good."), user("And war?")]
+    assert [text[0]["content"] for text in second["responses"]] == ["Better.", "Bad."]
+    assert second["ranking"] == [1, 2] and second["source"] == "en"
+    assert [text[0]["content"] for text in many["responses"]] == [f"Number {rank}." for rank in range(9)]
+
+
+def test_rows_of_another_format_are_refused_by_number(tmp_path: Path) -> None:
+    rows = [helpsteer3(0), {"context": "no responses"}, "text", helpsteer3(3, 1), {**helpsteer3(4), "context": 5}]
+    stage = Stage(data=write(tmp_path / "copy.jsonl", [json.dumps(row) for row in rows]), convert="helpsteer3")
+    report = prepare("reward", stage, make_tokenizer(), None).report
+    assert (report["rows"], report["used"]) == (5, 2)
+    assert report["dropped"] == {"wrong type": 2, "missing field": 1}
+    assert [line.split(", ")[1] for line in report["examples"]] == ["row 2", "row 3", "row 5"]
+
+
+def halves(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A user's own conversion, of one row into two."""
+    for row in rows:
+        yield {"prompt": row["question"], "completion": row["first"]}
+        yield {"prompt": row["question"], "completion": row["second"]}
+
+
+def test_own_conversion(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": f"q{n}", "first": "a", "second": "b"} for n in range(4)])
+    stage = Stage(data=path, convert=f"{__file__}:halves", heldout=0.0, limit=5)
+    result = prepare("sft", stage, make_tokenizer(), None)
+    assert result.report["rows"] == len(result.train) == 5
+    with pytest.raises(ValueError, match=r"sft\.convert: 'helpster3' is neither .* Did you mean helpsteer3\?"):
+        prepare("sft", Stage(data=path, convert="helpster3"), make_tokenizer(), None)

@@ -1,0 +1,140 @@
+"""Talking to a run: the answers are the models' own, with their rewards, and do nothing to the terminal."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.command_line import error_of
+from support.worded import make_recipe
+
+from rlhf_recipes import Recipe, replace, run
+from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.data.tokens import tokenize_pair, tokenize_prompt
+from rlhf_recipes.evaluate.conversation import Conversation, Streamer
+from rlhf_recipes.records.folder import adapter_folder, last_model, newest_round_first, policy_checkpoints
+from rlhf_recipes.stages.reward.adapters import score_rows
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return replace(make_recipe(tmp_path_factory.mktemp("talk")), rounds=None)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("talk-run") / "run"
+    run(recipe, folder)
+    return folder
+
+
+def said(talk: Conversation, text: str) -> Conversation:
+    talk.messages = [*talk.start, {"role": "user", "content": text}]
+    return talk
+
+
+def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str, lines: str) -> str:
+    """What the command prints when these lines are typed."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    capsys.readouterr()
+    main_cli(["chat", *words])
+    return capsys.readouterr().out
+
+
+def test_at_temperature_0_each_model_says_its_likeliest_tokens(finished: Path) -> None:
+    talk = said(Conversation(finished, ["ppo", "sft", "base"], 0.0, 6), "w5 w6 w7")
+    prompt = tokenize_prompt(talk.tokenizer, talk.messages)
+    for name in talk.names:
+        ids = list(prompt)
+        with talk.shared.role(name), torch.no_grad():
+            for _ in range(6):
+                ids.append(int(talk.shared.causal(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] in talk.sampler.stop_token_ids:
+                    break
+        answer = talk.answer(name)
+        assert answer.text == talk.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+        assert answer.tokens == len(ids) - len(prompt) and answer.ended == (ids[-1] in talk.sampler.stop_token_ids)
+        (score,) = score_rows(talk.shared, [ids])
+        assert answer.reward == pytest.approx(score.item(), abs=1e-5)
+
+
+def test_the_prompt_is_what_the_model_was_trained_on(finished: Path) -> None:
+    talk = Conversation(finished, ["sft"], 1.0, 4, system="w9")
+    talk.messages += [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    talk.messages += [{"role": "user", "content": "w7"}]
+    prompt = tokenize_prompt(talk.tokenizer, talk.messages)
+    assert prompt == tokenize_pair(talk.tokenizer, talk.messages, [{"role": "assistant", "content": "w8"}])[0]
+    assert talk.messages[0] == {"role": "system", "content": "w9"}
+
+
+def test_what_streams_is_what_is_answered_and_a_seed_repeats_it(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(finished), "--temperature", "1", "--max-tokens", "8"]
+    first = chat(monkeypatch, capsys, *words, lines="w5 w6\nw7\n")
+    assert first == chat(monkeypatch, capsys, *words, lines="w5 w6\nw7\n/quit\nw8\n")
+    assert first != chat(monkeypatch, capsys, *words, "--seed", "1", lines="w5 w6\nw7\n")
+    talk = said(Conversation(finished, ["ppo"], 1.0, 8), "w5 w6")
+    torch.manual_seed(0)
+    answer = talk.answer("ppo")
+    lines = first.splitlines()
+    assert lines[0].startswith("ppo. ") and lines[1] == answer.text
+    assert lines[2] == f"reward {answer.reward:.2f}, {answer.tokens} tokens" + ("" if answer.ended else ", cut off")
+    assert len(lines) == 5
+
+
+def test_models_side_by_side_and_commands(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "w5 w6\n/compare nobody\n/compare base\n/retry\n/nonsense\n/help\n/reset\n/retry\n/compare\nw5 w6\n"
+    words = [str(finished), "--compare", "sft", "--temperature", "0", "--max-tokens", "3"]
+    printed = chat(monkeypatch, capsys, *words, lines=lines)
+    talk = said(Conversation(finished, ["ppo", "sft", "base"], 0.0, 3), "w5 w6")
+    ppo, sft, base = (talk.answer(name) for name in talk.names)
+    tables = printed.split("┏")
+    assert all(answer.text in tables[1] and f"reward {answer.reward:.2f}" in tables[1] for answer in (ppo, sft))
+    assert "has no finished model 'nobody'" in " ".join(tables[1].split())
+    assert base.text in tables[2] and ppo.text in tables[2], "the last message was answered again"
+    for part in ("There is no /nonsense here", "/retry  ", "There is nothing yet to answer again."):
+        assert part in printed
+    assert printed.rstrip().endswith("tokens, cut off" if not ppo.ended else "tokens")
+    assert printed.splitlines()[-2] == ppo.text
+
+
+def test_a_model_can_do_nothing_to_the_terminal(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    streamer = Streamer(Conversation(finished, ["base"], 0.0, 1).tokenizer)
+    capsys.readouterr()
+    streamer.on_finalized_text(" \x1b[2J")
+    streamer.on_finalized_text("a\tb\n\x07\u202e", stream_end=True)
+    assert capsys.readouterr().out == "\\x1b[2Ja\tb\n\\x07\\u202e\n"
+
+
+def test_what_cannot_be_is_said(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "is no run folder" in error_of(capsys, ["chat", str(tmp_path)])
+    assert "Did you mean sft?" in error_of(capsys, ["chat", str(finished), "--model", "sff"])
+    assert "--temperature must not be below 0" in error_of(capsys, ["chat", str(finished), "--temperature", "-1"])
+    assert "--max-tokens=100000 leaves no room" in error_of(capsys, ["chat", str(finished), "--max-tokens", "100000"])
+    context = json.loads((Path(finished) / "recipe.json").read_text())["base"]["model"]
+    most = json.loads((Path(context) / "config.json").read_text())["max_position_embeddings"]
+    printed = chat(monkeypatch, capsys, str(finished), "--max-tokens", "4", lines="w5 " * most + "\nw6\n")
+    assert "and room for" in printed and "reward" in printed.splitlines()[-1], "the conversation goes on"
+
+
+def test_the_last_model_is_that_of_the_newest_finished_round(recipe: Recipe, tmp_path: Path) -> None:
+    assert last_model(tmp_path, recipe) == "ppo" and last_model(tmp_path, replace(recipe, ppo=None)) == "sft"
+    for number, name in ((2, "adapter_config.json"), (10, "adapter_config.json"), (11, "other.json")):
+        folder = tmp_path / f"round-{number}" / "ppo" / "policy"
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    assert last_model(tmp_path, recipe) == "round-10/ppo"
+    assert [folder.name for folder in newest_round_first(tmp_path)[:-1]] == ["round-11", "round-10", "round-2"]
+
+
+def test_checkpoints_are_models_by_name(recipe: Recipe, finished: Path) -> None:
+    names = policy_checkpoints(finished)
+    steps = [int(name.removeprefix("ppo/checkpoint-")) for name in names]
+    assert steps == sorted(steps) and len(steps) == 2
+    assert [adapter_folder(finished, recipe, name) for name in names] == [finished / name / "policy" for name in names]

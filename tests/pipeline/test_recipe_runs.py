@@ -1,0 +1,79 @@
+"""Every shipped recipe is run, in a small setting: on the tiny world, and on a real pretrained story model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support.paths import SHARED
+from support.small import small
+
+from rlhf_recipes import load, replace
+from rlhf_recipes.pipeline.run import run
+
+STORIES = SHARED / "models" / "stories260K"
+HH = SHARED / "data" / "hh_base_eval10.jsonl.gz"
+on_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the story model is not beside the repository")
+on_hh = pytest.mark.skipif(not HH.is_file(), reason="the HH comparisons are not beside the repository")
+
+
+def rows(run_dir: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def test_the_tiny_recipe_goes_from_base_to_ppo_and_measures_gold(tmp_path: Path) -> None:
+    recipe = small("tiny", tmp_path / "base", reward=320, episodes=256)
+    summary = run(recipe, tmp_path / "run")
+    assert set(summary["gold_score"]) == set(summary["reward_score"]) == {"base", "sft", "ppo"}
+    assert 0 <= summary["win_rate_vs_sft"]["low"] <= summary["win_rate_vs_sft"]["rate"] <= 1
+    assert summary["win_rate_vs_sft"]["prompts"] == 32
+    assert 0 < summary["reward_model_accuracy"] < 1
+    # Thirty steps of pretraining know nothing, but a few demonstrations teach the form of an answer.
+    assert summary["gold_score"]["sft"] > summary["gold_score"]["base"]
+
+
+def test_the_recipe_of_rounds_labels_its_own_answers(tmp_path: Path) -> None:
+    recipe = replace(small("tiny-rounds", tmp_path / "base", reward=160, episodes=128), rounds={"size": 32, "count": 2})
+    summary = run(recipe, tmp_path / "run")
+    assert set(summary["gold_score"]) == {"base", "sft", "ppo", "ppo_2"}
+    labels = rows(tmp_path / "run" / "round-2" / "feedback", "labels.jsonl")
+    assert len(labels) > 24 and {tuple(row["ranking"]) for row in labels} == {(1, 2), (2, 1)}
+    assert all(origin["model"] == "ppo" for row in labels for origin in row["origins"])
+
+
+@on_stories
+def test_the_stories_recipe_raises_its_python_reward_on_a_real_model(tmp_path: Path) -> None:
+    recipe = replace(
+        load("stories"),
+        tracker="none",
+        base={"model": str(STORIES)},
+        ppo={"total_episodes": 512, "response_length": 24, "heldout_limit": 16, "per_device_train_batch_size": 32},
+    )
+    run(recipe, tmp_path)
+    scores = [row["objective/scores"] for row in rows(tmp_path, "metrics.jsonl") if "objective/scores" in row]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3
+    assert {"ends_well", "is_short"} <= {
+        name.split("/")[1] for row in rows(tmp_path, "metrics.jsonl") for name in row if name.startswith("rewards/")
+    }
+    assert all(isinstance(row["completion"], str) for row in rows(tmp_path, "samples.jsonl"))
+
+
+@on_stories
+@on_hh
+@pytest.mark.parametrize("name", ["qwen3-0-6b-hh", "mistral-7b-hh"])
+def test_the_hh_recipes_run_whole_on_real_comparisons(name: str, tmp_path: Path) -> None:
+    small = {"data": str(HH), "limit": 60, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    ppo = {"mini_batch_size": 4, "num_mini_batches": 2, "response_length": 16, "max_steps": 2}
+    recipe = replace(
+        load(name),
+        tracker="none",
+        base={"model": str(STORIES)},
+        sft=small,
+        reward=small,
+        ppo={"data": str(HH), "limit": 60, **ppo},
+    )
+    summary = run(recipe, tmp_path)
+    logged = [value for row in rows(tmp_path, "metrics.jsonl") for value in row.values() if isinstance(value, float)]
+    assert all(math.isfinite(value) for value in logged)
+    assert set(summary["reward_score"]) == {"base", "sft", "ppo"}
+    assert summary["win_rate_vs_sft"] is None, "no gold is known here, and none is made up"

@@ -1,0 +1,337 @@
+"""The plan: planned and measured memory, what does not fit, what to change, what is said when memory runs out."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from support.memory_meter import measured
+from support.memory_meter import weight_bytes as bytes_of_weights
+from support.run_folder import manifest_of, states, write_rows
+from support.tiny_models import ARCHITECTURES, make_tokenizer, save_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf_recipes import Base, PPOStage, Recipe, Stage, replace, run
+from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.model.base import load_base
+from rlhf_recipes.pipeline.check import check_recipe
+from rlhf_recipes.plan.advice import helpful_changes, size_in_bytes
+from rlhf_recipes.plan.dry_run import dry_run, optimizer_bytes
+from rlhf_recipes.plan.plan import (
+    at_full_depth,
+    largest_size,
+    plan_memory,
+    reserve,
+    settle_auto_sizes,
+    shape_of,
+    stage_plan,
+    work_of_step,
+)
+from rlhf_recipes.plan.skeleton import weight_bytes
+from rlhf_recipes.recipe.overrides import parse_overrides, to_dict
+from rlhf_recipes.recipe.values import DPOStage
+from rlhf_recipes.records.manifest import _without_memory
+from rlhf_recipes.stages.job import Job
+from rlhf_recipes.stages.ppo.roles import ppo_roles
+
+LENGTH = 40  # tokens of the longest prompt, and of the longest response
+STAGES = ("sft", "reward", "ppo", "dpo")
+
+
+def words(rng: random.Random, least: int) -> str:
+    return " ".join(f"w{rng.randrange(4, 64)}" for _ in range(rng.choice((least, LENGTH))))
+
+
+def make_recipe(folder: Path, model: Path, base: dict[str, Any], checkpointing: bool = False, **ppo: Any) -> Recipe:
+    """All four stages, each with a few steps on rows of which most are as long as they may be."""
+    rng = random.Random(0)
+    for name, keys in {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}.items():
+        write_rows(folder / f"{name}.jsonl", [{key: words(rng, LENGTH - 3) for key in keys} for _ in range(20)])
+    shared = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    shared |= {"gradient_checkpointing": checkpointing, "learning_rate": 1e-3}
+    args = {**shared, "per_device_eval_batch_size": 2, "max_steps": 2, "max_length": 2 * LENGTH + 1}
+    own = {"num_ppo_epochs": 2, "max_steps": 1, "max_prompt_length": LENGTH, "response_length": LENGTH}
+    texts = {name: str(folder / f"{name}.jsonl") for name in ("sft", "dpo")}
+    return Recipe(
+        name="planned",
+        base=Base(str(model), **base),
+        sft=Stage(texts["sft"], heldout=0.1, args=args),
+        reward=Stage(texts["dpo"], heldout=0.1, args=args),
+        ppo=PPOStage(texts["sft"], heldout=0.1, args={**shared, **own, "rollout_micro_batch_size": 8, **ppo}),
+        dpo=DPOStage(texts["dpo"], heldout=0.1, args={**args, "response_length": LENGTH}),
+        tracker="none",
+    )
+
+
+def save_larger_model(folder: Path, architecture: str, layers: int, dtype: str) -> Path:
+    """A model that is large enough for its weights, activations and logits to be what takes the memory.
+
+    It is saved as it will be held: what loading it in another precision takes for a moment is not planned.
+    """
+    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": layers, "vocab_size": 8192}
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture] | shape, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("planned")
+    return make_recipe(folder, save_model(folder / "model"), {})
+
+
+# --- Planned and measured ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "dtype", "checkpointing", "stages"),
+    [
+        ("llama", 4, "float32", False, STAGES),
+        ("llama", 6, "bfloat16", True, STAGES[:3]),
+        ("gpt_neox", 4, "bfloat16", False, STAGES[:3]),
+    ],
+)
+def test_every_stage_takes_what_was_planned(
+    tmp_path: Path, architecture: str, layers: int, dtype: str, checkpointing: bool, stages: tuple[str, ...]
+) -> None:
+    model = save_larger_model(tmp_path / "model", architecture, layers, dtype)
+    recipe = make_recipe(tmp_path, model, {"dtype": dtype}, checkpointing)
+    planned = plan_memory(recipe).stages
+    with measured() as loading:
+        base = load_base(recipe.base)
+    mapped = bytes_of_weights(base) - loading.left  # read in place from the file: no allocation
+    for stage in stages:
+        with measured() as meter:
+            run(recipe, tmp_path / "run", [stage])
+        peak = (meter.peak + mapped) / 2**20
+        assert planned[stage].peak_mib == pytest.approx(peak, rel=0.1), stage
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_weights_take_what_was_counted(tmp_path: Path, architecture: str, quantization: Any) -> None:
+    base = Base(str(save_model(tmp_path, architecture)), quantization=quantization)
+    model = load_base(base)
+    held = bytes_of_weights(model)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            held += state.absmax.nbytes + state.state2.absmax.nbytes
+        if isinstance(module, Linear8bitLt) and module.weight.SCB is not None:
+            held += module.weight.SCB.nbytes
+    # Blocks of constants that are not full take as much as full ones.
+    assert weight_bytes(base) == pytest.approx(held, rel=0.02)
+
+
+def test_quantized_weights_by_hand(tmp_path: Path) -> None:
+    base = Base(str(save_model(tmp_path)), quantization="nf4")
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # two layers: q and o, k and v, the three of the MLP
+    others = 2 * 64 * 64 + 5 * 64  # embeddings and head, norms
+    rotary = 2 * 8 * 4  # buffers
+    assert weight_bytes(base) == linear * (0.5 + 1 / 64 + 4 / 64 / 256) + 2 * others + rotary
+
+
+def test_adapters_and_their_optimizer_by_hand(recipe: Recipe) -> None:
+    r, inputs_and_outputs = 16, 2 * (2 * 128 + 2 * 96 + 3 * 192)  # as above
+    adapter = 4 * r * inputs_and_outputs
+    parts = plan_memory(recipe, only=["ppo"]).stages["ppo"].parts
+    heads = 2 * 64 * 4
+    assert parts["adapters"] * 2**20 == 4 * adapter + heads  # reference, policy, reward, critic
+    assert parts["gradients"] * 2**20 == 2 * adapter + heads / 2
+    assert parts["optimizer"] == 2 * parts["gradients"]
+    keys, values = 2 * 16 * 2 * 2 * LENGTH * 8 * 4, 2 * 16 * 2 * 2 * LENGTH * 8 * 4  # heads, dim, layers, tokens, rows
+    assert parts["kv_cache"] * 2**20 == keys + values
+    other = replace(recipe, ppo={"critic": "head", "ema_decay": 0.9}, reward={"ensemble_size": 3})
+    parts = plan_memory(other, only=["ppo"]).stages["ppo"].parts
+    assert parts["adapters"] * 2**20 == 6 * adapter + 2 * heads  # reference, policy, its average, three rewards
+    assert parts["gradients"] * 2**20 == adapter + heads / 2
+
+
+@pytest.mark.parametrize(
+    ("optim", "size"),
+    [("adamw_torch_fused", 8), ("paged_adamw_8bit", 2 + 8 / 256), ("lion_8bit", 1 + 4 / 256), ("sgd", 0)],
+)
+def test_optimizer_state(optim: str, size: float) -> None:
+    assert optimizer_bytes(optim, [torch.nn.Parameter(torch.zeros(64, 128))]) == size * 64 * 128
+
+
+def test_depth_goes_on_in_a_straight_line(tmp_path: Path) -> None:
+    shape = {"num_hidden_layers": 5, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
+    config = AutoConfig.for_model("qwen3", **ARCHITECTURES["qwen3"] | shape)
+    config.save_pretrained(tmp_path)  # no weights: none are read
+    recipe = make_recipe(tmp_path, tmp_path, {}, checkpointing=True)
+    for stage, section in check_recipe(recipe).items():
+        of_stage = shape_of(recipe, stage, section, on_gpu=False)
+        carried = at_full_depth(of_stage)
+        assert carried == pytest.approx(dry_run(of_stage, 5), rel=0.01), stage
+
+
+# --- What fits, and what to change ------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_cannot_fit_is_refused_before_anything_is_read(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = {stage: of_stage.needed_mib for stage, of_stage in plan_memory(recipe).stages.items()}
+    assert plan_memory(recipe).fits
+    limit = 2**20 * (max(peaks.values()) - 0.01)
+    monkeypatch.setattr("rlhf_recipes.plan.plan.available_bytes", lambda: limit)
+    with pytest.raises(ValueError, match=r"dpo does not fit: .* GiB, .* What helps most: .* same results.*--force"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.json").exists()
+    printed = capsys.readouterr().out
+    assert "sft: 0.05 of 0.10 GiB planned" in printed
+    assert run(recipe, tmp_path / "run", ["sft"], force=True)
+    of_stage = manifest_of(tmp_path / "run")["stages"]["sft"]
+    assert of_stage["planned_peak_mib"] > peaks["sft"] and of_stage["peak_memory_mib"] > 0
+
+
+def test_a_run_plans_for_the_longest_rows_of_its_data(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = {stage: {"max_length": 1000} for stage in ("sft", "reward", "dpo")}
+    found = {}
+
+    def run_stage(job: Job, manifest: dict[str, Any], planned: Any) -> None:
+        found[job.stage] = planned.peak_mib
+        if job.stage == "dpo":
+            raise InterruptedError
+        manifest["stages"][job.stage] = {"results": {}}
+
+    monkeypatch.setattr("rlhf_recipes.pipeline.stage.run_stage", run_stage)
+    allowed = replace(recipe, **longer, ppo={"max_prompt_length": 1000})
+    with pytest.raises(InterruptedError):
+        run(allowed, tmp_path)
+    # The recipe's own limits are as long as its rows.
+    assert found == {stage: of_stage.peak_mib for stage, of_stage in plan_memory(recipe).stages.items()}
+    assert all(peak < plan_memory(allowed).stages[stage].peak_mib for stage, peak in found.items())
+
+
+def test_changes_are_what_a_new_plan_says(recipe: Recipe) -> None:
+    before = plan_memory(recipe, only=["ppo"]).stages["ppo"].peak_mib
+    found = helpful_changes(recipe, "ppo", check_recipe(recipe))
+    assert [change.peak_mib for change in found] == sorted(change.peak_mib for change in found)
+    assert {change.settings: change.same_results for change in found}.items() >= {
+        ("ppo.gradient_checkpointing=true", True),
+        ("lora.r=8", False),
+    }
+    for change in found[:2]:
+        changed = replace(recipe, **parse_overrides(change.settings.split()))
+        assert plan_memory(changed, only=["ppo"]).stages["ppo"].peak_mib == change.peak_mib == before - change.saves_mib
+        same = _without_memory(to_dict(recipe)) == _without_memory(to_dict(changed))
+        assert same == change.same_results
+
+
+@pytest.mark.parametrize("key", ["per_device_train_batch_size", "rollout_micro_batch_size"])
+def test_auto_is_the_largest_that_fits(recipe: Recipe, key: str) -> None:
+    args = {
+        "mini_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "num_mini_batches": 2,
+        "rollout_micro_batch_size": 4,
+    }
+    sizes = [4, 8, 16] if key == "per_device_train_batch_size" else [8, 16, 32]
+    own = ["update"] if key == "per_device_train_batch_size" else ["generate", "score"]
+    peaks = []
+    for size in sizes:
+        tried = plan_memory(replace(recipe, ppo={**args, key: size}), only=["ppo"]).stages["ppo"]
+        peak = max(tried.phases[phase] for phase in own)
+        peaks.append((peak + reserve(peak, tried.parts["weights"])) * 2**20)
+    auto = replace(recipe, ppo={**args, key: "auto"})
+    for limit, size in zip(peaks, sizes, strict=True):
+        config = check_recipe(replace(auto, base={"dtype": "float32"}, ppo={"optim": "adamw_torch"}))
+        assert largest_size(auto, config, key, gpu=limit + 1) == size
+    settle_auto_sizes(auto, config["ppo"], gpu=peaks[1] + 1)
+    assert getattr(config["ppo"], key) == sizes[1]
+
+
+def test_a_judge_is_one_more_adapter_and_trains_nothing(recipe: Recipe) -> None:
+    with_judge = replace(recipe, reward={"judge_share": 0.2})
+    config = check_recipe(with_judge)["ppo"]
+    names = [[role.name for role in ppo_roles(one, config)] for one in (recipe, with_judge)]
+    assert names == [["reference", "policy", "reward", "critic"], ["reference", "policy", "reward", "judge", "critic"]]
+    assert work_of_step(with_judge, "ppo", config) == work_of_step(recipe, "ppo", config)
+    plain, more = (stage_plan(one, "ppo", config, on_gpu=False).parts for one in (recipe, with_judge))
+    assert more["adapters"] > plain["adapters"] and more["optimizer"] == plain["optimizer"]
+
+
+def test_work_by_hand(recipe: Recipe) -> None:
+    config = check_recipe(replace(recipe, ppo={"num_ppo_epochs": 3}))
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 64 * 64 + 5 * 64  # with head and norms
+    tokens = 8 * 2 * LENGTH
+    # One decoding and four forwards that score, then three times forward and backward of policy and critic.
+    assert work_of_step(recipe, "ppo", config["ppo"]) == {
+        "tokens": tokens,
+        "flop": tokens * linear * (2 + 8 + 24),
+        "steps": 1,
+    }
+    tokens = 8 * (2 * LENGTH + 1)
+    assert work_of_step(recipe, "sft", config["sft"]) == {"tokens": tokens, "flop": 4 * tokens * linear, "steps": 2}
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def test_sizes() -> None:
+    sizes = {"24GiB": 24 * 2**30, "24gb": 24e9, "512MiB": 2**29, "1.5": 1.5 * 2**30}
+    assert {text: size_in_bytes(text) for text in sizes} == sizes
+
+
+def test_plan_prints_a_table_or_json(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"from rlhf_recipes.recipe import *\nrecipe = {recipe!r}\n")
+    main_cli(["plan", str(file), "--gpu", "100MiB", "--json", "ppo.response_length=20"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["limit_mib"] == 100 and set(found["stages"]) == set(STAGES)
+    for stage in found["stages"].values():
+        assert stage["fits"] == (stage["needed_mib"] <= 100) and bool(stage["changes"]) <= True
+        assert stage["peak_mib"] == max(stage["phases"].values())
+    main_cli(["plan", str(file), "--gpu", "100MiB", "--tflops", "2"])
+    printed = capsys.readouterr().out
+    assert "KV cache" in printed and "allocator reserve" in printed and "hours at 2 TFLOP/s" in printed
+    with pytest.raises(SystemExit):
+        main_cli(["plan", str(file), "--gpu", "a lot"])
+    assert "--gpu=a lot is no size of memory" in capsys.readouterr().err
+
+
+# --- Out of memory ----------------------------------------------------------------------------------------------------
+
+GREEDY = """
+import torch
+from pathlib import Path
+def greedy(completions, trainer_state=None, **columns):
+    if trainer_state is not None and trainer_state.global_step == 1 and not Path({mark!r}).exists():
+        torch.empty(2**50)
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_out_of_memory_is_answered_and_resumes_with_settings_that_take_less(recipe: Recipe, tmp_path: Path) -> None:
+    mark = tmp_path / "enough"
+    (tmp_path / "greedy.py").write_text(GREEDY.format(mark=str(mark)))
+    own = {
+        "reward_funcs": (f"{tmp_path / 'greedy.py'}:greedy",),
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    recipe = replace(recipe, sft=None, reward=None, dpo=None, ppo=own)
+    with pytest.raises(ValueError, match="ppo ran out of memory") as caught:
+        run(recipe, tmp_path / "run")
+    message = str(caught.value)
+    assert "1125899906842624 bytes" in message or "4503599627370496 bytes" in message  # 2**50 numbers of 4 bytes
+    assert "The plan was" in message and "What helps most: ppo." in message and "the same command resumes" in message
+    assert isinstance(caught.value.__cause__, RuntimeError) and states(tmp_path / "run")["ppo"] == "running"
+    mark.touch()
+    less = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "rollout_micro_batch_size": 4}
+    changed = replace(recipe, ppo={**less, "gradient_checkpointing": True})
+    run(changed, tmp_path / "run")
+    assert states(tmp_path / "run")["ppo"] == "done"
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [row["step"] for row in map(json.loads, rows) if "objective/kl" in row] == [1, 2]
+    with pytest.raises(ValueError, match=r"holds a run of another recipe .*ppo.gradient_accumulation_steps: 4 there"):
+        run(replace(changed, ppo={"gradient_accumulation_steps": 8}), tmp_path / "run")

@@ -1,0 +1,15 @@
+"""What the command line says of a user's error."""
+
+import pytest
+
+from rlhf_recipes.cli.main import main_cli
+
+
+def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The one line that a user's error leaves on stderr."""
+    with pytest.raises(SystemExit) as exit:
+        main_cli(words)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    return printed.err
