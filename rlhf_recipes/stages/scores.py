@@ -109,7 +109,7 @@ class Rewards:
             (found["ensemble_std"],) = spreads.values()  # the shared reward role is one source at most
         return found
 
-    def train(self, raw: dict[str, Tensor], samples: Samples) -> Tensor:
+    def training_scores(self, raw: dict[str, Tensor], samples: Samples) -> Tensor:
         """The score (B,) to train on, of a rollout's `raw`: normalised, weighted, summed, clipped, less penalties."""
         config, scores = self.config, dict(raw)
         if config.reward_normalization != "none":

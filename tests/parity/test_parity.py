@@ -27,6 +27,7 @@ from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.recipe.values import Base, Lora
 from rlhf_recipes.stages.options import PPOConfig
 from rlhf_recipes.stages.ppo import objectives
+from rlhf_recipes.stages.ppo.metrics import rollout_metrics
 from rlhf_recipes.stages.ppo.rollout import Rollout
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 
@@ -126,7 +127,7 @@ class Ours(PPOTrainer):
         rows = [{"prompt_ids": query[query != padding].tolist()} for query in queries]
         order = torch.tensor([len(row["prompt_ids"]) for row in rows]).argsort(stable=True)
         self.model.script = numbers[f"{update}/responses"][order]
-        return self.rollout(rows)
+        return self.advantages(self.rollout(rows))
 
     def keep_gradients(self, *args: Any) -> None:
         if not hasattr(self, "gradients"):
@@ -142,14 +143,15 @@ class Ours(PPOTrainer):
 
     def logged(self, name: str) -> Tensor:
         """Every value of a metric so far."""
-        return torch.tensor(self._sums[name])
+        return torch.tensor(self.metrics.values[name])
 
 
 class Bessel(Ours):
     """TRL's rule: whitening divides by the standard deviation of a sample, not of a population."""
 
-    def rollout(self, rows: list[dict[str, Any]]) -> Rollout:
-        rollout = super().rollout(rows)
+    def advantages(self, rollout: Rollout) -> Rollout:
+        rollout = super().advantages(rollout)
+        assert rollout.advantages is not None
         return replace(rollout, advantages=rollout.advantages * bessel(rollout.response_mask))
 
 
@@ -160,8 +162,7 @@ class LateScore(Bessel):
     mean of the value loss, and the advantage of EOS bootstraps from it.
     """
 
-    def rollout(self, rows: list[dict[str, Any]]) -> Rollout:
-        own = super().rollout(rows)
+    def advantages(self, own: Rollout) -> Rollout:
         config, mask = self.config, own.response_mask
         self.late = mask | mask.roll(1, 1)  # the first column is true in any case
         with torch.no_grad(), self.model.role("critic"):
@@ -176,7 +177,7 @@ class LateScore(Bessel):
         advantages = objectives.whiten(advantages, mask) * bessel(mask)
         return replace(own, values=values, advantages=advantages, returns=returns)
 
-    def optimizer_step(self, rollout: Rollout, rows: Tensor) -> None:
+    def optimizer_step(self, rollout: Rollout, rows: Tensor) -> float:
         """Each micro-batch's own mean, over the number of micro-batches that there ought to be."""
         losses = (("policy", self.policy_loss, rollout.response_mask), ("critic", self.value_loss, self.late))
         for micro in rows.split(self.config.per_device_train_batch_size):
@@ -185,10 +186,10 @@ class LateScore(Bessel):
                 with self.model.role(role):
                     loss, sums = loss_of(replace(rollout, response_mask=mask).rows(micro), tokens)
                     (loss / self.config.gradient_accumulation_steps).backward()
-                for name, value in sums.items():
-                    self._sums[name].append(value.item())
+                self.metrics.add(sums)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return 0.0
 
 
 def bessel(mask: Tensor) -> Tensor:
@@ -359,8 +360,8 @@ def test_whitened_rewards_k3_and_a_discount(make: Make, agree: Check) -> None:
 def test_the_learning_rate_moves_once_in_an_update(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, ours, rates = trl("full"), make("full"), []
     ours.model.script = numbers["0/responses"]
-    record = ours.record
-    monkeypatch.setattr(ours, "record", lambda *a: (rates.append(ours.optimizer.param_groups[0]["lr"]), record(*a)))
+    adapt = ours.adapt
+    monkeypatch.setattr(ours, "adapt", lambda *a: (rates.append(ours.optimizer.param_groups[0]["lr"]), adapt(*a)))
     ours.train()
     assert len(set(rates)) == 8 and rates == pytest.approx([row["lr"] for row in numbers.logged], rel=1e-12)
 
@@ -368,7 +369,7 @@ def test_the_learning_rate_moves_once_in_an_update(make: Make, monkeypatch: pyte
 def test_what_is_logged(make: Make, agree: Check, differ: Check) -> None:
     numbers, ours = trl("full"), make("full", Bessel)
     for _, rollout in ours.run(numbers):
-        ours.record(rollout, 1.0)
+        ours.metrics.add(rollout_metrics(rollout, ours.non_score_reward(rollout), ours.kl_coef, 1.0))
     names = [f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores")]
     names += ["loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "policy/approxkl_avg"]
     for name in [*names, "val/ratio", "val/num_eos_tokens"]:

@@ -412,7 +412,7 @@ def test_a_value_is_of_the_state_before_its_token(folder: Path) -> None:
 
 def test_rows_cut_only_padding_and_change_no_log_prob(make: Make) -> None:
     trainer = make(per_device_train_batch_size=12)
-    rollout = trainer.rollout(rows_of(PROMPTS))
+    rollout = trainer.advantages(trainer.rollout(rows_of(PROMPTS)))
     short = rollout.lengths.argsort()[:4]
     for index in (short, torch.tensor([4]), torch.arange(12), slice(2, 5)):
         part = rollout.rows(index)
@@ -451,7 +451,7 @@ def test_a_rollout_holds_what_the_formulas_say(
     trainer = make(
         shared_base(folder, policy_seed=2), kl_estimator=kl_estimator, whiten_rewards=whiten_rewards, **config
     )
-    rollout = trainer.rollout(rows_of(PROMPTS))
+    rollout = trainer.advantages(trainer.rollout(rows_of(PROMPTS)))
     assert 0 < rollout.ended.sum() < 12
     lengths = rollout.lengths.tolist()
     reward_model = trainer.sampler.reward_scores(rollout)
@@ -498,7 +498,7 @@ def test_the_first_mini_batch_has_kl_zero_and_ratio_one(folder: Path, tmp_path: 
         temperature=0.7,
         rollout_micro_batch_size=5,
     )
-    rollout = trainer.rollout(rows_of(PROMPTS))
+    rollout = trainer.advantages(trainer.rollout(rows_of(PROMPTS)))
     assert torch.equal(rollout.log_probs, rollout.ref_log_probs) and rollout.log_probs.any()
     assert trainer.sampler.batch_size == 5
     trainer.train()
@@ -522,14 +522,14 @@ def test_micro_batches_and_accumulation_change_nothing(folder: Path, make: Make,
             optim="sgd",  # Adam would hide a wrong scale, and make much of rounding where the gradient is almost zero
             learning_rate=0.1,
         )
-        rollout = rollout or trainer.rollout(rows_of(prompts))
+        rollout = rollout or trainer.advantages(trainer.rollout(rows_of(prompts)))
         assert rollout.lengths.max() > 3 * rollout.lengths.min()
         before = {role: weights(trainer, role) for role in ("policy", "critic")}
         trainer.create_optimizer()
         for rows in torch.arange(8).split(trainer.config.mini_batch_size):
             trainer.optimizer_step(rollout, rows)
         assert all((weights(trainer, role) - before[role]).abs().max() > 1e-4 for role in before)
-        found.append(([weights(trainer, role) for role in before], trainer._sums))
+        found.append(([weights(trainer, role) for role in before], trainer.metrics.values))
     (one, logged), (other, other_logged) = found
     torch.testing.assert_close(other, one, rtol=0, atol=1e-6)
     assert {"loss/policy_avg", "loss/value_avg", "policy/grad_norm", "critic/grad_norm"} <= other_logged.keys()
@@ -542,7 +542,7 @@ def test_a_mini_batchs_step_knows_nothing_of_the_other_rows(folder: Path, make: 
     for alone in (False, True):
         options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "per_device_train_batch_size": 12}
         trainer = make(shared_base(folder, policy_seed=2), **options)
-        rollout = rollout or trainer.rollout(rows_of(PROMPTS))
+        rollout = rollout or trainer.advantages(trainer.rollout(rows_of(PROMPTS)))
         trainer.create_optimizer()
         trainer.optimizer_step(*((rollout.rows(rows), torch.arange(4)) if alone else (rollout, rows)))
         found.append([weights(trainer, role) for role in ("policy", "critic")])
@@ -691,7 +691,7 @@ def test_an_ensemble_changes_the_score(folder: Path, make: Make) -> None:
         add_reward_role(model, "reward_1", seed=5)
         trainer = make(model, **options)
         torch.manual_seed(0)
-        rollout = trainer.rollout(rows_of(PROMPTS[:4]))
+        rollout = trainer.advantages(trainer.rollout(rows_of(PROMPTS[:4])))
         both = torch.stack([trainer.sampler.reward_scores(rollout, role) for role in ("reward", "reward_1")])
         found[name] = rollout.scores, both
     both = found["mean"][1]
@@ -708,7 +708,7 @@ def test_advantages_compare_the_responses_to_one_prompt(folder: Path, make: Make
     model = shared_base(folder, policy_seed=2, roles=("policy", "reference", "reward"))
     trainer = make(model, advantage_estimator=estimator, num_generations=3, per_device_train_batch_size=6, kl_coef=0.3)
     rows = [row for row in rows_of(PROMPTS[:2]) for _ in range(3)]
-    rollout = trainer.rollout(rows)
+    rollout = trainer.advantages(trainer.rollout(rows))
     assert rollout.values is None and rollout.returns is None
     mask, score = rollout.response_mask, rollout.scores.tolist()
     kl = ((rollout.log_probs - rollout.ref_log_probs) * mask).tolist()
@@ -745,7 +745,7 @@ def test_grpos_penalty_is_in_the_loss(folder: Path, make: Make) -> None:
     model = shared_base(folder, policy_seed=2)
     options = {"advantage_estimator": "grpo", "num_generations": 2, "kl_coef": 0.7, "reward_funcs": share_of_w7}
     trainer = make(model, **options)
-    rollout = trainer.rollout([row for row in rows_of(PROMPTS[:2]) for _ in range(2)])
+    rollout = trainer.advantages(trainer.rollout([row for row in rows_of(PROMPTS[:2]) for _ in range(2)]))
     rollout.advantages.zero_()
     tokens = rollout.response_mask.sum()
     with model.role("policy"):
@@ -1034,7 +1034,7 @@ def test_reward_functions_get_the_rows_and_their_sum_is_the_score(make: Make) ->
 
     trainer = make(reward_funcs=[numbers, lengths])
     rows = rows_of(PROMPTS[:4])
-    rollout = trainer.rollout(rows)
+    rollout = trainer.advantages(trainer.rollout(rows))
     tokens = rollout.lengths.tolist()
     assert rollout.scores.tolist() == [0.0, 10.0 + tokens[1], 20.0 + tokens[2], 30.0 + tokens[3]]
     assert seen["prompts"] == [row["prompt"] for row in rows] and seen["columns"] == {"number": [0, 1, 2, 3]}
@@ -1055,7 +1055,7 @@ def test_conversational_prompts_get_messages(make: Make) -> None:
 
     rows = [{"prompt_ids": p, "prompt": [{"role": "user", "content": f"w{p[0]}"}]} for p in PROMPTS]
     trainer = make(train_dataset=Dataset.from_list(rows), reward_funcs=judge)
-    rollout = trainer.rollout(rows)
+    rollout = trainer.advantages(trainer.rollout(rows))
     texts = trainer.sampler.texts(rollout)
     assert seen == [
         (row["prompt"], [{"role": "assistant", "content": text}]) for row, text in zip(rows, texts, strict=True)
@@ -1069,7 +1069,7 @@ def test_a_wrong_number_of_rewards_names_the_function(make: Make, result: list[f
 
     trainer = make(reward_funcs=miscounting)
     with pytest.raises(ValueError, match=rf"'miscounting' returned {len(result)} rewards for 4 responses"):
-        trainer.rollout(rows_of(PROMPTS[:4]))
+        trainer.advantages(trainer.rollout(rows_of(PROMPTS[:4])))
 
 
 def test_two_reward_functions_of_one_name_are_refused(make: Make) -> None:

@@ -1,11 +1,14 @@
-"""PPO on a shared base: rollout -> score -> advantages -> update -> log.
+"""PPO on a shared base: rollout, advantages, update, log, adapt.
 
 One step of the Trainer is one PPO update: a rollout, then `num_ppo_epochs` passes of `num_mini_batches` optimizer steps
 over it. Logging, evaluation, checkpoints and the learning-rate schedule count updates, so a checkpoint always lies on a
 rollout boundary.
+
+B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 """
 
 import copy
+import dataclasses
 import json
 import math
 import time
@@ -28,8 +31,9 @@ from ...model.sampler import Sampler, state_values, text_loss
 from ...model.shared import SharedBase
 from ..compare import Evaluator, held_out_texts, quality
 from ..options import PPOConfig
-from ..ppo import objectives
 from ..scores import ROLE, RewardFunc, Rewards, resolve_rewards
+from . import objectives
+from .metrics import Metrics, rollout_metrics
 from .roles import copies
 from .rollout import Rollout
 
@@ -87,8 +91,7 @@ class PPOTrainer(Trainer):
             model.add_role(role, exact=True)
             model.copy_role("policy", role)
         self.samples: list[dict[str, Any]] = []  # of the last evaluation
-        self._sums: dict[str, list[float]] = defaultdict(list)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self.metrics = Metrics()
 
         # The Trainer counts whole rollouts, so it must neither accumulate nor see less than one rollout as a batch.
         counting = copy.copy(args)
@@ -146,32 +149,19 @@ class PPOTrainer(Trainer):
         """One PPO update, from the prompts in `inputs` to the last optimizer step, whose loss it returns."""
         start = time.perf_counter()
         self.model.train()
-        inputs = [row for row in inputs for _ in range(self.config.num_generations)]
-        rollout = self.rollout(inputs)
-        stop = self.config.max_kl is not None and self.guard(rollout)
-        if not stop:
-            with self.phase("update"):
-                for _ in range(self.config.num_ppo_epochs):
-                    order = torch.randperm(len(inputs)).to(rollout.input_ids.device)
-                    for rows in order.split(self.config.mini_batch_size):
-                        self.optimizer_step(rollout, rows)
-        self.record(rollout, time.perf_counter() - start)
-        if stop:
-            return torch.zeros((), device=self.args.device)
-        if self.config.ema_decay is not None:
-            self.model.copy_role("policy", "ema", 1 - self.config.ema_decay)
-        if self.config.target_kl is not None:
-            kl, target = mean_kl(rollout), self.config.target_kl
-            self.kl_coef = objectives.adapted_kl_coef(self.kl_coef, kl, target, len(inputs), self.config.kl_horizon)
-        loss = sum(
-            coef * self._sums[name][-1]
-            for name, coef in (("loss/policy_avg", 1.0), ("loss/value_avg", self.config.vf_coef))
-            if name in self._sums
-        )
-        if not math.isfinite(loss):
-            raise RuntimeError(
-                f"The PPO loss is {loss} at update {self.state.global_step + 1}: lower ppo.learning_rate."
-            )
+        # 1. Rollout: the policy answers each prompt, and every role says what it makes of the answers.
+        rollout = self.rollout([row for row in inputs for _ in range(self.config.num_generations)])
+        # 2. Advantages: how much better each token did than was expected.
+        rollout = self.advantages(rollout)
+        # 3. Update: optimizer steps on the rollout, unless the policy has left its budget of KL.
+        stops = self.config.max_kl is not None and self.guard(rollout)
+        loss = 0.0 if stops else self.update(rollout)
+        # 4. Log.
+        penalty, seconds = self.non_score_reward(rollout), time.perf_counter() - start
+        self.metrics.add(rollout_metrics(rollout, penalty, self.kl_coef, seconds))
+        # 5. Adapt what follows the policy: its moving average, and the weight of the KL penalty.
+        if not stops:
+            self.adapt(rollout)
         return torch.tensor(loss, device=self.args.device)
 
     def guard(self, rollout: Rollout) -> bool:
@@ -180,7 +170,7 @@ class PPOTrainer(Trainer):
         Returns whether training stops here.
         """
         assert self.config.max_kl is not None
-        if mean_kl(rollout) > self.config.max_kl:
+        if rollout.mean_kl > self.config.max_kl:
             for role in ("policy", *(["ema"] if self.result == "ema" else [])):
                 self.model.copy_role("best", role)
             self.control.should_training_stop = True
@@ -192,7 +182,7 @@ class PPOTrainer(Trainer):
         return False
 
     def rollout(self, rows: list[dict[str, Any]]) -> Rollout:
-        """Sample a response to each row's prompt, and find everything the update needs to know of it.
+        """Sample a response to each row's prompt, and score it by every role.
 
         Rows of the same prompt, `num_generations` of them, stand side by side.
         """
@@ -200,71 +190,92 @@ class PPOTrainer(Trainer):
             samples = self.sampler.sample("policy", [row["prompt_ids"] for row in rows])
         with self.phase("score"):
             raw, logs = self.rewards.raw(rows, samples)
-            scores = self.rewards.train(raw, samples)
+            self.metrics.add(logs)
             log_probs, entropy = self.sampler.log_probs("policy", samples, with_entropy=True)
             ref_log_probs, _ = self.sampler.log_probs("reference", samples)
-            values = self.sampler.values(samples) if self.config.has_critic else None
-        for name, value in logs.items():
-            self._sums[name].append(value)
-        kl = objectives.kl_penalty(log_probs, ref_log_probs, self.config.kl_estimator or "k1")
-        advantages, returns = self.advantages(scores, kl, values, samples.response_mask)
-        return Rollout(
-            **vars(samples),
-            log_probs=log_probs,
-            ref_log_probs=ref_log_probs,
-            entropy=entropy,
-            scores=scores,
-            advantages=advantages,
-            values=values,
-            returns=returns,
-        )
+            return Rollout(
+                **vars(samples),
+                log_probs=log_probs,
+                ref_log_probs=ref_log_probs,
+                entropy=entropy,
+                scores=self.rewards.training_scores(raw, samples),
+                values=self.sampler.values(samples) if self.config.has_critic else None,
+            )
 
-    def advantages(
-        self, scores: Tensor, kl: Tensor, values: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Advantages (B, T) by `advantage_estimator` and, for gae, returns (B, T). The policy loss is PPO's for all.
-
-        Args:
-            scores: (B,). kl, values, mask: (B, T).
-        """
-        config, group = self.config, self.config.num_generations
+    def advantages(self, rollout: Rollout) -> Rollout:
+        """The rollout with advantages (B, T) by `advantage_estimator` and, for gae, returns (B, T)."""
+        config, group, mask, scores = self.config, self.config.num_generations, rollout.response_mask, rollout.scores
+        kl = self.kl_penalty(rollout)  # (B, T)
         if config.advantage_estimator == "grpo":
-            return objectives.group_normalized(scores, group)[:, None] * mask, None
+            advantages = objectives.group_normalized(scores, group)[:, None] * mask
+            return dataclasses.replace(rollout, advantages=advantages)
         if config.advantage_estimator == "rloo":
-            returns = objectives.token_rewards(scores, kl, mask, self.kl_coef).sum(1)  # (B,)
-            return objectives.leave_one_out(returns, group)[:, None] * mask, None
+            whole = objectives.token_rewards(scores, kl, mask, self.kl_coef).sum(1)  # (B,)
+            advantages = objectives.leave_one_out(whole, group)[:, None] * mask
+            return dataclasses.replace(rollout, advantages=advantages)
         if config.advantage_estimator == "reinforce++" and group > 1:
             # The paper's variant with a baseline; a single response has none.
             scores = (scores.view(-1, group) - scores.view(-1, group).mean(1, keepdim=True)).flatten()
-        rewards = objectives.token_rewards(scores, kl, mask, self.kl_coef)
+        rewards = objectives.token_rewards(scores, kl, mask, self.kl_coef)  # (B, T)
         if config.whiten_rewards:
             rewards = objectives.whiten(rewards, mask, shift_mean=False)
-        if values is None:
-            return objectives.whiten(objectives.returns_to_go(rewards, mask, config.gamma), mask), None
-        advantages, returns = objectives.gae(rewards, values, mask, config.gamma, config.lam)
-        return objectives.whiten(advantages, mask), returns
+        if rollout.values is None:
+            to_go = objectives.returns_to_go(rewards, mask, config.gamma)
+            return dataclasses.replace(rollout, advantages=objectives.whiten(to_go, mask))
+        advantages, returns = objectives.gae(rewards, rollout.values, mask, config.gamma, config.lam)
+        return dataclasses.replace(rollout, advantages=objectives.whiten(advantages, mask), returns=returns)
 
-    def optimizer_step(self, rollout: Rollout, rows: Tensor) -> None:
+    def update(self, rollout: Rollout) -> float:
+        """`num_ppo_epochs` passes over the rollout in mini-batches. Returns the loss of the last one.
+
+        Raises RuntimeError where that is not finite.
+        """
+        loss = 0.0
+        with self.phase("update"):
+            for _ in range(self.config.num_ppo_epochs):
+                order = torch.randperm(len(rollout.scores)).to(rollout.input_ids.device)
+                for rows in order.split(self.config.mini_batch_size):
+                    loss = self.optimizer_step(rollout, rows)
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"The PPO loss is {loss} at update {self.state.global_step + 1}: lower ppo.learning_rate."
+            )
+        return loss
+
+    def adapt(self, rollout: Rollout) -> None:
+        """Move the average after the policy (`ema_decay`), and `kl_coef` after the KL (`target_kl`)."""
+        config = self.config
+        if config.ema_decay is not None:
+            self.model.copy_role("policy", "ema", 1 - config.ema_decay)
+        if config.target_kl is not None:
+            episodes = len(rollout.scores)
+            self.kl_coef = objectives.adapted_kl_coef(
+                self.kl_coef, rollout.mean_kl, config.target_kl, episodes, config.kl_horizon
+            )
+
+    def optimizer_step(self, rollout: Rollout, rows: Tensor) -> float:
         """One step on a mini-batch: the policy's forward and backward, then the critic's, in micro-batches.
 
-        The two never share a graph, because a backward must run under the role of its forward.
+        The two never share a graph, because a backward must run under the role of its forward. Returns the loss, the
+        policy's and `vf_coef` times the critic's, without the language-model loss of `ptx`.
         """
         rows = rows[rollout.attention_mask[rows].sum(1).argsort()]  # rows of like length share a micro-batch
-        totals: dict[str, float] = {}
+        total = 0.0
         warming_up = self.state.global_step < self.config.critic_warmup_steps
         for role in self.trained[1:] if warming_up else self.trained:
             with self.phase(f"update_{role}"), self.model.role(role):
-                totals |= self.backward(role, rollout, rows)
+                loss, averages = self.backward(role, rollout, rows)
+            total += loss
             if self.config.max_grad_norm > 0:
                 norm = self.accelerator.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm)
-                totals[f"{role}/grad_norm"] = float(norm or 0)
+                averages[f"{role}/grad_norm"] = float(norm or 0)
+            self.metrics.add(averages)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for name, value in totals.items():
-            self._sums[name].append(value)
+        return total
 
-    def backward(self, role: str, rollout: Rollout, rows: Tensor) -> dict[str, float]:
-        """Gradients of the active role on a mini-batch, and the mini-batch's averages.
+    def backward(self, role: str, rollout: Rollout, rows: Tensor) -> tuple[float, dict[str, float]]:
+        """Gradients of the active role on a mini-batch. Returns its loss, and the mini-batch's averages.
 
         With `per_device_train_batch_size=auto` it begins again in half the size where memory runs out.
         """
@@ -273,29 +284,33 @@ class PPOTrainer(Trainer):
         ptx = role == "policy" and self.config.ptx_coef > 0
         # Drawn before the work, which may begin again.
         texts = self.random_texts(self.config.ptx_batch_size or len(rows)) if ptx else []
+        losses: list[float] = []
+        averages: dict[str, float] = defaultdict(float)
 
         def work() -> None:
-            totals.clear()
+            losses.clear()
+            averages.clear()
             for parameter in self.model.parameters_of(role):
                 parameter.grad = None
             for micro in rows.split(self.micro_batch_size):
-                loss, sums = loss_of(rollout.rows(micro), tokens)
+                loss, shares = loss_of(rollout.rows(micro), tokens)
                 self.accelerator.backward(loss)
-                for name, value in sums.items():
-                    totals[name] += value.item()
+                losses.append(loss.item())
+                for name, share in shares.items():
+                    averages[name] += share.item()
             if texts:
-                totals["loss/ptx_avg"] = self.ptx_backward(texts)
+                averages["loss/ptx_avg"] = self.ptx_backward(texts)
 
-        totals: dict[str, float] = defaultdict(float)
         if "per_device_train_batch_size" not in self.config.auto_sizes:
             work()
         else:
             while ran_out(work):
                 self.micro_batch_size = halved(min(self.micro_batch_size, len(rows)), "per_device_train_batch_size")
-        return totals
+        return sum(losses), averages
 
     def policy_loss(self, batch: Rollout, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped policy loss of a micro-batch, and its share in the mini-batch's averages over `tokens` tokens."""
+        assert batch.advantages is not None
         with self.accelerator.autocast():
             log_probs, _ = self.model.log_probs(
                 batch.input_ids, batch.attention_mask, batch.response_mask, self.config.temperature
@@ -359,57 +374,31 @@ class PPOTrainer(Trainer):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of a block to `time/<name>` of the next log, in seconds. An error says what was being done."""
-        start = time.perf_counter()
         try:
-            yield
+            with self.metrics.timed(name):
+                yield
         except RuntimeError as error:
             if name in DOING:
                 error.add_note(DOING[name].format(rows=self.sampler.batch_size, micro=self.micro_batch_size))
             raise
-        finally:
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._seconds[name] += time.perf_counter() - start
 
-    def record(self, rollout: Rollout, seconds: float) -> None:
-        """Add an update's metrics, under TRL's names, to those of the next log. KL and entropy are sums over a row."""
-        mask, sums = rollout.response_mask, self._sums
-        non_score = self.non_score_reward(rollout)
-        for name, value in {
-            "objective/kl": mean_kl(rollout),
-            "objective/kl_coef": self.kl_coef,
-            "objective/entropy": -rollout.log_probs.sum(1).mean(),
-            "objective/non_score_reward": non_score.mean(),
-            "objective/rlhf_reward": (rollout.scores + non_score).mean(),
-            "objective/scores": rollout.scores.mean(),
-            "policy/entropy_avg": objectives.masked_mean(rollout.entropy, mask),
-            "val/num_eos_tokens": rollout.ended.sum(),
-            "response_length": mask.sum(1).float().mean(),
-            "without_eos": 1 - rollout.ended.float().mean(),
-            "tokens_per_second": mask.sum() / seconds,
-        }.items():
-            sums[name].append(float(value))
-        if rollout.values is not None and rollout.returns is not None:
-            explained = objectives.explained_variance(rollout.values, rollout.returns, mask)
-            sums["val/explained_variance"].append(explained.item())
+    def kl_penalty(self, rollout: Rollout) -> Tensor:
+        """The estimate (B, T) of each token's KL to the reference, by `kl_estimator`."""
+        estimator = self.config.kl_estimator or "k1"
+        return objectives.kl_penalty(rollout.log_probs, rollout.ref_log_probs, estimator)
 
     def non_score_reward(self, rollout: Rollout) -> Tensor:
         """The KL penalty's part (B,) of each response's reward."""
-        estimator = self.config.kl_estimator or "k1"
-        penalty = objectives.kl_penalty(rollout.log_probs, rollout.ref_log_probs, estimator) * rollout.response_mask
-        return -self.kl_coef * penalty.sum(1)
+        return -self.kl_coef * (self.kl_penalty(rollout) * rollout.response_mask).sum(1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the log of a training step; evaluation and the end of training log what they were given
-            logs |= {name: sum(values) / len(values) for name, values in self._sums.items()}
-            logs |= {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+            logs |= self.metrics.flush()
             logs["episode"] = self.state.global_step * self.config.rollout_size
             logs["memory/peak_mib"] = peak_memory_mib()
             if self.config.auto_sizes:
                 logs["auto/per_device_train_batch_size"] = self.micro_batch_size
                 logs["auto/rollout_micro_batch_size"] = self.sampler.batch_size
-            self._sums.clear()
-            self._seconds.clear()
         super().log(logs, start_time)
 
     # What the Trainer asks of a subclass
@@ -482,8 +471,3 @@ def check_fit(config: PPOConfig, prompts: int, has_texts: bool) -> None:
         )
     if config.ptx_coef and not has_texts:
         raise ValueError("ppo.ptx_coef mixes in texts and there are none: set ptx.data.")
-
-
-def mean_kl(rollout: Rollout) -> float:
-    """Mean over the responses of the KL to the reference, in nats: the sum over each response's tokens."""
-    return (rollout.log_probs - rollout.ref_log_probs).sum(1).mean().item()
