@@ -63,8 +63,10 @@ def _command(run: Run) -> str:
     changed = _changes(run.recipe, load(name)) if name in recipe_names() else None
     if changed is not None:
         return " ".join(["rlhf-recipes run", name, *map(_quoted, changed), "--run-dir", _quoted(again)])
-    code = "from pathlib import Path; from rlhf_recipes import run; from rlhf_recipes.recipe import of_run; "
-    return f"python -c {_quoted(f'{code}run(of_run(Path({where!r})), Path({again!r}))')}"
+    code = (
+        "from pathlib import Path; from rlhf_recipes import run; from rlhf_recipes.records.folder import read_recipe; "
+    )
+    return f"python -c {_quoted(f'{code}run(read_recipe(Path({where!r})), Path({again!r}))')}"
 
 
 def _where(run: Run) -> str:

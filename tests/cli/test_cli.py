@@ -156,5 +156,10 @@ def test_an_installed_wheel_has_the_command_and_the_recipes(tmp_path: Path) -> N
     assert [line.split()[0] for line in listed.stdout.splitlines()] == recipe_names(), listed.stderr
     for name in recipe_names():
         assert f"name={name}" in command(script, "show", name, cwd=tmp_path, path=site).stdout
-    where = command("-c", "from rlhf_recipes.recipe import find; print(find('mistral-7b-hh'))", cwd=tmp_path, path=site)
+    where = command(
+        "-c",
+        "from rlhf_recipes.recipe.lookup import recipe_file; print(recipe_file('mistral-7b-hh'))",
+        cwd=tmp_path,
+        path=site,
+    )
     assert Path(where.stdout.strip()) == site / "rlhf_recipes" / "recipes" / "mistral_7b_hh.py"

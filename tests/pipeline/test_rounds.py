@@ -80,7 +80,7 @@ def test_a_journal_names_the_line_that_is_none(tmp_path: Path, line: str, part: 
 def test_a_full_disk_costs_no_row_but_the_one_that_did_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
-        "import resource, signal, sys; from pathlib import Path; from rlhf_recipes.files import Journal;"
+        "import resource, signal, sys; from pathlib import Path; from rlhf_recipes.records.files import Journal;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); journal = Journal(Path(sys.argv[1]));"
         "limit = lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY));"
         "[journal.append({'id': name}) for name in 'ab']; limit(journal.path.stat().st_size + 5)\n"

@@ -195,7 +195,7 @@ def test_a_variant_that_fails_in_its_process_says_where_to_look(recipe: Recipe, 
 
 
 def test_the_process_of_a_variant_ends_with_its_parent() -> None:
-    code = "from rlhf_recipes.sweep import end_with_parent; print('there', flush=True); end_with_parent()"
+    code = "from rlhf_recipes.cli.variant import end_with_parent; print('there', flush=True); end_with_parent()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == b"there\n" and process.poll() is None

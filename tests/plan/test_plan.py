@@ -283,7 +283,7 @@ def test_sizes() -> None:
 
 def test_plan_prints_a_table_or_json(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.py"
-    file.write_text(f"from rlhf_recipes.recipe import *\nrecipe = {recipe!r}\n")
+    file.write_text(f"from rlhf_recipes.recipe.values import *\nrecipe = {recipe!r}\n")
     main_cli(["plan", str(file), "--gpu", "100MiB", "--json", "ppo.response_length=20"])
     found = json.loads(capsys.readouterr().out)
     assert found["limit_mib"] == 100 and set(found["stages"]) == set(STAGES)

@@ -240,8 +240,8 @@ def test_hh_batches_are_the_papers() -> None:
 def test_loading_every_recipe_is_fast_and_imports_no_torch() -> None:
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "from rlhf_recipes.recipe import load, names\n"
-        "[load(name) for name in names()]\n"
+        "from rlhf_recipes.recipe.lookup import load, recipe_names\n"
+        "[load(name) for name in recipe_names()]\n"
         "print(time.perf_counter() - start, *{'torch', 'trl', 'transformers', 'peft', 'numpy'} & set(sys.modules))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
