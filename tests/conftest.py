@@ -31,6 +31,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+NEEDS = {"a GPU": "needs a CUDA device", "vLLM": "needs vLLM", "`make parity`": "make parity"}  # -> part of the reason
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at last how many tests were skipped for want of what."""
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())]
+    counts = {what: sum(part in reason for reason in reasons) for what, part in NEEDS.items()}
+    others = len(reasons) - sum(counts.values())
+    parts = [f"{count} need {what}" for what, count in counts.items() if count]
+    parts += [f"{others} for other reasons, see above"] * bool(others)
+    if parts:
+        terminalreporter.write_line(f"Skipped: {', '.join(parts)}.")
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -28,12 +28,6 @@ from rlhf_recipes.stages.job import Job
 from rlhf_recipes.worlds.tiny import comparisons, gold, labeler
 
 
-def shorter_first(prompts: list[Any], responses: list[list[Any]], seed: int) -> list[list[int]]:
-    """A labeler who likes short answers."""
-    lengths = [[len(text) for text in of_prompt] for of_prompt in responses]
-    return [[1 + sorted(of_prompt).index(length) for length in of_prompt] for of_prompt in lengths]
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return make_recipe(tmp_path_factory.mktemp("rounds"))
@@ -107,7 +101,7 @@ def test_a_recipe_comes_back_from_its_file(recipe: Recipe, finished: Path) -> No
 def test_rounds_are_set_key_by_key(recipe: Recipe) -> None:
     words = ["rounds.temperatures=[0.7, 1.0]", "rounds.models=('sft','ppo')", "rounds.size=5"]
     changed = replace(recipe, **parse_overrides(words))
-    assert changed.rounds == Rounds(3, f"{__file__}:shorter_first", None, 5, 3, ("sft", "ppo"), (0.7, 1.0))
+    assert changed.rounds == Rounds(3, recipe.rounds.labeler, None, 5, 3, ("sft", "ppo"), (0.7, 1.0))
     one = replace(recipe, **parse_overrides(["rounds.temperatures=0.7", "rounds.models=sft"])).rounds
     assert one is not None and (one.temperatures, one.models) == ((0.7,), ("sft",))
     assert replace(replace(recipe, rounds=None), rounds={"size": 7}).rounds == Rounds(size=7)

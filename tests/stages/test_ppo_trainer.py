@@ -552,7 +552,7 @@ def test_a_mini_batchs_step_knows_nothing_of_the_other_rows(folder: Path, make: 
 def test_every_pass_takes_each_row_once_in_another_order(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(num_mini_batches=3, num_ppo_epochs=3, total_episodes=12)
     step, taken = trainer.optimizer_step, []
-    monkeypatch.setattr(trainer, "optimizer_step", lambda rollout, rows: (taken.append(rows), step(rollout, rows)))
+    monkeypatch.setattr(trainer, "optimizer_step", lambda rollout, rows: taken.append(rows) or step(rollout, rows))
     trainer.train()
     assert [len(rows) for rows in taken] == [4] * 9
     passes = [torch.cat(taken[i : i + 3]).tolist() for i in (0, 3, 6)]
@@ -1229,7 +1229,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert stopped.state.global_step == 2
     resumed = make(shared_base(folder, policy_seed=9), **run)  # the checkpoint brings the policy, whatever it is here
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for role in (*ROLES, *straight._copies()):
+    for role in (*ROLES, *copies(straight.config)):
         assert torch.equal(weights(resumed, role), weights(straight, role))
     assert (resumed.kl_coef, resumed.best_reward) == (straight.kl_coef, straight.best_reward)
     assert resumed.rewards.state_dict() == straight.rewards.state_dict()
@@ -1298,7 +1298,7 @@ def test_the_policy_at_the_end_is_the_best_checkpoints_to_the_bit(
     assert not torch.equal(policies.at[2], policies.at[6]) and trainer.state.global_step == 6
     other = make(shared_base(folder, policy_seed=9), **options)
     other._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
-    for role in (*trainer.trained, *trainer._copies()):
+    for role in (*trainer.trained, *copies(trainer.config)):
         assert torch.equal(weights(trainer, role), weights(other, role))
     assert trainer.kl_coef == other.kl_coef
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}

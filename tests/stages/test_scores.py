@@ -59,7 +59,7 @@ def rewards(tmp_path: Path, sources: Any, roles: Any = None, **options: Any) -> 
 
 
 def trained(found: Rewards, spoken: Spoken) -> list[float]:
-    return found.train(found.raw(ROWS, spoken.samples)[0], spoken.samples).tolist()
+    return found.training_scores(found.raw(ROWS, spoken.samples)[0], spoken.samples).tolist()
 
 
 def test_sources_are_weighted_summed_and_logged_apart(tmp_path: Path) -> None:

@@ -22,6 +22,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def shorter_first(prompts: list[Any], responses: list[list[Any]], seed: int) -> list[list[int]]:
+    """A labeler who likes short answers."""
+    lengths = [[len(text) for text in of_prompt] for of_prompt in responses]
+    return [[1 + sorted(of_prompt).index(length) for length in of_prompt] for of_prompt in lengths]
+
+
 def make_recipe(folder: Path) -> Recipe:
     """A recipe of three rounds on a tiny random model and rows in the folder."""
     save_model(folder / "base")
