@@ -31,6 +31,7 @@ from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.recipe.values import Base, Lora, PPOStage, Recipe
 from rlhf_recipes.stages.inputs import prepare_stage
 from rlhf_recipes.stages.options import PPOConfig
+from rlhf_recipes.stages.ppo.roles import copies
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.reward.adapters import check_probes
 
