@@ -5,13 +5,16 @@ STAMP := .venv/.installed
 # TRL 1.12.0 needs a virtual environment of its own.
 PARITY := .venv-parity
 
-.PHONY: demo test lint parity clean
+.PHONY: demo test test-long lint parity clean
 
 demo: $(STAMP)  ## the whole pipeline on a tiny model, on a CPU
 	$(BIN)/rlhf-recipes run tiny
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-long: $(STAMP)  ## what proves the same at full size
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check
