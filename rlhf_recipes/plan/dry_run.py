@@ -101,7 +101,6 @@ def checkpointing(model: Any, shape: Shape) -> None:
         model.activation_checkpointing_enable({"use_reentrant": shape.checkpointing == "reentrant"})
 
 
-@functools.cache
 def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> dict[str, float]:
     """Bytes at so many layers: adapters, gradients, optimizer, kv_cache, and a `Trace` of each phase."""
     at_once = chunks.CPU_ROWS

@@ -23,7 +23,8 @@ from ..stages.configure import configure
 from ..stages.options import PPOConfig
 from ..stages.ppo.roles import Role, ppo_roles
 from ..stages.reward.adapters import JUDGE
-from .dry_run import Shape, dry_run
+from .dry_run import Shape
+from .kept import kept_dry_run
 from .meter import Trace
 from .skeleton import read_config, skeleton, weight_bytes
 
@@ -184,9 +185,9 @@ def at_full_depth(shape: Shape) -> dict[str, float]:
     text = read_config(shape.base).get_text_config()
     depth = text.num_hidden_layers
     low, high = min(depth, LAYERS[0]), min(depth, LAYERS[1])
-    numbers = dict(dry_run(shape, low))
+    numbers = dict(kept_dry_run(shape, low))
     steps = (depth - low) / max(1, high - low)
-    for name, value in dry_run(shape, high, training_only=True).items() if steps else ():
+    for name, value in kept_dry_run(shape, high, training_only=True).items() if steps else ():
         numbers[name] += (value - numbers[name]) * steps
     if "kv_cache" in numbers:
         numbers["kv_cache"] *= depth / low
