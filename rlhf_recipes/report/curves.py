@@ -10,8 +10,7 @@ from ..recipe.values import STAGES
 from . import charts, overoptimization
 from .blocks import Grid, Interval, Intervals, Picture, Table, TableRow, Words, duration, memory, percent
 from .charts import FAINT, Chart, Curve
-from .gather import PartContents, RunContents
-from .results import by_judge
+from .gather import PartContents, RunContents, by_judge
 from .shared import shared_by_runs
 
 

@@ -186,6 +186,11 @@ def title_of(model: str) -> str:
     return folder + colon + "/".join(TITLES.get(part, part) for part in name.split("/"))
 
 
+def by_judge(judge: str) -> str:
+    """A judge as the page names it after "judged by"."""
+    return JUDGES.get(judge, judge)
+
+
 def win_rates(run: RunContents) -> list[Row]:
     """Win rates as in `evaluation.json`, from there or else from the summary, the most trusted judge first."""
     if run.evaluation is not None:

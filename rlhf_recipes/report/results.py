@@ -7,15 +7,10 @@ from itertools import chain
 from typing import Any
 
 from .blocks import Answers, Interval, Intervals, Table, TableRow, Words, number, percent
-from .gather import JUDGES, Row, RunContents, best_win, model_results, prompts_of, title_of, trust, win_rates
+from .gather import Row, RunContents, best_win, by_judge, model_results, prompts_of, title_of, trust, win_rates
 from .shared import shared_by_runs
 
 ANSWERS = 1_500_000  # characters of answers in the page at most
-
-
-def by_judge(judge: str) -> str:
-    """A judge as the page names it after "judged by"."""
-    return JUDGES.get(judge, judge)
 
 
 def headline(run: RunContents) -> tuple[str, str]:

@@ -53,7 +53,7 @@ def write_run(
         {"chosen_score": 1.0, "rejected_score": n % 4 - 1.5, "chosen_length": 5 + n % 3, "rejected_length": 5}
         for n in range(40)
     ]
-    found = measure([{**row, "source": "people", "swapped_difference": 0.0} for row in pairs], [], 36)
+    card = measure([{**row, "source": "people", "swapped_difference": 0.0} for row in pairs], [], 36)
     metrics: list[dict[str, Any]] = [{"stage": "sft", "step": step, "loss": 1 / step} for step in (10, 20)]
     metrics += [{"stage": "reward", "step": step, "loss": 0.6, "accuracy": 0.7} for step in (10, 20)]
     samples = []
@@ -72,7 +72,7 @@ def write_run(
             samples.append(
                 {"stage": "ppo", "step": UPDATES, "model": model, **row, "score": better, "gold": better / 2}
             )
-    of_ppo = {
+    compared = {
         "models": {
             model: {"score": 0.0, "gold": 0.0, "kl": 0.0, "response_length": 14.5, "without_eos": 0.5}
             for model in ("base", "sft", "ppo")
@@ -82,13 +82,13 @@ def write_run(
     }
     results = {
         "sft": {"heldout_loss": 0.5, "heldout_token_accuracy": 0.8},
-        "reward": {"heldout_accuracy": 0.75, "members_accuracy": [0.75], "heldout_loss": 0.6, "card": found},
-        "ppo": of_ppo,
+        "reward": {"heldout_accuracy": 0.75, "members_accuracy": [0.75], "heldout_loss": 0.6, "card": card},
+        "ppo": compared,
     }
     data = {"source": "a file", "rows": 9, "train": 6, "heldout": 2, "dropped": {"too long": 1}}
     stages = {
-        stage: {"state": "done", "seconds": 60.0, "peak_memory_mib": 2048.0, "data": data, "results": of}
-        for stage, of in results.items()
+        stage: {"state": "done", "seconds": 60.0, "peak_memory_mib": 2048.0, "data": data, "results": result}
+        for stage, result in results.items()
     }
     manifest = {"stages": stages, "versions": {"torch": "2.13"}, "base": {"model": "m", "revision": None}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
