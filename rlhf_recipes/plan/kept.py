@@ -45,10 +45,10 @@ def entry_name(shape: Shape, layers: int, training_only: bool) -> str:
     base = {"precision": str(precision(shape.base))}
     base |= {name: getattr(shape.base, name) for name in ("quantization", "attn_implementation")}
     config = read_config(shape.base).to_dict()
-    del config["_name_or_path"]
+    config.pop("_name_or_path", None)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    known = [dataclasses.asdict(shape) | {"base": base}, layers, training_only, config, versions, code_digest()]
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    parts = [dataclasses.asdict(shape) | {"base": base}, layers, training_only, config, versions, code_digest()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 @functools.cache
