@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from argparse import Namespace
 from dataclasses import fields, replace
 from typing import Any
 
@@ -63,8 +62,11 @@ def _run(options: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def check_data(options: Namespace) -> dict[str, Any]:
-    """The report that the command's options ask for. Raises ValueError as `look` and `examine` do, or for options."""
+def check_data(options: argparse.Namespace) -> dict[str, Any]:
+    """The report that the command's options ask for, as `examine` returns it.
+
+    Raises ValueError for options, and as `survey_source` and `examine` do for data that cannot be read.
+    """
     from ..data.check import PURPOSES, examine, stages_for, survey_source
     from ..data.rows import accepted
     from ..recipe.lookup import load
@@ -76,21 +78,15 @@ def check_data(options: Namespace) -> dict[str, Any]:
     stage = stage or next(iter(stages_for(survey)), None)
     if stage is None:
         takes = "".join(f"\n  {name}: {accepted(name)}" for name in PURPOSES)
-        found = ", ".join(survey.ours) or "none"
-        raise ValueError(f"{source.data} has the columns: {found}. Map them with --columns. A stage takes:{takes}")
+        columns = ", ".join(survey.ours) or "none"
+        raise ValueError(f"{source.data} has the columns: {columns}. Map them with --columns. A stage takes:{takes}")
     survey.format(stage)
     tokenizer, limit = None, options.max_length
     if base is not None:
-        from ..model.base import load_tokenizer, longest_row
-        from ..pipeline.check import check_recipe
-        from ..stages.configure import CONFIGS
+        from ..model.base import load_tokenizer
 
-        config = check_recipe(recipe).get(stage) if recipe is not None else CONFIGS.get(stage)
         tokenizer = load_tokenizer(base)
-        if limit is None and stage == "ppo":
-            limit = longest_row(base, config.max_prompt_length, config.response_length, "ppo.response_length")
-        elif limit is None and config is not None:
-            limit = longest_row(base, config.max_length)
+        limit = _longest_row(base, recipe, stage) if limit is None else limit
     second = {"data": options.other, "split": options.other_split}
     second = {key: value for key, value in second.items() if value is not None}
     other = replace(source, **second, limit=None) if second else None
@@ -98,7 +94,21 @@ def check_data(options: Namespace) -> dict[str, Any]:
     return examine(survey, stage, tokenizer, limit, seed, other, options.rows, options.refused)
 
 
-def _base_of_options(options: Namespace, recipe: Recipe | None) -> Base | None:
+def _longest_row(base: Base, recipe: Recipe | None, stage: str) -> int | None:
+    """Tokens of the longest row that the recipe's stage takes, or without a recipe the stage as it is by default."""
+    from ..model.base import longest_row
+    from ..pipeline.check import check_recipe
+    from ..stages.configure import CONFIGS
+
+    config = check_recipe(recipe).get(stage) if recipe is not None else CONFIGS.get(stage)
+    if config is None:
+        return None
+    if stage == "ppo":
+        return longest_row(base, config.max_prompt_length, config.response_length, "ppo.response_length")
+    return longest_row(base, config.max_length)
+
+
+def _base_of_options(options: argparse.Namespace, recipe: Recipe | None) -> Base | None:
     """The model whose tokenizer and chat template the rows are seen through, if there is one."""
     changes: dict[str, Any] = {} if options.chat_template is None else {"chat_template": options.chat_template}
     changes |= {"trust_remote_code": True} if options.trust_remote_code else {}
@@ -109,7 +119,7 @@ def _base_of_options(options: Namespace, recipe: Recipe | None) -> Base | None:
     return None if base is None else replace(base, **changes)
 
 
-def _source_of_options(options: Namespace, recipe: Recipe | None) -> tuple[Source, str | None]:
+def _source_of_options(options: argparse.Namespace, recipe: Recipe | None) -> tuple[Source, str | None]:
     """What to check, and for which stage, as far as the options and the recipe say it."""
     from ..data.check import PURPOSES
 

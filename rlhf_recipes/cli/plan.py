@@ -31,22 +31,24 @@ def _run(options: argparse.Namespace) -> None:
         from ..plan.plan import plan_memory
 
         gpu = None if options.gpu is None else size_in_bytes(options.gpu)
-        plans = [(plan_memory(one, configs, gpu), one, configs) for one, configs in checked_variants(recipe)]
-        largest, recipe, configs = max(plans, key=lambda one: one[0].peak_mib)
-        found = plan_as_dict(recipe, configs, largest, gpu)
+        plans = [
+            (plan_memory(variant, configs, gpu), variant, configs) for variant, configs in checked_variants(recipe)
+        ]
+        largest, recipe, configs = max(plans, key=lambda planned: planned[0].peak_mib)
+        plan = plan_as_dict(recipe, configs, largest, gpu)
     if len(plans) > 1:
         print(f"Of {len(plans)} variants, {recipe.name} takes the most.", file=sys.stderr)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(plan, indent=2))
         return
     from rich.console import Console
 
     console = Console()
-    console.print(_plan_table(found, options.tflops))
-    for stage, of_stage in found["stages"].items():
-        if of_stage["changes"]:
+    console.print(_plan_table(plan, options.tflops))
+    for stage, planned in plan["stages"].items():
+        if planned["changes"]:
             console.print(f"[bold]{stage}[/]: what a change brings its peak to, in GiB")
-        for change in of_stage["changes"]:
+        for change in planned["changes"]:
             same = ", same results" if change["same_results"] else ""
             saves = f"{change['saves_mib'] / 1024:.2f} less{same}"
             console.print(f"  {change['peak_mib'] / 1024:6.2f}  {change['settings']}  ({saves})", highlight=False)
@@ -56,17 +58,17 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
-def _plan_table(found: Mapping[str, Any], tflops: float | None) -> "Table":
-    """A plan, as `advice.as_dict` gives it, with a column a stage."""
+def _plan_table(plan: Mapping[str, Any], tflops: float | None) -> "Table":
+    """A plan, as `plan_as_dict` gives it, with a column a stage."""
     from rich.table import Table
 
-    stages = found["stages"].values()
-    table = Table("", title=f"GiB of memory, of {found['limit_mib'] / 1024:.1f}")
-    for stage in found["stages"]:
+    stages = plan["stages"].values()
+    table = Table("", title=f"GiB of memory, of {plan['limit_mib'] / 1024:.1f}")
+    for stage in plan["stages"]:
         table.add_column(stage, justify="right")
 
-    def row(name: str, numbers: Iterable[float | None], style: str | None = None) -> None:
-        table.add_row(name, *("" if n is None else f"{n / 1024:.2f}" for n in numbers), style=style)
+    def row(name: str, sizes: Iterable[float | None], style: str | None = None) -> None:
+        table.add_row(name, *("" if mib is None else f"{mib / 1024:.2f}" for mib in sizes), style=style)
 
     for part in (name for name in next(iter(stages))["parts"] if name != "reserve"):
         row(part.replace("kv_cache", "KV cache"), (stage["parts"][part] for stage in stages))

@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> None:
     recipe = read_recipe(options.run)
     if options.prompts is None and recipe.ppo is None:
         raise ValueError(f"{options.run} has no ppo stage whose prompts could be taken: set --prompts.")
-    own = recipe.ppo.args.get("response_length", 53) if recipe.ppo is not None else 256
+    default_length = recipe.ppo.args.get("response_length", 53) if recipe.ppo is not None else 256
     with notes_to_stderr():
         from ..feedback.sample import SampleSettings, prompts_of, sample_responses
 
@@ -59,22 +59,23 @@ def _run(options: argparse.Namespace) -> None:
             models=tuple(options.models.split(",")),
             temperatures=_numbers("--temperatures", options.temperatures),
             k=options.k,
-            response_length=options.response_length or own,
+            response_length=options.response_length or default_length,
             seed=options.seed,
             similarity=options.similarity,
             attempts=options.attempts,
         )
         out = options.out or options.run / "feedback" / "samples.jsonl"
         prompts = prompts_of(recipe) if options.prompts is None else Source(options.prompts)
-        found = sample_responses(options.run, prompts, out, settings, options.batch_size, options.limit)
+        counts = sample_responses(options.run, prompts, out, settings, options.batch_size, options.limit)
     print(
-        f"{found['samples']:,} samples in {out}, {found['short']:,} of them with fewer than {options.k} responses; "
-        f"{found['left_out']:,} prompts left out, without two different ones.\n"
+        f"{counts['samples']:,} samples in {out}, {counts['short']:,} of them with fewer than {options.k} responses; "
+        f"{counts['left_out']:,} prompts left out, without two different ones.\n"
         f"Have people rank them with `rlhf-recipes label {out}`, or a model with `rlhf-recipes judge`."
     )
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
+    """The numbers of an option's text. Raises ValueError, naming the option, where they are none."""
     try:
         return tuple(float(number) for number in text.split(","))
     except ValueError as error:

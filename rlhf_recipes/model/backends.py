@@ -2,7 +2,7 @@
 
 A backend takes a role and prompts (token ids) and returns the responses, (t,) token ids each on the model's device.
 What follows a response's first stop token means nothing. Whatever sampled them, log-probabilities are computed anew by
-the forward that trains.
+the forward that trains. B rows, P prompt tokens (left-padded), T response tokens.
 """
 
 import importlib.metadata
@@ -38,12 +38,12 @@ def check_backend(name: str, quantization: str | None, dtype: torch.dtype) -> No
         return
     option = "ppo.generation_backend=vllm"
     try:
-        found = importlib.metadata.version("vllm")
+        installed = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        found = None
-    if found is None or found not in SpecifierSet(VLLM_VERSIONS):
+        installed = None
+    if installed is None or installed not in SpecifierSet(VLLM_VERSIONS):
         raise ValueError(
-            f"{option} needs vLLM {VLLM_VERSIONS}, and there is {f'vLLM {found}' if found else 'none'}: "
+            f"{option} needs vLLM {VLLM_VERSIONS}, and there is {f'vLLM {installed}' if installed else 'none'}: "
             f"pip install 'vllm{VLLM_VERSIONS}', or set ppo.generation_backend=native."
         )
     if not torch.cuda.is_available():
@@ -63,7 +63,7 @@ def make_backend(
 ) -> Backend:
     """The backend `name` for a sampler, whose model, temperature, stop tokens, lengths and batch size it takes.
 
-    The other arguments are of `vllm`: see `VLLM`. Raises ValueError as `check` does.
+    The other arguments are of `vllm`: see `VLLM`. Raises ValueError as `check_backend` does.
     """
     if name == "native":
         return sampler.generate
@@ -120,7 +120,7 @@ class Generate:
 
     def batch(self, prompts: list[list[int]]) -> Tensor:
         """Responses (B, T) to prompts that fit into one batch."""
-        ids, kept = self.sampler.pad_left(prompts)
+        ids, kept = self.sampler.pad_left(prompts)  # (B, P)
         output = self.sampler.model.causal.generate(
             input_ids=ids, attention_mask=kept, generation_config=self.config, past_key_values=self.cache
         )
@@ -147,6 +147,7 @@ class Static(Generate):
             self.cache = None  # the memory is training's
 
     def batch(self, prompts: list[list[int]]) -> Tensor:
+        """As `Generate.batch`, of `batch_size` rows always: where prompts are fewer, the last one fills up."""
         rows = min(self.sampler.batch_size, self.most)
         if self.cache is None or self.rows != rows:
             config = self.sampler.model.causal.config.get_text_config()
@@ -256,10 +257,10 @@ class VLLM:
             torch.cuda.empty_cache()
             self.llm.wake_up()
         with self.adapter(role) as adapter:
-            found = self.llm.generate(inputs, params, lora_request=adapter, use_tqdm=False)
+            results = self.llm.generate(inputs, params, lora_request=adapter, use_tqdm=False)
         if self.sleeps:
             self.llm.sleep()
-        return [torch.tensor(result.outputs[0].token_ids, device=sampler.model.device) for result in found]
+        return [torch.tensor(result.outputs[0].token_ids, device=sampler.model.device) for result in results]
 
     @contextmanager
     def adapter(self, role: str) -> Iterator[object]:

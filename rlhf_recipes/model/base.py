@@ -1,4 +1,4 @@
-"""The one base: loading it, its fingerprint, and SharedBase, which gives every role its adapter on it."""
+"""The one base: where it lies, its precision, its tokenizer, its weights and its fingerprint."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def precision(base: Base) -> torch.dtype:
 
 
 def cache_folder() -> Path:
-    """Where bases that a function builds are kept: $RLHF_RECIPES_CACHE, else beside the Hugging Face cache."""
+    """Where bases that a function builds, and dry runs, are kept: $RLHF_RECIPES_CACHE, or beside Hugging Face's."""
     return Path(os.environ.get("RLHF_RECIPES_CACHE") or Path(HF_HOME).parent / "rlhf_recipes").expanduser()
 
 
@@ -90,6 +90,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
     transformers' sequence classifiers pool at the last token that is not the padding token. Were padding also the token
     that ends a response, the reward model would be trained to read its score one token too early.
+
+    Raises ValueError where the tokenizer has no EOS token, or the chat template cannot be read.
     """
     tokenizer = AutoTokenizer.from_pretrained(
         model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
@@ -168,9 +170,9 @@ def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
     }
 
 
-def write_fingerprint(folder: Path, found: dict[str, Any]) -> None:
+def write_fingerprint(folder: Path, identity: dict[str, Any]) -> None:
     """Record beside a saved adapter the base that it was trained on."""
-    (folder / FINGERPRINT).write_text(json.dumps(found, indent=2) + "\n")
+    (folder / FINGERPRINT).write_text(json.dumps(identity, indent=2) + "\n")
 
 
 def check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
@@ -178,9 +180,9 @@ def check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / FINGERPRINT
     if not path.is_file():
         raise ValueError(f"{folder} holds no {FINGERPRINT}: it was not written by this package, or not finished.")
-    found = json.loads(path.read_text())
+    saved = json.loads(path.read_text())
     differences = [
-        f"{key}: {found.get(key)} there, {wanted[key]} here" for key in wanted if found.get(key) != wanted[key]
+        f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]
     ]
     if differences:
         raise ValueError(f"The adapter in {folder} was trained on another base ({'; '.join(differences)}).")

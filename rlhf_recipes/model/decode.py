@@ -15,7 +15,10 @@ TOKENS_AT_ONCE = 2**13
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values, written in place into room for `capacity` tokens that is taken once."""
+    """A layer's keys and values, written in place into room for `capacity` tokens that is taken once.
+
+    Both are (B, heads, tokens, D), D the size of a head. The methods are those that transformers' caches call.
+    """
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -23,12 +26,14 @@ class RoomyLayer(DynamicLayer):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the room, as the first keys and values show its shape."""
         super().lazy_initialization(key_states, value_states)
         self.room = [
             states.new_empty(*states.shape[:2], self.capacity, states.shape[3]) for states in (key_states, value_states)
         ]  # (B, heads, capacity, D) each
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of new tokens behind the others. Returns those of all tokens so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
@@ -38,7 +43,8 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        # One after the other, so that only one tensor is there twice.
+        """Keep these rows."""
+        # Keys and values one after the other, so that only one of the two is there twice.
         self.keys = self.values = None
         for i in range(2):
             self.room[i] = self.room[i][indices]
@@ -52,7 +58,7 @@ def roomy_cache(config: Any, capacity: int) -> Cache:
     return cache
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token a row by the inverse of the cumulative distribution.
 
     Args:
@@ -77,6 +83,7 @@ def decode(
     """Sample from the active role of a shared base.
 
     Args:
+        model: a SharedBase, in evaluation mode.
         input_ids, attention_mask: (B, P) prompts, left-padded.
         uniforms: (B, T) float64, the random numbers that the tokens come from; T is the longest response.
         temperature: divides the logits.
@@ -88,7 +95,7 @@ def decode(
     length = uniforms.shape[1]
     responses = torch.full((rows, length), pad_token_id, device=input_ids.device)
     alive = torch.arange(rows, device=input_ids.device)  # rows that are in the batch
-    finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)  # of those
+    finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)  # of the rows in the batch
     padded = not bool(attention_mask.all())
     mask = torch.cat([attention_mask.bool(), attention_mask.new_ones(rows, length).bool()], 1)  # (B, P + T)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P + T)
@@ -105,7 +112,7 @@ def decode(
                 use_cache=True,
             ).last_hidden_state
             start = end
-        tokens = draw(model.logits(hidden[:, -1]).float() / temperature, uniforms[:, t])
+        tokens = draw_tokens(model.logits(hidden[:, -1]).float() / temperature, uniforms[:, t])
         responses[alive, t] = tokens
         finished |= torch.isin(tokens, stop_token_ids)
         gone = int(finished.sum())

@@ -45,6 +45,8 @@ def token_log_probs(
 
 
 class _TokenLogProbs(torch.autograd.Function):
+    """`token_log_probs` in chunks of rows, n at a time, whose gradient is made in the forward."""
+
     @staticmethod
     def forward(
         ctx: Any,

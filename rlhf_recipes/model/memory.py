@@ -25,15 +25,25 @@ def peak_memory_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     if STATUS.exists():
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
+        return status_mib("VmHWM")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
+def resident_mib() -> float:
+    """Memory of this process now, in MiB; where it is not known, its peak."""
+    return status_mib("VmRSS") if STATUS.exists() else peak_memory_mib()
+
+
+def status_mib(field: str) -> float:
+    """A size among those that Linux tells of this process (which it writes in KiB), in MiB."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 2**10
+
+
 def ran_out(work: Callable[[], None]) -> bool:
-    """Do the work and return False; if memory runs out, free what it took and return True."""
+    """Do the work and return False; if memory runs out, free what it took and return True. Other errors are raised."""
     try:
         work()
         return False
@@ -50,11 +60,3 @@ def halved(size: int, option: str) -> int:
         raise torch.OutOfMemoryError(f"out of memory. Not even {option}=1 fits.")
     logger.warning("Out of memory with %s=%d: going on with %d.", option, size, size // 2)
     return size // 2
-
-
-def resident_mib() -> float:
-    """Memory of this process now, in MiB."""
-    if STATUS.exists():
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) / 2**10
-    return peak_memory_mib()

@@ -42,17 +42,17 @@ class Samples:
 
     def rows(self: S, index: Tensor) -> S:
         """Some of the rows, without the columns that are padding in all of them."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        picked = {name: tensor[index] for name, tensor in found.items() if tensor is not None}
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked = {name: tensor[index] for name, tensor in columns.items() if tensor is not None}
         length = self.response_mask.shape[1]
         prompt = self.input_ids.shape[1] - length
         left = prompt - int(picked["attention_mask"][:, :prompt].sum(1).max())
         right = length - int(picked["response_mask"].sum(1).max())
         for name, tensor in picked.items():
             if tensor.ndim == 2:
-                whole = name in ("input_ids", "attention_mask")
-                picked[name] = tensor[:, left if whole else 0 : tensor.shape[1] - right]
-        return type(self)(**found | picked)
+                with_prompt = name in ("input_ids", "attention_mask")
+                picked[name] = tensor[:, left if with_prompt else 0 : tensor.shape[1] - right]
+        return type(self)(**columns | picked)
 
 
 # Samples from a role: prompts (token ids) to responses, each (t,). What follows a first stop token means nothing.
@@ -116,13 +116,13 @@ class Sampler:
     def sample(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> Samples:
         """Sample a response to each prompt (token ids) from a role, with the given random numbers as in `generate`."""
         device = self.model.device
-        found = self.backend(role, prompts) if uniforms is None else self.generate(role, prompts, uniforms)
-        response = pad(found, padding_value=self.pad_token_id, padding_side="right")  # (B, T)
+        responses = self.backend(role, prompts) if uniforms is None else self.generate(role, prompts, uniforms)
+        response = pad(responses, padding_value=self.pad_token_id, padding_side="right")  # (B, T)
         # Lengths come from the stop tokens and nothing else: padding may equal EOS, and a model may sample padding.
         stops = torch.isin(response, torch.tensor(self.stop_token_ids, device=device))
         ended = stops.any(1)
-        length = torch.where(ended, stops.int().argmax(1) + 1, response.shape[1])
-        mask = torch.arange(response.shape[1], device=device) < length[:, None]
+        length = torch.where(ended, stops.int().argmax(1) + 1, response.shape[1])  # (B,)
+        mask = torch.arange(response.shape[1], device=device) < length[:, None]  # (B, T)
         ids, kept = self.pad_left(prompts)
         return Samples(torch.cat([ids, response], 1), torch.cat([kept, mask], 1), mask, ended)
 
@@ -141,8 +141,8 @@ class Sampler:
 
         def work(rows: Tensor) -> None:
             inputs = self.pad_left([prompts[row] for row in rows.tolist()])
-            found = self.model.generate(*inputs, uniforms[rows], self.temperature, stops)
-            for row, response in zip(rows.tolist(), found, strict=True):
+            sampled = self.model.generate(*inputs, uniforms[rows], self.temperature, stops)
+            for row, response in zip(rows.tolist(), sampled, strict=True):
                 responses[row] = response
 
         with self.model.role(role), self.autocast():
@@ -171,11 +171,11 @@ class Sampler:
 
         def work(rows: Tensor, part: Samples) -> None:
             width = part.response_mask.shape[1]
-            log_probs[rows, :width], found = self.model.log_probs(
+            log_probs[rows, :width], entropies = self.model.log_probs(
                 part.input_ids, part.attention_mask, part.response_mask, self.temperature, with_entropy
             )
-            if found is not None:
-                entropy[rows, :width] = found
+            if entropies is not None:
+                entropy[rows, :width] = entropies
 
         self._forwards(role, samples, work)
         return log_probs, entropy
@@ -203,15 +203,15 @@ class Sampler:
     @torch.no_grad()
     def text_loss(self, role: str, texts: list[list[int]]) -> float:
         """A role's mean negative log-likelihood in nats per token of texts (token ids), the first tokens aside."""
-        found: list[tuple[float, int]] = []
+        losses: list[tuple[float, int]] = []  # of each batch its sum, and its tokens
 
         def work(rows: Tensor) -> None:
             loss, tokens = text_loss(self.model, [texts[row] for row in rows.tolist()])
-            found.append((loss.item(), tokens))
+            losses.append((loss.item(), tokens))
 
         with self.model.role(role), self.autocast():
             self.in_batches(torch.tensor([len(text) for text in texts]), work, TOKENS_AT_ONCE)
-        return sum(loss for loss, _ in found) / sum(tokens for _, tokens in found)
+        return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
 
     def texts(self, samples: Samples) -> list[str]:
         """The responses as text, without special tokens."""

@@ -43,6 +43,12 @@ def lora_forward(layer: Any, x: Tensor) -> Tensor:
 
     PEFT scales the adapter's product, adds it, and in 4 bits copies the result, in a pass each. In float32 the scale
     and the sum go into the last product, in bfloat16 they are one pass that rounds as PEFT's do.
+
+    Args:
+        layer: PEFT's wrapper of a linear layer.
+        x: (..., in).
+    Returns:
+        (..., out), of the active adapter or, where there is none, of the base alone.
     """
     name = layer._active_adapter[0] if layer._active_adapter else None
     rows = x.flatten(0, -2)  # (n, in)
@@ -70,16 +76,18 @@ class SharedBase(nn.Module):
     adapter that is active then.
     """
 
-    def __init__(self, model: PreTrainedModel, lora: Lora | None = None, found: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, lora: Lora | None = None, fingerprint: dict[str, Any] | None = None
+    ) -> None:
         """
         Args:
             model: the base, as `load_base` returns it. It is wrapped, not copied.
             lora: shape of the adapters that `add_role` makes anew.
-            found: the base's fingerprint, against which loaded adapters are checked and which saved ones carry.
+            fingerprint: the base's fingerprint, against which loaded adapters are checked and which saved ones carry.
         """
         super().__init__()
         self.lora = lora or Lora()
-        self.fingerprint = found
+        self.fingerprint = fingerprint
         self.causal: Any = model
         # No setting of the model's own (top-k, repetition penalty, minimum length) may warp the sampled distribution.
         model.generation_config = GenerationConfig()
@@ -93,6 +101,7 @@ class SharedBase(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the base is."""
         return self.causal.device
 
     def add_role(
@@ -335,9 +344,9 @@ class SharedBase(nn.Module):
         assert self.peft is not None
         state = load_peft_weights(str(folder), device="cpu")
         score = state.pop(HEAD, None)
-        found = {key: value.shape for key, value in state.items()}
+        saved = {key: value.shape for key, value in state.items()}
         wanted = {key: value.shape for key, value in self.role_state(name).items() if key != HEAD}
-        odd = sorted({key for key, _ in found.items() ^ wanted.items()})[:3]
+        odd = sorted({key for key, _ in saved.items() ^ wanted.items()})[:3]
         if odd:
             raise ValueError(
                 f"The adapter in {folder} does not fit the role {name!r}: {', '.join(odd)} are in only one of the two, "

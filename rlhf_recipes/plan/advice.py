@@ -28,19 +28,23 @@ class Change:
 
 
 def helpful_changes(recipe: Recipe, stage: str, configs: dict[str, Any], gpu: float | None = None) -> list[Change]:
-    """Single changes that lower a stage's peak, those that save most first."""
+    """Single changes that lower a stage's peak by 1 % or more, those that save most first.
 
+    Args:
+        configs: the stages' trainer configurations, as `check_recipe` returns them.
+        gpu: bytes of the GPU to plan for; None: this machine.
+    """
     before = plan_memory(recipe, configs, gpu, only=[stage]).stages[stage].peak_mib
-    found = []
-    for settings, same_results in candidates(recipe, stage, configs[stage], gpu):
+    changes = []
+    for settings, same_results in candidate_changes(recipe, stage, configs[stage], gpu):
         changed = replace(recipe, **parse_overrides(settings.split()))
         after = plan_memory(changed, configure(changed), gpu, only=[stage]).stages[stage].peak_mib
         if after < 0.99 * before:
-            found.append(Change(settings, after, before - after, same_results))
-    return sorted(found, key=lambda change: change.peak_mib)
+            changes.append(Change(settings, after, before - after, same_results))
+    return sorted(changes, key=lambda change: change.peak_mib)
 
 
-def candidates(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> Iterator[tuple[str, bool]]:
+def candidate_changes(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> Iterator[tuple[str, bool]]:
     """Settings that may help, and whether a run gives the same results with them, to rounding."""
     on_gpu, _, config = for_device(recipe, stage, config, gpu)
     rows, auto = config.per_device_train_batch_size, getattr(config, "auto_sizes", set())
@@ -67,13 +71,13 @@ def candidates(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> It
         yield "base.quantization=nf4", False
 
 
-def refuse_misfit(recipe: Recipe, configs: dict[str, Any], found: MemoryPlan) -> None:
+def refuse_misfit(recipe: Recipe, configs: dict[str, Any], plan: MemoryPlan) -> None:
     """Raises ValueError for the first stage that does not fit, with the three changes that help most."""
-    for stage, of_stage in found.stages.items():
-        if not found.fits_in(stage):
+    for stage, planned in plan.stages.items():
+        if not plan.fits_in(stage):
             raise ValueError(
-                f"{stage} does not fit: it is planned to take {gib(of_stage.peak_mib)} GiB, or with the allocator's "
-                f"reserve {gib(of_stage.needed_mib)}, of {gib(found.limit_mib)}. "
+                f"{stage} does not fit: it is planned to take {gib(planned.peak_mib)} GiB, or with the allocator's "
+                f"reserve {gib(planned.needed_mib)}, of {gib(plan.limit_mib)}. "
                 f"{best_changes(recipe, stage, configs)} To run it all the same: --force."
             )
 
@@ -93,9 +97,9 @@ def out_of_memory(error: BaseException, recipe: Recipe, stage: str, config: Any,
     doing = f" while {', '.join(error.__notes__)}" if getattr(error, "__notes__", None) else ""
     asked = re.search(r"tried to allocate ([0-9.]+ ?\w+)", str(error), re.IGNORECASE)
     wanted = f"{asked[1]} were asked for, and " if asked else ""
-    of_plan = "" if planned is None else f" The plan was {gib(planned.peak_mib)} GiB."
+    plan = "" if planned is None else f" The plan was {gib(planned.peak_mib)} GiB."
     return (
-        f"{stage} ran out of memory{doing}: {wanted}{gib(peak_memory_mib())} GiB were in use at most.{of_plan} "
+        f"{stage} ran out of memory{doing}: {wanted}{gib(peak_memory_mib())} GiB were in use at most.{plan} "
         f"{best_changes(recipe, stage, {stage: config})} What was computed stays: the same command resumes, also with "
         "other settings that give the same results."
     )
@@ -110,19 +114,19 @@ def size_in_bytes(text: str) -> float:
     return float(match[1]) * units[match[2]]
 
 
-def plan_as_dict(recipe: Recipe, configs: dict[str, Any], found: MemoryPlan, gpu: float | None) -> dict[str, Any]:
+def plan_as_dict(recipe: Recipe, configs: dict[str, Any], plan: MemoryPlan, gpu: float | None) -> dict[str, Any]:
     """The plan as JSON values, in MiB, with changes for each stage that does not fit, or for the largest."""
-    largest_stage = max(found.stages, key=lambda stage: found.stages[stage].peak_mib)
+    largest_stage = max(plan.stages, key=lambda stage: plan.stages[stage].peak_mib)
     stages = {}
-    for stage, of_stage in found.stages.items():
-        helped = stage == largest_stage if found.fits else not found.fits_in(stage)
+    for stage, planned in plan.stages.items():
+        helped = stage == largest_stage if plan.fits else not plan.fits_in(stage)
         stages[stage] = {
-            "parts": of_stage.parts,
-            "phases": of_stage.phases,
-            "peak_mib": of_stage.peak_mib,
-            "needed_mib": of_stage.needed_mib,
-            "fits": found.fits_in(stage),
+            "parts": planned.parts,
+            "phases": planned.phases,
+            "peak_mib": planned.peak_mib,
+            "needed_mib": planned.needed_mib,
+            "fits": plan.fits_in(stage),
             "work": work_of_step(recipe, stage, configs[stage]),
             "changes": [dataclasses.asdict(c) for c in helpful_changes(recipe, stage, configs, gpu)] if helped else [],
         }
-    return {"limit_mib": found.limit_mib, "fits": found.fits, "stages": stages}
+    return {"limit_mib": plan.limit_mib, "fits": plan.fits, "stages": stages}

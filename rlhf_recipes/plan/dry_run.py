@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from ..model import log_probs as chunks
+from ..model import log_probs
 from ..model.base import precision
-from ..model.decode import TOKENS_AT_ONCE, RoomyLayer, draw, roomy_cache
+from ..model.decode import TOKENS_AT_ONCE, RoomyLayer, draw_tokens, roomy_cache
 from ..model.shared import SharedBase, lora_config
 from ..recipe.values import Base, Lora
 from ..stages.ppo.roles import Role
-from .meter import Trace, trace
+from .meter import MicroBatchMemory, meter_micro_batch
 from .skeleton import materialize, skeleton
 
 DRY = FakeTensorMode()
@@ -32,7 +32,7 @@ class NoPlan(ValueError):
 
 
 def optimizer_bytes(optim: str, trained: Sequence[nn.Parameter]) -> float:
-    """State of the optimizer.
+    """Bytes of the optimizer's state.
 
     AdamW keeps two numbers a weight, Lion and RMSprop one, in 4 bytes each or, in 8 bits, in a byte and 4 bytes a block
     of 256 (arXiv:2110.02861), weights of fewer than 4,096 elements in 32 bits all the same. Adafactor keeps a row and a
@@ -46,7 +46,7 @@ def optimizer_bytes(optim: str, trained: Sequence[nn.Parameter]) -> float:
 
 
 def adapter_bytes(model: nn.Module, optim: str) -> dict[str, float]:
-    """All adapters and heads, each in its own precision; gradients and optimizer state of those that are trained."""
+    """Bytes of all adapters and heads, each in its own precision, and of the trained ones' gradients and optimizer."""
     trained = [p for p in model.parameters() if p.requires_grad]
     added = [p for name, p in model.named_parameters() if "lora_" in name or "heads." in name or "score." in name]
     numbers = {"adapters": sum(p.nbytes for p in added), "gradients": sum(p.nbytes for p in trained)}
@@ -82,37 +82,49 @@ def forward_precision(shape: Shape) -> torch.autocast:
 
 
 def no_grad(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step without gradients."""
     return torch.no_grad()(step)
 
 
 def dry_backward(values: Tensor) -> None:
+    """A backward from the values' sum, if they have a gradient. What a loss does beside it takes next to nothing."""
     if values.requires_grad:
         values.sum().backward()
 
 
-def largest_traces(phase: str, *traces: Trace) -> dict[str, float]:
+def largest(phase: str, *micro_batches: MicroBatchMemory) -> dict[str, float]:
     """The larger of several micro-batches, number by number, as `phase.activations` and so on."""
-    columns = zip(*traces, strict=True)
-    return {f"{phase}.{name}": max(column) for name, column in zip(Trace._fields, columns, strict=True)}
+    columns = zip(*micro_batches, strict=True)
+    return {f"{phase}.{name}": max(column) for name, column in zip(MicroBatchMemory._fields, columns, strict=True)}
 
 
-def checkpointing(model: Any, shape: Shape) -> None:
+def enable_checkpointing(model: Any, shape: Shape) -> None:
+    """Switch gradient checkpointing on where the shape has it."""
     if shape.checkpointing != "off":
         model.activation_checkpointing_enable({"use_reentrant": shape.checkpointing == "reentrant"})
 
 
-@functools.cache
 def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> dict[str, float]:
-    """Bytes at so many layers: adapters, gradients, optimizer, kv_cache, and a `Trace` of each phase."""
-    at_once = chunks.CPU_ROWS
+    """What a stage takes, in bytes.
+
+    Args:
+        layers: of the model; None: all that it has.
+        training_only: leave out the phases without gradients.
+    Returns:
+        `adapters`, `gradients`, `optimizer`, of PPO `kv_cache`, and a `MicroBatchMemory` of each phase, as
+        `update.saved`, `update.activations` and so on.
+    Raises:
+        NoPlan: the model cannot be run dry.
+    """
+    at_once = log_probs.CPU_ROWS
     if shape.on_gpu:  # the tensors of a dry run say that they are on a CPU
-        chunks.CPU_ROWS = chunks.LOGITS_AT_ONCE
+        log_probs.CPU_ROWS = log_probs.LOGITS_AT_ONCE
     try:
         return (dry_ppo if shape.stage == "ppo" else dry_trl)(shape, layers, training_only)
     except RuntimeError as error:
         raise NoPlan(f"{shape.stage} cannot be planned: {str(error).splitlines()[0]}") from error
     finally:
-        chunks.CPU_ROWS = at_once
+        log_probs.CPU_ROWS = at_once
 
 
 def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:
@@ -133,28 +145,28 @@ def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
 
     def step(rows: int) -> None:
         ids, mask = dry_batch(rows, shape.length)
-        more = {} if scores else {"labels": ids, "fused_lm_head": True}
+        head_inputs = {} if scores else {"labels": ids, "fused_lm_head": True}
         with forward_precision(shape):
-            output = model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False, **head_inputs)
         dry_backward(output.logits.float() if scores else output.log_probs)
 
     numbers = adapter_bytes(model, shape.optim)
     with DRY:
         materialize(model)
-        run = functools.partial(trace, model, getattr(causal, causal.base_model_prefix))
+        metered = functools.partial(meter_micro_batch, model, getattr(causal, causal.base_model_prefix))
         if not training_only:
-            numbers |= largest_traces("evaluate", run(no_grad(lambda: step(shape.more_rows))))
-        reference = [run(no_grad(lambda: step(shape.rows)))] if shape.stage == "dpo" else []
+            numbers |= largest("evaluate", metered(no_grad(lambda: step(shape.more_rows))))
+        reference = [metered(no_grad(lambda: step(shape.rows)))] if shape.stage == "dpo" else []
         model.train()
         if not shape.dropout:
             disable_dropout_in_model(model)
-        checkpointing(causal, shape)
+        enable_checkpointing(causal, shape)
         if shape.checkpointing != "off":
             model.enable_input_require_grads()
-        policy = run(lambda: step(shape.rows))
+        policy = metered(lambda: step(shape.rows))
         # DPO's reference comes after the policy's forward, on top of what that has saved.
-        after = [Trace(policy.saved, policy.saved + r.activations, r.saved + r.logits) for r in reference]
-        return numbers | largest_traces("train", policy, *after)
+        after = [MicroBatchMemory(policy.saved, policy.saved + r.activations, r.saved + r.logits) for r in reference]
+        return numbers | largest("train", policy, *after)
 
 
 def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:
@@ -168,35 +180,35 @@ def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
             else:
                 shared.add_head(role.name, on=role.on)
 
-    def log_probs(rows: int, entropy: bool = False) -> None:
+    def policy_step(rows: int, entropy: bool = False) -> None:
         ids, mask = dry_batch(rows, shape.length)
         with shared.role("policy"):
             with forward_precision(shape):
-                found = shared.log_probs(ids, mask, mask[:, shape.prompt :].bool(), 0.7, entropy)[0]
-            dry_backward(found)
+                values = shared.log_probs(ids, mask, mask[:, shape.prompt :].bool(), 0.7, entropy)[0]
+            dry_backward(values)
 
-    def outputs(role: str, rows: int) -> None:
+    def head_step(role: str, rows: int) -> None:
         with shared.role(role):
             with forward_precision(shape):
-                found = shared.head_outputs(*dry_batch(rows, shape.length))
-            dry_backward(found)
+                values = shared.head_outputs(*dry_batch(rows, shape.length))
+            dry_backward(values)
 
     numbers = adapter_bytes(shared, shape.optim)
     with DRY:
         materialize(shared)
-        run = functools.partial(trace, shared, shared.backbone)
+        metered = functools.partial(meter_micro_batch, shared, shared.backbone)
         if not training_only:
             sizes: list[int] = []
-            saved, activations, logits = run(no_grad(lambda: sizes.append(dry_decode(shared, shape))))
-            numbers |= largest_traces("generate", Trace(saved - sizes[0], activations - sizes[0], logits))
+            saved, activations, logits = metered(no_grad(lambda: sizes.append(dry_decode(shared, shape))))
+            numbers |= largest("generate", MicroBatchMemory(saved - sizes[0], activations - sizes[0], logits))
             numbers["kv_cache"] = sizes[0]
             rows = min(shape.more_rows, max(1, TOKENS_AT_ONCE // shape.length))
-            scored = [run(no_grad(lambda role=role: outputs(role, rows))) for role in list(shared.heads)[:1]]
-            numbers |= largest_traces("score", run(no_grad(lambda: log_probs(rows, entropy=True))), *scored)
+            scored = [metered(no_grad(lambda role=role: head_step(role, rows))) for role in list(shared.heads)[:1]]
+            numbers |= largest("score", metered(no_grad(lambda: policy_step(rows, entropy=True))), *scored)
         shared.train()
-        checkpointing(shared, shape)
-        critic = [run(lambda: outputs("critic", shape.rows))] if "critic" in shared.heads else []
-        return numbers | largest_traces("update", run(lambda: log_probs(shape.rows)), *critic)
+        enable_checkpointing(shared, shape)
+        critic = [metered(lambda: head_step("critic", shape.rows))] if "critic" in shared.heads else []
+        return numbers | largest("update", metered(lambda: policy_step(shape.rows)), *critic)
 
 
 def dry_decode(shared: SharedBase, shape: Shape) -> int:
@@ -219,5 +231,5 @@ def dry_decode(shared: SharedBase, shape: Shape) -> int:
                     use_cache=True,
                 ).last_hidden_state
                 start = end
-        draw(shared.logits(hidden[:, -1]).float() / 0.7, torch.zeros(rows, dtype=torch.float64))
+        draw_tokens(shared.logits(hidden[:, -1]).float() / 0.7, torch.zeros(rows, dtype=torch.float64))
     return sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))

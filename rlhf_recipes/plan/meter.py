@@ -14,11 +14,15 @@ from torch.utils._pytree import tree_leaves
 class Meter(TorchDispatchMode):
     """Adds up the storage of every tensor that comes into being in the block, and takes it off when it is freed."""
 
-    def __init__(self, kept: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Args:
+            model: its weights, buffers and gradients are there already, and are not counted.
+        """
         super().__init__()
-        self.live = self.peak = 0
-        of_model = [*kept.parameters(), *kept.buffers(), *(p.grad for p in kept.parameters() if p.grad is not None)]
-        self.known = {tensor.untyped_storage()._cdata for tensor in of_model}
+        self.live = self.peak = 0  # bytes
+        held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        self.known = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -34,6 +38,7 @@ class Meter(TorchDispatchMode):
         return result
 
     def add(self, storage: Any) -> None:
+        """Count a storage that is new, until it is freed."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
             self.known.add(key)
@@ -42,17 +47,18 @@ class Meter(TorchDispatchMode):
             self.peak = max(self.peak, self.live)
 
     def free(self, key: int, size: int) -> None:
+        """Take off a storage that is freed."""
         self.known.discard(key)
         self.live -= size
 
     def restart(self) -> int:
-        """The peak since the last call."""
+        """The peak since the last call, in bytes. The next one is measured from what is there now."""
         peak, self.peak = self.peak, self.live
         return peak
 
 
-class Trace(NamedTuple):
-    """Bytes of a micro-batch, above what is there before it."""
+class MicroBatchMemory(NamedTuple):
+    """What a micro-batch takes, in bytes, above what is there before it."""
 
     saved: float  # held from the forward when the final hidden states are there
     activations: float  # peak of the backbone's forward and backward
@@ -60,10 +66,11 @@ class Trace(NamedTuple):
 
     @property
     def peak(self) -> float:
+        """The most that is there at one time."""
         return max(self.activations, self.saved + self.logits)
 
 
-def trace(model: nn.Module, backbone: nn.Module, step: Callable[[], Any]) -> Trace:
+def meter_micro_batch(model: nn.Module, backbone: nn.Module, step: Callable[[], Any]) -> MicroBatchMemory:
     """Meter a dry step, forward and maybe backward, with the gradients of earlier micro-batches there.
 
     The head's part lies between the backbone's output and the gradient of it.
@@ -92,4 +99,4 @@ def trace(model: nn.Module, backbone: nn.Module, step: Callable[[], Any]) -> Tra
         hook.remove()
         for parameter in model.parameters():
             parameter.grad = None
-    return Trace(saved[0], peaks["backbone"], max(0, peaks["head"] - saved[0]))
+    return MicroBatchMemory(saved[0], peaks["backbone"], max(0, peaks["head"] - saved[0]))

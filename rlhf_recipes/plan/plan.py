@@ -23,8 +23,9 @@ from ..stages.configure import configure
 from ..stages.options import PPOConfig
 from ..stages.ppo.roles import Role, ppo_roles
 from ..stages.reward.adapters import JUDGE
-from .dry_run import Shape, dry_run
-from .meter import Trace
+from .dry_run import Shape
+from .kept import kept_dry_run
+from .meter import MicroBatchMemory
 from .skeleton import read_config, skeleton, weight_bytes
 
 LAYERS = (2, 3)  # of the dry runs
@@ -35,7 +36,7 @@ MIB = 2**20
 
 
 def gib(mib: float) -> str:
-    """MiB in GiB."""
+    """MiB as text, in GiB."""
     return f"{mib / 1024:.1f}" if mib >= 1024 else f"{mib / 1024:.2f}"
 
 
@@ -66,13 +67,16 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
+        """Whether every stage fits."""
         return all(self.fits_in(stage) for stage in self.stages)
 
     @property
     def peak_mib(self) -> float:
+        """That of the stage that takes the most."""
         return max(stage.peak_mib for stage in self.stages.values())
 
     def fits_in(self, stage: str) -> bool:
+        """Whether a stage fits, with the allocator's reserve."""
         return self.stages[stage].needed_mib <= self.limit_mib
 
     def line(self, stage: str) -> str:
@@ -96,10 +100,10 @@ def plan_memory(
         configs = configure(recipe)
     stages = {}
     for stage in only or configs:
-        on_gpu, of_stage, config = for_device(recipe, stage, configs[stage], gpu)
+        on_gpu, device_recipe, config = for_device(recipe, stage, configs[stage], gpu)
         if stage == "ppo":
             settle_auto_sizes(recipe, config, gpu)
-        stages[stage] = stage_plan(of_stage, stage, config, on_gpu)
+        stages[stage] = stage_plan(device_recipe, stage, config, on_gpu)
     return MemoryPlan(stages, (available_bytes() if gpu is None else gpu) / MIB)
 
 
@@ -114,37 +118,40 @@ def for_device(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> tu
 
 
 def shape_of(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> Shape:
-    """What the stage's dry runs depend on. A row of reward and dpo is two sequences, a chosen and a rejected one."""
+    """What the stage's dry runs depend on. A row of reward and dpo is two sequences, a chosen and a rejected one.
+
+    Raises ValueError where nothing says how long a row may be.
+    """
     context = getattr(read_config(recipe.base).get_text_config(), "max_position_embeddings", None) or math.inf
-    rows, more, prompt = config.per_device_train_batch_size, config.per_device_eval_batch_size, 0
+    rows, more_rows, prompt = config.per_device_train_batch_size, config.per_device_eval_batch_size, 0
     if stage == "ppo":
         prompt = min(config.max_prompt_length or math.inf, context - config.response_length)
-        length, more = prompt + config.response_length, min(config.rollout_micro_batch_size, config.rollout_size)
+        length, more_rows = prompt + config.response_length, min(config.rollout_micro_batch_size, config.rollout_size)
     else:
         length = min(config.max_length or math.inf, context)
-        rows, more = (rows, more) if stage == "sft" else (2 * rows, 2 * more)
+        rows, more_rows = (rows, more_rows) if stage == "sft" else (2 * rows, 2 * more_rows)
     if not math.isfinite(length):
         raise ValueError(
             f"{stage}: the model has no longest context, so set {stage}.max_{'prompt_' * bool(prompt)}length."
         )
-    kind = "reentrant" if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant") else "on"
+    checkpointing = "reentrant" if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant") else "on"
     return Shape(
         stage=stage,
         on_gpu=on_gpu,
         base=recipe.base,
         lora=recipe.lora,
         optim=str(OptimizerNames(config.optim).value),
-        checkpointing=kind if config.gradient_checkpointing else "off",
+        checkpointing=checkpointing if config.gradient_checkpointing else "off",
         rows=rows,
-        more_rows=more,
+        more_rows=more_rows,
         prompt=int(prompt),
         length=int(length),
         dropout=not getattr(config, "disable_dropout", False),
-        roles=_roles(recipe, stage, config),
+        roles=_planned_roles(recipe, stage, config),
     )
 
 
-def _roles(recipe: Recipe, stage: str, config: Any) -> tuple[Role, ...]:
+def _planned_roles(recipe: Recipe, stage: str, config: Any) -> tuple[Role, ...]:
     """The stage's adapters beside the one that TRL trains: all of PPO's, and DPO's copy of the SFT adapter."""
     if stage == "ppo":
         return tuple(ppo_roles(recipe, config))
@@ -153,25 +160,26 @@ def _roles(recipe: Recipe, stage: str, config: Any) -> tuple[Role, ...]:
 
 def stage_plan(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> StagePlan:
     """Add up what is there at one time in each phase: what stays, and one micro-batch."""
-    n = at_full_depth(shape_of(recipe, stage, config, on_gpu))
-    weights, cache = weight_bytes(recipe.base), n.get("kv_cache", 0)
+    numbers = at_full_depth(shape_of(recipe, stage, config, on_gpu))
+    weights, cache = weight_bytes(recipe.base), numbers.get("kv_cache", 0)
     rollout = rollout_bytes(config) if stage == "ppo" else 0
     training = "update" if stage == "ppo" else "train"
     phases, activations = {}, {}
     for phase in ("generate", "score", "update") if stage == "ppo" else ("train", "evaluate"):
-        micro = Trace(*(n[f"{phase}.{name}"] for name in Trace._fields))
-        own = n["gradients"] if phase == training else cache if phase == "generate" else 0
-        phases[phase] = (weights + n["adapters"] + n["optimizer"] + rollout + own + micro.peak) / MIB
-        activations[phase] = micro.activations + rollout
-    parts = {"weights": weights, **{name: n[name] for name in ("adapters", "optimizer", "gradients")}}
+        micro_batch = MicroBatchMemory(*(numbers[f"{phase}.{name}"] for name in MicroBatchMemory._fields))
+        stays = weights + numbers["adapters"] + numbers["optimizer"] + rollout
+        stays += numbers["gradients"] if phase == training else cache if phase == "generate" else 0
+        phases[phase] = (stays + micro_batch.peak) / MIB
+        activations[phase] = micro_batch.activations + rollout
+    parts = {"weights": weights, **{name: numbers[name] for name in ("adapters", "optimizer", "gradients")}}
     parts |= {"activations": max(activations.values()), "kv_cache": cache}
-    parts["logits"] = max(n[f"{phase}.logits"] for phase in phases)
+    parts["logits"] = max(numbers[f"{phase}.logits"] for phase in phases)
     parts = {name: size / MIB for name, size in parts.items()}
     return StagePlan(parts | {"reserve": reserve(max(phases.values()), parts["weights"])}, phases)
 
 
 def reserve(peak: float, weights: float) -> float:
-    """What the allocator takes above a peak. Weights stay where they are and leave no fragments."""
+    """What the allocator takes above a peak, in MiB as both are. Weights stay where they are and leave no fragments."""
     return RESERVE * (peak - weights)
 
 
@@ -184,9 +192,9 @@ def at_full_depth(shape: Shape) -> dict[str, float]:
     text = read_config(shape.base).get_text_config()
     depth = text.num_hidden_layers
     low, high = min(depth, LAYERS[0]), min(depth, LAYERS[1])
-    numbers = dict(dry_run(shape, low))
+    numbers = dict(kept_dry_run(shape, low))
     steps = (depth - low) / max(1, high - low)
-    for name, value in dry_run(shape, high, training_only=True).items() if steps else ():
+    for name, value in kept_dry_run(shape, high, training_only=True).items() if steps else ():
         numbers[name] += (value - numbers[name]) * steps
     if "kv_cache" in numbers:
         numbers["kv_cache"] *= depth / low
@@ -197,14 +205,16 @@ def at_full_depth(shape: Shape) -> dict[str, float]:
 
 
 def fused_head_bytes(tokens: int, hidden_size: int) -> float:
-    """TRL's fused head on a GPU, whose kernels have no temporaries: a tile of up to 4,096 tokens and 32,768 vocabulary
-    entries in 16 bits, and the gradient of the hidden states in float32 and then in 16 bits (trl.kernels).
+    """Bytes of TRL's fused head on a GPU, whose kernels have no temporaries (trl.kernels).
+
+    A tile of up to 4,096 tokens and 32,768 vocabulary entries in 16 bits, and the gradient of the hidden states in
+    float32 and then in 16 bits.
     """
     return 2 * 32768 * min(tokens, 4096) + (4 + 2) * tokens * hidden_size
 
 
 def rollout_bytes(config: PPOConfig) -> float:
-    """A rollout: 8 bytes of id and a mask for each token, and a mask and seven float32 for each of a response."""
+    """Bytes of a rollout: 8 of id and 1 of mask for each token, and a mask and seven float32 for each of a response."""
     prompt, response = config.max_prompt_length or 0, config.response_length
     return config.rollout_size * (9 * (prompt + response) + 29 * response)
 
@@ -229,17 +239,17 @@ def settle_auto_sizes(recipe: Recipe, config: PPOConfig, gpu: float | None = Non
 def largest_size(recipe: Recipe, configs: dict[str, Any], key: str, gpu: float | None = None) -> int:
     """The largest per_device_train_batch_size or rollout_micro_batch_size with which PPO fits, by its own phases.
 
-    It divides the mini-batch or the rollout. 1 where nothing fits: what to change is then for `changes` to say.
+    It divides the mini-batch or the rollout. 1 where nothing fits: what to change is then for `helpful_changes` to say.
     """
-    on_gpu, of_stage, config = for_device(recipe, "ppo", configs["ppo"], gpu)
+    on_gpu, device_recipe, config = for_device(recipe, "ppo", configs["ppo"], gpu)
     updates = key == "per_device_train_batch_size"
-    whole = config.mini_batch_size if updates else config.rollout_size
+    divided = config.mini_batch_size if updates else config.rollout_size
     limit = (available_bytes() if gpu is None else gpu) / MIB
-    sizes = [size for size in range(1, whole + 1) if whole % size == 0]
+    sizes = [size for size in range(1, divided + 1) if divided % size == 0]
     while len(sizes) > 1:  # keep the half in which the largest is
         middle = len(sizes) // 2
         setattr(config, key, sizes[middle])
-        tried = stage_plan(of_stage, "ppo", config, on_gpu)
+        tried = stage_plan(device_recipe, "ppo", config, on_gpu)
         peak = tried.phases["update"] if updates else max(tried.phases["generate"], tried.phases["score"])
         fits = peak + reserve(peak, tried.parts["weights"]) <= limit
         sizes = sizes[middle:] if fits else sizes[:middle]

@@ -42,23 +42,26 @@ def skeleton(base: Base, layers: int | None = None, scores: bool = False) -> Pre
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-    kind: Any = AutoModelForCausalLM
+    auto_class: Any = AutoModelForCausalLM
     if scores:
-        kind, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, 1, 0
+        auto_class, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, 1, 0
     kwargs = {"attn_implementation": base.attn_implementation} if base.attn_implementation else {}
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=precision(base), trust_remote_code=base.trust_remote_code, **kwargs)
+        model = auto_class.from_config(
+            config, dtype=precision(base), trust_remote_code=base.trust_remote_code, **kwargs
+        )
     if base.quantization is not None:
-        four = base.quantization == "nf4"
-        found = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4")
-        replace_with_bnb_linear(model, get_keys_to_not_convert(model), found)
-        model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
+        nf4 = base.quantization == "nf4"
+        quantization = BitsAndBytesConfig(load_in_4bit=nf4, load_in_8bit=not nf4, bnb_4bit_quant_type="nf4")
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization)
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = nf4, not nf4
         for module in quantized(model):
             module.forward = functools.partial(_Product.apply, module)
     return model.requires_grad_(False)
 
 
 def quantized(model: nn.Module) -> Iterator[Any]:
+    """The linear layers that bitsandbytes holds."""
     return (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt))
 
 
@@ -98,7 +101,7 @@ def materialize(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def weight_bytes(base: Base) -> float:
-    """The base's weights.
+    """Bytes of the base's weights.
 
     Of a quantized linear layer, each weight takes: nf4, half a byte, and 8 bits a block of 64 and 32 bits a 256 blocks
     of constants, 0.127 bits in all (QLoRA, arXiv:2305.14314, section 3); int8, a byte, and 4 bytes a row. Embeddings,

@@ -1,7 +1,8 @@
 """The report of runs: one HTML file with all that they say, which loads nothing from anywhere.
 
     write       the file
-    gather      what run folders hold, read into `Run`s
+    gather      what run folders hold, read into `RunContents`
+    shared      what several runs have alike is said once
     page        the HTML page; page.html, page.css, page.js, and pages.css, pages.js, which the label page shares
     sections    the sections in their order: what_was_run, results, curves
     blocks      what a section is made of: tables, grids, notes

@@ -11,17 +11,21 @@ from .charts import Chart
 
 @dataclass(frozen=True)
 class Words:
+    """A paragraph."""
+
     text: str
     kind: ClassVar = "words"
 
 
 @dataclass(frozen=True)
 class Code:
+    """A command or a piece of code, to be copied."""
+
     text: str
     kind: ClassVar = "code"
 
 
-class Line(NamedTuple):
+class TableRow(NamedTuple):
     """A row of a table."""
 
     label: str
@@ -32,8 +36,10 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
+    """A table whose first column holds the rows' labels."""
+
     columns: list[str]  # the first is that of the labels
-    rows: list[Line]
+    rows: list[TableRow]
     title: str = ""
     folded: bool = False
     kind: ClassVar = "table"
@@ -41,16 +47,18 @@ class Table:
     @property
     def numeric(self) -> set[int]:
         """The columns of numbers, which stand on the right."""
-        found = set()
+        numeric = set()
         for column in range(1, len(self.columns)):
             cells = [row.cells[column - 1] for row in self.rows if row.cells[column - 1]]
             if cells and all(re.match("[\\d\N{MINUS SIGN}]", cell) for cell in cells):
-                found.add(column)
-        return found
+                numeric.add(column)
+        return numeric
 
 
 @dataclass(frozen=True)
 class Grid:
+    """Charts side by side, under one legend."""
+
     charts: list[Chart]
     legend: list[tuple[str, int, str]]  # of all of them: label, colour, style
     kind: ClassVar = "grid"
@@ -58,6 +66,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
+    """An SVG file that something else has drawn."""
+
     title: str
     svg: bytes
     kind: ClassVar = "picture"
@@ -82,6 +92,8 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Intervals:
+    """Shares with their intervals, drawn below each other on one scale."""
+
     title: str
     rows: list[Interval]
     note: str = ""
@@ -90,12 +102,16 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Answers:
-    data: dict[str, Any]  # see `answers`
+    """The models' answers side by side, one prompt shown at a time."""
+
+    data: dict[str, Any]  # as `results.answers` makes it and `page.js` reads it
     kind: ClassVar = "answers"
 
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page with a heading, which the contents link to."""
+
     id: str
     title: str
     blocks: list[Any]
@@ -110,15 +126,18 @@ def number(value: Any) -> str:
 
 
 def percent(value: Any, digits: int = 1) -> str:
+    """A share in percent; nothing where there is no number."""
     return f"{value:.{digits}%}" if isinstance(value, int | float) and math.isfinite(value) else ""
 
 
 def duration(seconds: float) -> str:
+    """Seconds as hours, minutes or seconds."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.1f} s"
 
 
 def memory(mib: Any) -> str:
+    """MiB as GiB or MiB; nothing where there is no number."""
     if not isinstance(mib, int | float):
         return ""
     return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:,.0f} MiB"

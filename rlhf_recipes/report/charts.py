@@ -113,14 +113,18 @@ def lines(
     return Chart(title, "" if unit == "share" else unit, _inline(figure, _said(title, unit, drawn)), shown, note)
 
 
-def reliability(found: Sequence[tuple[str, int, dict[str, Any]]]) -> Chart:
-    """The reliability plot of reward cards: of each what its label begins with, its colour and its `calibration`."""
+def reliability(cards: Sequence[tuple[str, int, dict[str, Any]]]) -> Chart:
+    """The reliability plot of reward cards.
+
+    Args:
+        cards: of each what its label begins with, its colour, and its `calibration`.
+    """
     from matplotlib.ticker import PercentFormatter
 
     axes, figure = _axes("predicted probability")
     axes.plot([0, 1], [0, 1], color=DIM, linewidth=0.8, linestyle=DASHES["dashed"])
     curves = []
-    for name, colour, calibration in found:
+    for name, colour, calibration in cards:
         bins = calibration["bins"]
         x, y = ([row[key] for row in bins] for key in ("predicted", "observed"))
         most = max(row["pairs"] for row in bins)
@@ -214,8 +218,8 @@ def _said(title: str, unit: str, curves: Sequence[Curve]) -> str:
     """The chart in words, for whoever cannot see it."""
     parts = []
     for curve in curves:
-        known = [value for value in curve.y if math.isfinite(value)]
-        first, last, low, high = (f"{value:.3g}" for value in (known[0], known[-1], min(known), max(known)))
+        finite = [value for value in curve.y if math.isfinite(value)]
+        first, last, low, high = (f"{value:.3g}" for value in (finite[0], finite[-1], min(finite), max(finite)))
         parts.append(f"{curve.label}: from {first} to {last}, between {low} and {high}")
     return f"{title}{f', {unit}' if unit else ''}. {'; '.join(parts)}."
 

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 from ..recipe.values import STAGES
 from . import charts, overoptimization
-from .blocks import Grid, Interval, Intervals, Line, Picture, Table, Words, duration, memory, percent
+from .blocks import Grid, Interval, Intervals, Picture, Table, TableRow, Words, duration, memory, percent
 from .charts import FAINT, Chart, Curve
-from .gather import Part, Run
-from .results import by_judge
+from .gather import PartContents, RunContents, by_judge
 from .shared import shared_by_runs
 
 
-class Panel(NamedTuple):
+class MetricPanel(NamedTuple):
     """A chart of metrics: of each its key and its label. A held-out one is drawn with its points."""
 
     title: str
@@ -24,43 +23,45 @@ class Panel(NamedTuple):
 
 
 SFT_PANELS = (
-    Panel("Loss", "nats a token", (("loss", "training"), ("eval_loss", "held out"))),
-    Panel("Token accuracy", "share", (("mean_token_accuracy", "training"), ("eval_mean_token_accuracy", "held out"))),
+    MetricPanel("Loss", "nats a token", (("loss", "training"), ("eval_loss", "held out"))),
+    MetricPanel(
+        "Token accuracy", "share", (("mean_token_accuracy", "training"), ("eval_mean_token_accuracy", "held out"))
+    ),
 )
 
 REWARD_PANELS = (
-    Panel("Loss", "nats", (("loss", "training"), ("eval_loss", "held out"))),
-    Panel("Accuracy", "share", (("accuracy", "training"), ("eval_accuracy", "held out"))),
+    MetricPanel("Loss", "nats", (("loss", "training"), ("eval_loss", "held out"))),
+    MetricPanel("Accuracy", "share", (("accuracy", "training"), ("eval_accuracy", "held out"))),
 )
 
 DPO_PANELS = (
-    Panel("Loss", "nats", (("loss", "training"), ("eval_loss", "held out"))),
-    Panel("Accuracy", "share", (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out"))),
-    Panel("Margin", "reward", (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
+    MetricPanel("Loss", "nats", (("loss", "training"), ("eval_loss", "held out"))),
+    MetricPanel("Accuracy", "share", (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out"))),
+    MetricPanel("Margin", "reward", (("rewards/margins", "training"), ("eval_rewards/margins", "held out"))),
 )
 
 PPO_PANELS = (
-    Panel("Reward", "", (("objective/scores", "training"), ("eval_score", "held out"))),
-    Panel("Quality, held out", "", (("eval_gold", "gold"), ("eval_judge", "second reward model"))),
-    Panel("KL to the SFT model", "nats a response", (("objective/kl", "training"), ("eval_kl", "held out"))),
-    Panel("Entropy", "nats a token", (("policy/entropy_avg", "training"),)),
-    Panel("Length", "tokens", (("response_length", "training"), ("eval_response_length", "held out"))),
-    Panel("Cut off before the end", "share", (("without_eos", "training"), ("eval_without_eos", "held out"))),
-    Panel("Clipped", "share", (("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "critic"))),
-    Panel("Variance that the critic explains", "share", (("val/explained_variance", "training"),)),
-    Panel("Ratio of new to old probability", "", (("val/ratio", "training"),)),
-    Panel("Policy loss", "", (("loss/policy_avg", "training"),)),
-    Panel("Value loss", "", (("loss/value_avg", "training"),)),
-    Panel("Loss on pretraining texts", "nats a token", (("loss/ptx_avg", "training"),)),
-    Panel("Perplexity of held-out texts", "", (("eval_perplexity", "held out"),)),
-    Panel("Spread of the ensemble", "", (("eval_ensemble_std", "held out"),)),
+    MetricPanel("Reward", "", (("objective/scores", "training"), ("eval_score", "held out"))),
+    MetricPanel("Quality, held out", "", (("eval_gold", "gold"), ("eval_judge", "second reward model"))),
+    MetricPanel("KL to the SFT model", "nats a response", (("objective/kl", "training"), ("eval_kl", "held out"))),
+    MetricPanel("Entropy", "nats a token", (("policy/entropy_avg", "training"),)),
+    MetricPanel("Length", "tokens", (("response_length", "training"), ("eval_response_length", "held out"))),
+    MetricPanel("Cut off before the end", "share", (("without_eos", "training"), ("eval_without_eos", "held out"))),
+    MetricPanel("Clipped", "share", (("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "critic"))),
+    MetricPanel("Variance that the critic explains", "share", (("val/explained_variance", "training"),)),
+    MetricPanel("Ratio of new to old probability", "", (("val/ratio", "training"),)),
+    MetricPanel("Policy loss", "", (("loss/policy_avg", "training"),)),
+    MetricPanel("Value loss", "", (("loss/value_avg", "training"),)),
+    MetricPanel("Loss on pretraining texts", "nats a token", (("loss/ptx_avg", "training"),)),
+    MetricPanel("Perplexity of held-out texts", "", (("eval_perplexity", "held out"),)),
+    MetricPanel("Spread of the ensemble", "", (("eval_ensemble_std", "held out"),)),
 )
 
 
 def _drawn(
-    runs: Sequence[Run],
-    panels: Iterable[Panel],
-    series: Callable[[Run, str], tuple[list[float], list[float]]],
+    runs: Sequence[RunContents],
+    panels: Iterable[MetricPanel],
+    series: Callable[[RunContents, str], tuple[list[float], list[float]]],
     x_label: str,
     marks: Sequence[float] = (),
 ) -> list[Chart]:
@@ -82,30 +83,33 @@ def _drawn(
     return [chart for chart in drawn if chart is not None]
 
 
-def _grid(drawn: Iterable[Chart | None], runs: Sequence[Run]) -> Iterator[Grid]:
+def _grid(drawn: Iterable[Chart | None], runs: Sequence[RunContents]) -> Iterator[Grid]:
     """The charts that there are, under one legend of the runs where there are several."""
     shown = [chart for chart in drawn if chart is not None]
     if shown:
         yield Grid(shown, [(run.name, index, "solid") for index, run in enumerate(runs)] if len(runs) > 1 else [])
 
 
-def sft_curves(runs: Sequence[Run]) -> Iterator[Any]:
-    found = [
+def sft_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
+    """SFT: its curves, and its loss and accuracy on held-out demonstrations."""
+    entries = [
         (index, "SFT", [f"{results['heldout_loss']:.3f}", percent(results["heldout_token_accuracy"])])
         for index, run in enumerate(runs)
         if (results := run.stage("sft").get("results"))
     ]
-    rows = [Line(label, cells, colour) for label, colour, cells in shared_by_runs(runs, found)]
+    rows = [TableRow(label, cells, colour) for label, colour, cells in shared_by_runs(runs, entries)]
     yield from _grid(_drawn(runs, SFT_PANELS, lambda run, key: run.parts[0].series("sft", key), "step"), runs)
     if rows:
         yield Table(["", "held-out loss, nats a token", "held-out token accuracy"], rows)
 
 
-def dpo_curves(runs: Sequence[Run]) -> Iterator[Any]:
+def dpo_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
+    """DPO: its curves."""
     yield from _grid(_drawn(runs, DPO_PANELS, lambda run, key: run.parts[0].series("dpo", key), "step"), runs)
 
 
-def ppo_curves(runs: Sequence[Run]) -> Iterator[Any]:
+def ppo_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
+    """PPO: its curves over the updates of all rounds."""
     marks = [start for run in runs for start in run.starts()[1:]] if len(runs) == 1 else []
     if marks:
         yield Words(
@@ -114,7 +118,8 @@ def ppo_curves(runs: Sequence[Run]) -> Iterator[Any]:
     yield from _grid(_drawn(runs, PPO_PANELS, lambda run, key: run.ppo(key), "update", marks), runs)
 
 
-def reward_curves(runs: Sequence[Run]) -> Iterator[Any]:
+def reward_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
+    """Reward models: their curves, and what their cards say of calibration, accuracy and length."""
     if len(runs) == 1:
         drawn = _adapters(runs[0])
     else:
@@ -135,9 +140,9 @@ def reward_curves(runs: Sequence[Run]) -> Iterator[Any]:
         yield _by_length(card, label)
 
 
-def _adapters(run: Run) -> list[Chart]:
+def _adapters(run: RunContents) -> list[Chart]:
     """The curves of all reward adapters of a run: of each round, and of each member of an ensemble."""
-    curves: list[tuple[Part, str, str]] = []
+    curves: list[tuple[PartContents, str, str]] = []
     for part in run.parts:
         stages = dict.fromkeys(row["stage"] for row in part.metrics if row["stage"].startswith("reward"))
         for stage in stages:
@@ -158,30 +163,31 @@ def _adapters(run: Run) -> list[Chart]:
     return [chart for chart in drawn if chart is not None]
 
 
-def _accuracies(runs: Sequence[Run], cards: list[tuple[int, Part, dict[str, Any]]]) -> Intervals:
-    found = []
+def _accuracies(runs: Sequence[RunContents], cards: list[tuple[int, PartContents, dict[str, Any]]]) -> Intervals:
+    """Shares of held-out pairs that the reward models rank right, of all pairs and of each source of them."""
+    entries = []
     for index, part, card in cards:
         results = part.manifest["stages"]["reward"]["results"]
         members = results.get("members_accuracy", ())
         details = [f"members {', '.join(map(percent, members))}"] if len(members) > 1 else []
         details += [f"the judge {percent(results['judge_accuracy'])}"] if "judge_accuracy" in results else []
         detail = "; ".join(details)
-        round_of = f", round {part.number}" if len(runs[index].parts) > 1 else ""
-        found.append((index, f"all pairs{round_of}", (card["accuracy"], detail)))
+        later = f", round {part.number}" if len(runs[index].parts) > 1 else ""
+        entries.append((index, f"all pairs{later}", (card["accuracy"], detail)))
         if part is runs[index].parts[-1]:
-            found += [(index, f"from {source}", (of, "")) for source, of in card["by_source"].items()]
-            found.append((index, "the longer response wins", (card["length"]["longer_wins"], "as a rule of its own")))
+            entries += [(index, f"from {source}", (rate, "")) for source, rate in card["by_source"].items()]
+            entries.append((index, "the longer response wins", (card["length"]["longer_wins"], "as a rule of its own")))
     rows = [
-        Interval(label, detail, of["rate"], of["low"], of["high"], f"{of['pairs']:,} pairs", colour)
-        for label, colour, (of, detail) in shared_by_runs(runs, found)
+        Interval(label, detail, rate["rate"], rate["low"], rate["high"], f"{rate['pairs']:,} pairs", colour)
+        for label, colour, (rate, detail) in shared_by_runs(runs, entries)
     ]
     return Intervals("Accuracy on held-out comparisons", rows)
 
 
 def _by_length(card: dict[str, Any], runs: str) -> Table:
-    """Of the runs whose names are given, or of all."""
+    """A card's accuracy by the difference in length. `runs` names those that have it, and is empty for all."""
     rows = [
-        Line(
+        TableRow(
             f"{row['shortest']} to {row['longest']}".replace("-", "\N{MINUS SIGN}"),
             [f"{row['accuracy']['pairs']:,}", percent(row["accuracy"]["rate"]), percent(row["longer_wins"]["rate"])],
         )
@@ -191,7 +197,8 @@ def _by_length(card: dict[str, Any], runs: str) -> Table:
     return Table(columns, rows, f"{runs}By length")
 
 
-def over_optimisation(runs: Sequence[Run]) -> Iterator[Any]:
+def over_optimisation(runs: Sequence[RunContents]) -> Iterator[Any]:
+    """Reward and quality over the distance from the SFT model (Gao et al., arXiv:2210.10760)."""
     colour = {run.name: index for index, run in enumerate(runs)}
     proxy, quality, frontier, judges = [], [], [], set()
     for run in runs:
@@ -202,9 +209,9 @@ def over_optimisation(runs: Sequence[Run]) -> Iterator[Any]:
             rows = part.rows("ppo", "eval_kl")
             steps = [f"{start + row['step']:.0f}" for row in rows] if len(rows) <= 8 and len(runs) == 1 else []
             distance = [math.sqrt(max(row["eval_kl"], 0)) for row in rows]
-            for key, of in (("eval_score", proxy), (judge[0] if judge else "", quality)):
+            for key, curves in (("eval_score", proxy), (judge[0] if judge else "", quality)):
                 if rows and all(key in row for row in rows):
-                    of.append(Curve(name, distance, [row[key] for row in rows], shade, "points", steps))
+                    curves.append(Curve(name, distance, [row[key] for row in rows], shade, "points", steps))
             if judge:
                 judges.add(by_judge(judge[1]))
             kl, scores = part.series("ppo", "objective/kl")[1], part.series("ppo", "objective/scores")[1]
@@ -224,8 +231,9 @@ def over_optimisation(runs: Sequence[Run]) -> Iterator[Any]:
             words += " Where the reward, which PPO trains against, goes on rising and quality falls, it is being gamed."
         yield Words(f"{words} Numbers at points are updates." if any(curve.numbers for curve in proxy) else words)
     yield from _grid(drawn, runs)
-    of_sweeps = dict.fromkeys(run.folder.parent / "overoptimization.svg" for run in runs) if len(runs) > 1 else {}
-    for path in filter(Path.is_file, of_sweeps):
+    # A sweep writes its figure beside its variants' folders.
+    figures = dict.fromkeys(run.folder.parent / "overoptimization.svg" for run in runs) if len(runs) > 1 else {}
+    for path in filter(Path.is_file, figures):
         yield Picture(f"Relative to the SFT model, with the fits of {overoptimization.FORM}", path.read_bytes())
 
 
@@ -238,8 +246,9 @@ PHASES = {
 }
 
 
-def resources(runs: Sequence[Run]) -> Iterator[Any]:
-    found = []
+def resources(runs: Sequence[RunContents]) -> Iterator[Any]:
+    """Time and peak memory of each stage, and what PPO spent its time on."""
+    entries = []
     for index, run in enumerate(runs):
         records = [
             (part.label(stage), part.manifest["stages"][stage])
@@ -247,35 +256,37 @@ def resources(runs: Sequence[Run]) -> Iterator[Any]:
             for stage in STAGES
             if stage in part.manifest["stages"]
         ]
-        whole = sum(record["seconds"] for _, record in records) or 1
+        total = sum(record["seconds"] for _, record in records) or 1
         for label, record in records:
             cells = [duration(record["seconds"]), memory(record.get("planned_peak_mib"))]
             cells.append(memory(record["peak_memory_mib"]))
-            found.append((index, label, (cells, record["seconds"] / whole)))
-    if found:
-        rows = [Line(label, cells, colour, share) for label, colour, (cells, share) in shared_by_runs(runs, found)]
+            entries.append((index, label, (cells, record["seconds"] / total)))
+    if entries:
+        rows = [
+            TableRow(label, cells, colour, share) for label, colour, (cells, share) in shared_by_runs(runs, entries)
+        ]
         yield Table(["stage", "time", "planned peak memory", "measured peak memory"], rows)
     phases = [_phases(run) for run in runs]
     if any(phases):
         rows = []
         for words in dict.fromkeys(chain.from_iterable(phases)):
-            shares = [of[words] / sum(of.values()) if words in of else math.nan for of in phases]
+            shares = [seconds[words] / sum(seconds.values()) if words in seconds else math.nan for seconds in phases]
             cells = [
-                f"{duration(of[words])}, {percent(share, 0)}" if words in of else ""
-                for of, share in zip(phases, shares, strict=True)
+                f"{duration(seconds[words])}, {percent(share, 0)}" if words in seconds else ""
+                for seconds, share in zip(phases, shares, strict=True)
             ]
-            rows.append(Line(words, cells, None, shares[0] if len(runs) == 1 else None))
+            rows.append(TableRow(words, cells, None, shares[0] if len(runs) == 1 else None))
         columns = [run.name for run in runs] if len(runs) > 1 else ["time"]
         yield Table(["doing", *columns], rows, "What PPO spent its time on")
 
 
-def _phases(run: Run) -> dict[str, float]:
+def _phases(run: RunContents) -> dict[str, float]:
     """The seconds of PPO's phases over all updates and rounds; the rest is loading, saving and comparing at the end."""
-    whole = sum(part.manifest["stages"].get("ppo", {}).get("seconds", 0) for part in run.parts)
+    total = sum(part.manifest["stages"].get("ppo", {}).get("seconds", 0) for part in run.parts)
     seconds = {
         words: sum(chain.from_iterable(part.series("ppo", f"time/{phase}")[1] for part in run.parts))
         for phase, words in PHASES.items()
     }
     seconds = {words: value for words, value in seconds.items() if value > 0}
-    rest = max(whole - sum(seconds.values()), 0.0)
+    rest = max(total - sum(seconds.values()), 0.0)
     return seconds | {"loading, saving, comparing the models at the end": rest} if seconds else {}

@@ -17,12 +17,12 @@ Row = dict[str, Any]
 
 SCORES = {"gold": "gold", "judge": "judge", "reward": "score"}  # judge -> the key of its scores in samples and means
 TITLES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
-NAMES = {"gold": "gold", "judge": "the second reward model", "reward": "the reward model that PPO trained against"}
+JUDGES = {"gold": "gold", "judge": "the second reward model", "reward": "the reward model that PPO trained against"}
 
 
 @dataclass(frozen=True)
-class Part:
-    """A run's own folder, or that of one of its rounds."""
+class PartContents:
+    """What stands in a run's own folder, which is its first round, or in that of a later round."""
 
     folder: Path
     number: int  # of the round
@@ -31,6 +31,7 @@ class Part:
     samples: list[Row]
 
     def label(self, stage: str) -> str:
+        """The stage's name, with that of the round from the second on."""
         return stage if self.number == 1 else f"{stage}, round {self.number}"
 
     def rows(self, stage: str, key: str) -> list[Row]:
@@ -44,26 +45,27 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder."""
+class RunContents:
+    """What a run folder holds, with its rounds and its evaluation."""
 
     name: str  # differs from those of the other runs in a report
     folder: Path
     recipe: Recipe
-    parts: list[Part]  # the run's own, then a round each
+    parts: list[PartContents]  # the run's own, then a round each
     summary: dict[str, Any]
     evaluation: dict[str, Any] | None  # what `rlhf-recipes evaluate` wrote
     answers: list[Row]  # id, prompt, model, completion, tokens, ended, kl, scores {judge: number}
 
     @property
     def manifest(self) -> dict[str, Any]:
+        """The manifest of the run's own folder."""
         return self.parts[0].manifest
 
     def stage(self, name: str) -> dict[str, Any]:
         """What the manifest says of a stage; nothing of one that has not begun."""
         return self.manifest["stages"].get(name, {})
 
-    def card(self, part: Part) -> dict[str, Any] | None:
+    def card(self, part: PartContents) -> dict[str, Any] | None:
         """The reward card of a part."""
         return part.manifest["stages"].get("reward", {}).get("results", {}).get("card")
 
@@ -99,15 +101,16 @@ class Run:
         return sorted(int(path.name.rpartition("-")[2]) for path in (self.folder / "ppo").glob("checkpoint-*"))
 
 
-def gather(folders: Sequence[Path]) -> list[Run]:
+def gather(folders: Sequence[Path]) -> list[RunContents]:
     """Read run folders. That of a sweep stands for those of its variants.
 
     Raises ValueError for a folder that is no run's, or a file of it that is damaged.
     """
-    found = [run for folder in folders for run in ([] if _holds_variants(folder) else [folder]) + variants(folder)]
-    found = list(dict.fromkeys(folder.resolve() for folder in found))
-    names = _names(found)
-    return [_read(folder, name) for folder, name in zip(found, names, strict=True)]
+    with_variants = [
+        path for folder in folders for path in ([] if _holds_variants(folder) else [folder]) + variants(folder)
+    ]
+    run_dirs = list(dict.fromkeys(path.resolve() for path in with_variants))
+    return [_read_run(run_dir, name) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
 
 
 def variants(folder: Path) -> list[Path]:
@@ -131,15 +134,17 @@ def _names(folders: Sequence[Path]) -> list[str]:
         length += 1
 
 
-def _read(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str) -> RunContents:
     recipe = read_recipe(folder)
     parts = []
     for number, path in enumerate(reversed(newest_round_first(folder)), 1):
         manifest = _json(path / "manifest.json") or {"stages": {}}
-        parts.append(Part(path, number, manifest, read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl")))
+        parts.append(
+            PartContents(path, number, manifest, read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl"))
+        )
     summary = summarize(parts[0].manifest, [part.manifest for part in parts[1:] if part.manifest["stages"]])
     answers = read_rows(folder / "evaluation" / "answers.jsonl") or list(_answers(parts))
-    return Run(name, folder, recipe, parts, summary, _json(folder / "evaluation" / "evaluation.json"), answers)
+    return RunContents(name, folder, recipe, parts, summary, _json(folder / "evaluation" / "evaluation.json"), answers)
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -152,7 +157,7 @@ def _json(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not JSON ({error}). Delete it, or run what writes it again.") from error
 
 
-def _answers(parts: Iterable[Part]) -> Iterator[Row]:
+def _answers(parts: Iterable[PartContents]) -> Iterator[Row]:
     """The answers of the comparison at the end of PPO or DPO, in the form of `evaluation/answers.jsonl`."""
     seen: set[tuple[str, str]] = set()
     for part in parts:
@@ -181,34 +186,38 @@ def title_of(model: str) -> str:
     return folder + colon + "/".join(TITLES.get(part, part) for part in name.split("/"))
 
 
-def wins(run: Run) -> list[Row]:
+def by_judge(judge: str) -> str:
+    """A judge as the page names it after "judged by"."""
+    return JUDGES.get(judge, judge)
+
+
+def win_rates(run: RunContents) -> list[Row]:
     """Win rates as in `evaluation.json`, from there or else from the summary, the most trusted judge first."""
     if run.evaluation is not None:
-        found = run.evaluation.get("wins", [])
+        rates = run.evaluation.get("wins", [])
     else:
         judges = {"win_rate_vs_sft": "gold", "judge_win_rate_vs_sft": "judge", "reward_win_rate_vs_sft": "reward"}
-        models = run.summary["models"].items()
-        found = [
-            {"model": _named(name), "against": "sft", "judge": judge, **of[key]}
-            for name, of in models
+        rates = [
+            {"model": _named(name), "against": "sft", "judge": judge, **means[key]}
+            for name, means in run.summary["models"].items()
             for key, judge in judges.items()
-            if key in of
+            if key in means
         ]
-    return sorted(found, key=lambda row: trust(row["judge"]))
+    return sorted(rates, key=lambda row: trust(row["judge"]))
 
 
-def models(run: Run) -> dict[str, dict[str, Any]]:
+def model_results(run: RunContents) -> dict[str, dict[str, Any]]:
     """Each model's means, behaviour, perplexity and tasks as in `evaluation.json`, from there or from the summary."""
     if run.evaluation is not None:
         return run.evaluation.get("models", {})
-    result = {}
-    for name, of in run.summary["models"].items():
-        means = {judge: of[key] for judge, key in SCORES.items() if key in of}
-        behaviour = {"tokens": of["response_length"], "without_eos": of["without_eos"], "kl": of["kl"]}
-        result[_named(name)] = {"means": means, "behaviour": behaviour}
-        if "perplexity" in of:
-            result[_named(name)]["perplexity"] = of["perplexity"]
-    return result
+    results = {}
+    for name, summary in run.summary["models"].items():
+        means = {judge: summary[key] for judge, key in SCORES.items() if key in summary}
+        behaviour = {"tokens": summary["response_length"], "without_eos": summary["without_eos"], "kl": summary["kl"]}
+        results[_named(name)] = {"means": means, "behaviour": behaviour}
+        if "perplexity" in summary:
+            results[_named(name)]["perplexity"] = summary["perplexity"]
+    return results
 
 
 def _named(name: str) -> str:
@@ -222,10 +231,10 @@ def trust(judge: str) -> int:
     return {"gold": 0, "judge": 1, "reward": 3}.get(judge, 2)
 
 
-def best_win(run: Run) -> Row | None:
+def best_win(run: RunContents) -> Row | None:
     """The win rate that says most of a run: of its last or best model, against SFT, by the most trusted judge."""
     best = ((run.evaluation or {}).get("best") or {}).get("model")
-    candidates = [row for row in wins(run) if row["model"] not in ("base", "sft")]
+    candidates = [row for row in win_rates(run) if row["model"] not in ("base", "sft")]
     against = [row for row in candidates if row["against"] == "sft"] or candidates
     against = [row for row in against if row["model"] == best] or against
     if not against:

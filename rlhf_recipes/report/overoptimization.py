@@ -30,7 +30,7 @@ JOINED = ("name", "seed", "tracker", "variants")  # settings in which runs may d
 
 
 @dataclass(frozen=True)
-class Curve:
+class RunCurve:
     """A run's held-out evaluations, in the order of its updates. The first is of the SFT model."""
 
     judge: str  # one of QUALITY
@@ -66,7 +66,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Line:
+class FittedLine:
     """Runs with the same settings but for the seed, and what was fitted to all their points together."""
 
     label: str
@@ -76,14 +76,14 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Panel:
+class FittedPanel:
     """Lines that differ in one setting."""
 
     title: str
-    lines: list[Line]
+    lines: list[FittedLine]
 
 
-def read(run_dir: Path) -> Curve | None:
+def read_curve(run_dir: Path) -> RunCurve | None:
     """The curve of a run's PPO; None unless it evaluated reward and quality from the SFT model on (eval_on_start)."""
     rows = {row["step"]: row for row in read_rows(run_dir / "metrics.jsonl") if {"eval_kl", "eval_score"} <= row.keys()}
     steps = sorted(rows)
@@ -98,7 +98,7 @@ def read(run_dir: Path) -> Curve | None:
         return [(rows[step][name] - rows[0][name]) / scale for step in steps]
 
     spread = "eval_ensemble_std"
-    return Curve(
+    return RunCurve(
         judge,
         steps,
         [rows[step]["eval_kl"] for step in steps],
@@ -108,7 +108,7 @@ def read(run_dir: Path) -> Curve | None:
     )
 
 
-def fit(distance: Sequence[float], score: Sequence[float]) -> Fit | None:
+def fit_curve(distance: Sequence[float], score: Sequence[float]) -> Fit | None:
     """R(d) = d (alpha - beta log d) by least squares, linear in both; None with fewer than three points off d = 0.
 
     Args:
@@ -125,7 +125,7 @@ def fit(distance: Sequence[float], score: Sequence[float]) -> Fit | None:
     return Fit(float(alpha), float(beta), 1 - float((left**2).sum()) / total if total else 1.0)
 
 
-def panels(recipes: Mapping[str, Recipe], curves: Mapping[str, Curve]) -> list[Panel]:
+def panels(recipes: Mapping[str, Recipe], curves: Mapping[str, RunCurve]) -> list[FittedPanel]:
     """A panel for each setting that some runs differ in while they agree in all others, the seed aside.
 
     Runs that are in no such panel stand together in a last one.
@@ -133,66 +133,67 @@ def panels(recipes: Mapping[str, Recipe], curves: Mapping[str, Curve]) -> list[P
     flat = {name: dict(_flat(to_dict(recipe))) for name, recipe in recipes.items()}
     keys = list(dict.fromkeys(key for settings in flat.values() for key in settings))
     values = {name: {key: repr(settings.get(key)) for key in keys} for name, settings in flat.items()}
-    varying = [key for key in keys if len({of[key] for of in values.values()}) > 1]
+    varying = [key for key in keys if len({settings[key] for settings in values.values()}) > 1]
     result, placed = [], set()
     for key in varying:
         others = [other for other in varying if other != key]
         groups: defaultdict[tuple[str, ...], defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for name, of in values.items():
-            groups[tuple(of[other] for other in others)][of[key]].append(name)
+        for name, settings in values.items():
+            groups[tuple(settings[other] for other in others)][settings[key]].append(name)
         for fixed, lines in groups.items():
             if len(lines) > 1:
                 where = ", ".join(f"{other}={value}" for other, value in zip(others, fixed, strict=True))
-                ordered = sorted(lines.items(), key=lambda line: _number(line[0]))
-                found = [_line(f"{key}={value}", runs, curves) for value, runs in ordered]
-                result.append(Panel(where, found))
+                ordered = sorted(lines.items(), key=lambda line: _by_value(line[0]))
+                fitted = [_fitted_line(f"{key}={value}", runs, curves) for value, runs in ordered]
+                result.append(FittedPanel(where, fitted))
                 placed |= {run for runs in lines.values() for run in runs}
     rest: defaultdict[str, list[str]] = defaultdict(list)
-    for name, of in values.items():
+    for name, settings in values.items():
         if name not in placed:
-            rest[json.dumps(of)].append(name)
+            rest[json.dumps(settings)].append(name)
     if rest:
-        result.append(Panel("", [_line(runs[0], runs, curves) for runs in rest.values()]))
+        result.append(FittedPanel("", [_fitted_line(runs[0], runs, curves) for runs in rest.values()]))
     return result
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """`("ppo.kl_coef", 0.1)` for each setting of a recipe, without those that runs of one line may differ in."""
-    found = []
+    pairs = []
     for key, value in settings.items():
         if prefix or key not in JOINED:
             name = f"{prefix}{key}"
-            found += _flat(value, f"{name}.".replace(".args.", ".")) if isinstance(value, Mapping) else [(name, value)]
-    return found
+            pairs += _flat(value, f"{name}.".replace(".args.", ".")) if isinstance(value, Mapping) else [(name, value)]
+    return pairs
 
 
-def _number(text: str) -> tuple[float, str]:
+def _by_value(text: str) -> tuple[float, str]:
+    """The key that sorts values as numbers, and behind them as texts those that are none."""
     try:
         return float(text), text
     except ValueError:
         return math.inf, text
 
 
-def _line(label: str, runs: list[str], curves: Mapping[str, Curve]) -> Line:
+def _fitted_line(label: str, runs: list[str], curves: Mapping[str, RunCurve]) -> FittedLine:
     distance = [d for run in runs for d in curves[run].distance]
     proxy, quality = ([r for run in runs for r in getattr(curves[run], name)] for name in ("proxy", "quality"))
-    return Line(label, runs, fit(distance, proxy), fit(distance, quality))
+    return FittedLine(label, runs, fit_curve(distance, proxy), fit_curve(distance, quality))
 
 
 def write_for_sweep(recipes: Mapping[str, Recipe], run_dir: Path) -> Path | None:
-    """Write the curves of a sweep's variants into its folder, as `write`; None where one of them has no curve."""
-    curves = {name: curve for name in recipes if (curve := read(run_dir / name)) is not None}
-    return write(recipes, curves, run_dir) if len(curves) == len(recipes) else None
+    """Write the curves of a sweep's variants into its folder. Returns None where one of them has no curve."""
+    curves = {name: curve for name in recipes if (curve := read_curve(run_dir / name)) is not None}
+    return write_curves(recipes, curves, run_dir) if len(curves) == len(recipes) else None
 
 
-def write(recipes: Mapping[str, Recipe], curves: Mapping[str, Curve], folder: Path) -> Path:
+def write_curves(recipes: Mapping[str, Recipe], curves: Mapping[str, RunCurve], folder: Path) -> Path:
     """Write `overoptimization.json`, `.svg` and `.png`: curves and fits by panel. Returns the path of the last.
 
     Args:
         recipes: of the runs, by name.
         curves: theirs, by the same names.
     """
-    found = panels(recipes, curves)
+    shown = panels(recipes, curves)
     judges = sorted({curve.judge for curve in curves.values()})
     write_json(
         folder / "overoptimization.json",
@@ -201,30 +202,35 @@ def write(recipes: Mapping[str, Recipe], curves: Mapping[str, Curve], folder: Pa
             "unit": "standard deviations of the SFT model's scores, above their mean",
             "quality": judges,
             "curves": {name: asdict(curve) for name, curve in curves.items()},
-            "panels": [_panel_json(panel) for panel in found],
+            "panels": [_panel_json(panel) for panel in shown],
         },
     )
-    draw(found, curves, " or ".join(judges), folder)
+    draw_curves(shown, curves, " or ".join(judges), folder)
     return folder / "overoptimization.png"
 
 
-def _panel_json(panel: Panel) -> dict[str, Any]:
-    fits = [{name: getattr(line, name) for name in ("proxy", "quality")} for line in panel.lines]
-    described = [{name: f and {**asdict(f), "peak": f.peak} for name, f in of_line.items()} for of_line in fits]
-    lines = [{"label": line.label, "runs": line.runs, **of} for line, of in zip(panel.lines, described, strict=True)]
+def _panel_json(panel: FittedPanel) -> dict[str, Any]:
+    lines = [
+        {"label": line.label, "runs": line.runs, "proxy": _fit_json(line.proxy), "quality": _fit_json(line.quality)}
+        for line in panel.lines
+    ]
     return {"title": panel.title, "lines": lines}
 
 
-def draw(found: Sequence[Panel], curves: Mapping[str, Curve], judge: str, folder: Path) -> None:
+def _fit_json(fit: Fit | None) -> dict[str, float | None] | None:
+    return None if fit is None else {**asdict(fit), "peak": fit.peak}
+
+
+def draw_curves(shown: Sequence[FittedPanel], curves: Mapping[str, RunCurve], judge: str, folder: Path) -> None:
     """A figure with a panel each: quality (solid) and proxy (dashed) over sqrt(KL), as measured and as fitted."""
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     with rc_context({"font.size": 9, "svg.hashsalt": "rlhf_recipes"}):  # the same bytes for the same curves
-        figure = Figure(figsize=(3.6 * len(found), 3.4), layout="constrained")
-        axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-        for axis, panel in zip(axes, found, strict=True):
+        figure = Figure(figsize=(3.6 * len(shown), 3.4), layout="constrained")
+        axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axis, panel in zip(axes, shown, strict=True):
             shades = colormaps["viridis"](np.linspace(0.0, 0.8, len(panel.lines)))
             for line, colour in zip(panel.lines, shades, strict=True):
                 _draw_line(axis, line, curves, colour)
@@ -241,7 +247,7 @@ def draw(found: Sequence[Panel], curves: Mapping[str, Curve], judge: str, folder
         figure.savefig(folder / "overoptimization.png", dpi=150)
 
 
-def _draw_line(axis: "Axes", line: Line, curves: Mapping[str, Curve], colour: Any) -> None:
+def _draw_line(axis: "Axes", line: FittedLine, curves: Mapping[str, RunCurve], colour: Any) -> None:
     """The points of a line's runs, and the fits over their range with a mark where the quality's peaks."""
     furthest = max(d for run in line.runs for d in curves[run].distance)
     grid = np.linspace(0, furthest, 200)[1:]

@@ -11,12 +11,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..recipe.values import STAGES
-from . import charts, warnings
+from . import charts
 from .blocks import duration, memory
-from .gather import TITLES, Run, best_win
-from .results import verdict
-from .sections import sections
+from .gather import TITLES, RunContents, best_win
+from .results import headline
+from .sections import report_sections
 from .shared import shared_by_runs
+from .warnings import warnings_of_run
 
 # Only this style and this script, by their digests; no request, of any kind.
 POLICY = (
@@ -25,7 +26,7 @@ POLICY = (
 )
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[RunContents]) -> str:
     """The HTML page of the runs."""
     folder = Path(__file__).parent
     environment = Environment(
@@ -51,9 +52,9 @@ def render(runs: Sequence[Run]) -> str:
         heads=[_head(run) for run in runs],
         warnings=shared_by_runs(
             runs,
-            [(index, about, text) for index, run in enumerate(runs) for about, text in warnings.warnings_of_run(run)],
+            [(index, about, text) for index, run in enumerate(runs) for about, text in warnings_of_run(run)],
         ),
-        sections=sections(runs),
+        sections=report_sections(runs),
     )
 
 
@@ -66,7 +67,7 @@ def _json(value: Any) -> Markup:
     return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))
 
 
-def _head(run: Run) -> dict[str, Any]:
+def _head(run: RunContents) -> dict[str, Any]:
     """What stands at the top of the page of a run."""
     summary, best = run.summary, best_win(run)
     stages = [TITLES[stage] for stage in STAGES if stage in run.manifest["stages"]]
@@ -75,5 +76,5 @@ def _head(run: Run) -> dict[str, Any]:
     if summary["seconds"]:
         facts.append(duration(sum(summary["seconds"].values())))
         facts.append(f"peak {memory(max(summary['peak_memory_mib'].values()))}")
-    number, words = verdict(run)
+    number, words = headline(run)
     return {"name": run.name, "facts": facts, "number": number, "words": words, "win": best}

@@ -6,18 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from .blocks import Answers, Interval, Intervals, Line, Table, Words, number, percent
-from .gather import NAMES, Row, Run, best_win, models, prompts_of, title_of, trust, wins
+from .blocks import Answers, Interval, Intervals, Table, TableRow, Words, number, percent
+from .gather import Row, RunContents, best_win, by_judge, model_results, prompts_of, title_of, trust, win_rates
 from .shared import shared_by_runs
 
 ANSWERS = 1_500_000  # characters of answers in the page at most
 
 
-def by_judge(judge: str) -> str:
-    return NAMES.get(judge, judge)
-
-
-def verdict(run: Run) -> tuple[str, str]:
+def headline(run: RunContents) -> tuple[str, str]:
     """The number that says most of a run, and what it says."""
     win = best_win(run)
     if win is not None:
@@ -52,89 +48,101 @@ BEHAVIOUR: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def results(runs: Sequence[Run]) -> Iterator[Any]:
-    found = []
+def results(runs: Sequence[RunContents]) -> Iterator[Any]:
+    """Win rates, what the evaluation calls the best, means, and what alignment cost elsewhere."""
+    entries = []
     for index, run in enumerate(runs):
-        for win in wins(run):
+        for win in win_rates(run):
             detail = f"judged by {by_judge(win['judge'])}"
             at = win.get("length_controlled")
             if at:
                 detail += f"; at equal length {at['rate']:.1%} ({at['low']:.1%} to {at['high']:.1%})"
             if "ties" in win:
                 detail += f"; {win['ties']:.0%} ties"
-            found.append((index, f"{title_of(win['model'])} against {title_of(win['against'])}", (win, detail)))
-    found.sort(key=lambda one: trust(one[2][0]["judge"]))  # so that the same judge's stand together
+            entries.append((index, f"{title_of(win['model'])} against {title_of(win['against'])}", (win, detail)))
+    entries.sort(key=lambda entry: trust(entry[2][0]["judge"]))  # so that the same judge's stand together
     rows = [
         Interval(label, detail, win["rate"], win["low"], win["high"], f"{win['prompts']:,} prompts", colour)
-        for label, colour, (win, detail) in shared_by_runs(runs, found)
+        for label, colour, (win, detail) in shared_by_runs(runs, entries)
     ]
     if rows:
         note = "Share of the held-out prompts on which the first one wins, with its 95 % interval. A tie counts half."
         yield Intervals("Wins", rows, note)
-    best = [(index, of["words"], "") for index, run in enumerate(runs) if (of := (run.evaluation or {}).get("best"))]
+    evaluations = [run.evaluation or {} for run in runs]
+    best = [(index, known["best"]["words"], "") for index, known in enumerate(evaluations) if known.get("best")]
     yield from (Words(words) for words, _, _ in shared_by_runs(runs, best))
     compared = [
-        (index, title_of(name), (name, of)) for index, run in enumerate(runs) for name, of in models(run).items()
+        (index, title_of(name), (name, measured))
+        for index, run in enumerate(runs)
+        for name, measured in model_results(run).items()
     ]
     if compared:
         yield _means(shared_by_runs(runs, compared))
         yield from _tasks(shared_by_runs(runs, compared))
 
 
-def _means(found: list[tuple[str, int | None, Any]]) -> Table:
-    judges = dict.fromkeys(judge for _, _, (_, of) in found for judge in of.get("means", {}))
-    shown = [key for key in BEHAVIOUR if any(key in of.get("behaviour", {}) for _, _, (_, of) in found)]
+def _means(models: list[tuple[str, int | None, Any]]) -> Table:
+    """Each model's mean scores and behaviour. Of the base and the SFT model no KL is shown."""
+    judges = dict.fromkeys(judge for _, _, (_, measured) in models for judge in measured.get("means", {}))
+    shown = [key for key in BEHAVIOUR if any(key in measured.get("behaviour", {}) for _, _, (_, measured) in models)]
     rows = []
-    for label, colour, (name, of) in found:
+    for label, colour, (name, measured) in models:
         # What the base and the SFT model have of KL says nothing about training against the penalty.
-        behaviour = {k: v for k, v in of.get("behaviour", {}).items() if name not in ("base", "sft") or "kl" not in k}
-        cells = [number(of.get("means", {}).get(judge)) for judge in judges]
-        rows.append(Line(label, cells + [BEHAVIOUR[key][1](behaviour.get(key)) for key in shown], colour))
+        behaviour = measured.get("behaviour", {})
+        if name in ("base", "sft"):
+            behaviour = {key: value for key, value in behaviour.items() if "kl" not in key}
+        cells = [number(measured.get("means", {}).get(judge)) for judge in judges]
+        rows.append(TableRow(label, cells + [BEHAVIOUR[key][1](behaviour.get(key)) for key in shown], colour))
     return Table(["model", *judges, *(BEHAVIOUR[key][0] for key in shown)], rows, "Means on held-out prompts")
 
 
-def _tasks(found: list[tuple[str, int | None, Any]]) -> Iterator[Table]:
+def _tasks(models: list[tuple[str, int | None, Any]]) -> Iterator[Table]:
     """What alignment cost elsewhere: perplexity and tasks."""
     tasks = dict.fromkeys(
-        (task, metric) for _, _, (_, of) in found for task, metrics in of.get("tasks", {}).items() for metric in metrics
+        (task, metric)
+        for _, _, (_, measured) in models
+        for task, metrics in measured.get("tasks", {}).items()
+        for metric in metrics
     )
-    has_perplexity = any("perplexity" in of for _, _, (_, of) in found)
+    has_perplexity = any("perplexity" in measured for _, _, (_, measured) in models)
     if not tasks and not has_perplexity:
         return
     rows = []
-    for label, colour, (_, of) in found:
-        cells = [number(of.get("perplexity"))] if has_perplexity else []
+    for label, colour, (_, measured) in models:
+        cells = [number(measured.get("perplexity"))] if has_perplexity else []
         for task, metric in tasks:
-            one = of.get("tasks", {}).get(task, {}).get(metric, {})
-            error = one.get("error")
-            cells.append(f"{number(one.get('value'))}{f' ± {number(error)}' if error is not None else ''}")
-        rows.append(Line(label, cells, colour))
+            result = measured.get("tasks", {}).get(task, {}).get(metric, {})
+            error = result.get("error")
+            cells.append(f"{number(result.get('value'))}{f' ± {number(error)}' if error is not None else ''}")
+        rows.append(TableRow(label, cells, colour))
     columns = ["model", *["perplexity"] * has_perplexity, *(f"{task}, {metric}" for task, metric in tasks)]
     yield Table(columns, rows, "What it cost elsewhere")
 
 
-def answers(runs: Sequence[Run]) -> Iterator[Any]:
+def answers(runs: Sequence[RunContents]) -> Iterator[Any]:
     """The same prompts answered by all models. Answers that runs share, as those of one SFT model, are there once."""
-    found = []
+    entries = []
     for index, run in enumerate(runs):
-        of_run: dict[str, dict[tuple[str, int], Row]] = {}
+        by_model: dict[str, dict[tuple[str, int], Row]] = {}
         for key, row in prompts_of(run.answers):
-            of_run.setdefault(row["model"], {})[key] = _shown(row)
-        found += [(index, title_of(model), rows) for model, rows in of_run.items()]
-    columns = {label: rows for label, _, rows in shared_by_runs(runs, found)}
+            by_model.setdefault(row["model"], {})[key] = _shown(row)
+        entries += [(index, title_of(model), rows) for model, rows in by_model.items()]
+    columns = {label: rows for label, _, rows in shared_by_runs(runs, entries)}
+    # The prompts that most models have answered come first.
     keys = sorted(
-        dict.fromkeys(chain.from_iterable(columns.values())), key=lambda key: -sum(key in of for of in columns.values())
+        dict.fromkeys(chain.from_iterable(columns.values())),
+        key=lambda key: -sum(key in rows for rows in columns.values()),
     )
     shown, size = [], 0
     for key in keys:
-        row = {"prompt": json.loads(key[0]), "answers": [of.get(key) for of in columns.values()]}
+        row = {"prompt": json.loads(key[0]), "answers": [rows.get(key) for rows in columns.values()]}
         size += len(json.dumps(row))
         if shown and size > ANSWERS:
             break
         shown.append(row)
     if shown:
-        known = {judge for row in shown for one in row["answers"] if one for judge in one["scores"]}
-        judges = sorted(known, key=lambda judge: (trust(judge), judge))
+        scored = {judge for row in shown for answer in row["answers"] if answer for judge in answer["scores"]}
+        judges = sorted(scored, key=lambda judge: (trust(judge), judge))
         yield Answers({"models": list(columns), "judges": judges, "rows": shown, "prompts": len(keys)})
 
 

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .gather import TITLES, Run, best_win
+from .gather import TITLES, RunContents, best_win
 
 SHORT = 10  # updates; of fewer, nothing is said of a trend
 MIXED = 0.8  # correlation of reward and length from which the one may be the other
@@ -17,27 +17,29 @@ RATIO = 0.1  # mean distance of the ratio from 1
 CLIPPED = 0.3  # share of tokens
 ENDLESS = 0.2  # share of answers
 COLLAPSED = 0.3  # of the entropy at the start
-EXPLAINED = 0.2
+EXPLAINED = 0.2  # of the returns' variance
 WIDE = 0.1  # half of an interval
 
 
-class Warning(NamedTuple):
-    about: str
-    text: str
+class RunWarning(NamedTuple):
+    """What deserves a word in a run."""
+
+    about: str  # the part of the page that it is about
+    text: str  # with its number, and what to do
 
 
-def warnings_of_run(run: Run) -> Iterator[Warning]:
+def warnings_of_run(run: RunContents) -> Iterator[RunWarning]:
     """All warnings of a run: what its stages found, then what its curves say, then what its results cannot carry."""
     for part in run.parts:
         later = f", round {part.number}" if part.number > 1 else ""
         for name, record in part.manifest["stages"].items():
             if record["state"] != "done":
                 text = "This stage is not finished: shown is what it has logged so far. Run it again to go on."
-                yield Warning(f"{TITLES[name]}{later}", text)
+                yield RunWarning(f"{TITLES[name]}{later}", text)
         for text in (run.card(part) or {"warnings": ()})["warnings"]:
-            yield Warning(f"{TITLES['reward']}{later}", text)
+            yield RunWarning(f"{TITLES['reward']}{later}", text)
     if run.recipe.ppo is not None:
-        found = [
+        texts = [
             kl_rising(run.ppo("objective/kl")[1]),
             reward_is_length(run.ppo("objective/scores")[1], run.ppo("response_length")[1]),
             over_optimised(*_evaluations(run), run.checkpoints()) if len(run.parts) == 1 else None,
@@ -47,33 +49,33 @@ def warnings_of_run(run: Run) -> Iterator[Warning]:
             endless(run.ppo("without_eos")[1]),
             entropy_collapsed(run.ppo("policy/entropy_avg")[1]),
         ]
-        yield from (Warning(TITLES["ppo"], text) for text in found if text is not None)
+        yield from (RunWarning(TITLES["ppo"], text) for text in texts if text is not None)
     win = best_win(run)
     if win is not None and (text := uncertain(win)) is not None:
-        yield Warning("Results", text)
-    yield from (Warning("Evaluation", text) for text in (run.evaluation or {}).get("warnings", ()))
+        yield RunWarning("Results", text)
+    yield from (RunWarning("Evaluation", text) for text in (run.evaluation or {}).get("warnings", ()))
 
 
-def _evaluations(run: Run) -> tuple[list[float], list[list[float]], list[list[float]]]:
+def _evaluations(run: RunContents) -> tuple[list[float], list[list[float]], list[list[float]]]:
     """PPO's held-out evaluations: the steps, and each one's scores and measures of quality, an answer each."""
     rows = [row for row in run.parts[0].samples if row["stage"] == "ppo"]
     groups = itertools.groupby(rows, key=lambda row: (row["step"], row["model"]))
     # Of the last step the comparison at the end has the same answers as the evaluation, and takes its place.
-    found = {step: list(group) for (step, model), group in groups if model == "ppo"}
+    evaluations = {step: list(group) for (step, model), group in groups if model == "ppo"}
     judge = next((key for key in ("gold", "judge") if all(key in row for row in rows)), None)
     if judge is None or not all("score" in row for row in rows):
         return [], [], []
-    scores, quality = ([[row[key] for row in found[step]] for step in found] for key in ("score", judge))
-    return list(found), scores, quality
+    scores, quality = ([[row[key] for row in rows] for rows in evaluations.values()] for key in ("score", judge))
+    return list(evaluations), scores, quality
 
 
 def _fifths(values: Sequence[float]) -> list[list[float]]:
     """Five parts of the finite values, in their order; none where there are too few."""
-    known = [value for value in values if math.isfinite(value)]
-    if len(known) < SHORT:
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < SHORT:
         return []
-    edges = [round(len(known) * part / 5) for part in range(6)]
-    return [known[start:end] for start, end in itertools.pairwise(edges)]
+    edges = [round(len(finite) * part / 5) for part in range(6)]
+    return [finite[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def kl_rising(kl: Sequence[float]) -> str | None:
@@ -131,23 +133,23 @@ def over_optimised(
         return None
     near = min(kept, key=lambda step: abs(step - steps[peak]), default=None)
     if steps[peak] == 0:
-        known = "No update was better than the SFT model: raise"
+        advice = "No update was better than the SFT model: raise"
     elif near is None:
-        known = "Stop there (no checkpoint was kept), raise"
+        advice = "Stop there (no checkpoint was kept), raise"
     else:
-        known = f"Stop there (the nearest checkpoint that was kept is ppo/checkpoint-{near}), raise"
+        advice = f"Stop there (the nearest checkpoint that was kept is ppo/checkpoint-{near}), raise"
     return (
         f"Over-optimised: held-out quality fell from {means[peak]:.2f} at update {steps[peak]:.0f} to {means[-1]:.2f} "
-        f"while the reward went from {then:.2f} to {now:.2f}. {known} ppo.kl_coef, or train a reward ensemble."
+        f"while the reward went from {then:.2f} to {now:.2f}. {advice} ppo.kl_coef, or train a reward ensemble."
     )
 
 
 def ratio_far(steps: Sequence[float], ratios: Sequence[float]) -> str | None:
     """In some update the mean ratio of new to old probability was far from 1."""
-    known = [(abs(ratio - 1), step, ratio) for step, ratio in zip(steps, ratios, strict=True) if math.isfinite(ratio)]
-    if not known or max(known)[0] <= RATIO:
+    far = [(abs(ratio - 1), step, ratio) for step, ratio in zip(steps, ratios, strict=True) if math.isfinite(ratio)]
+    if not far or max(far)[0] <= RATIO:
         return None
-    _, step, ratio = max(known)
+    _, step, ratio = max(far)
     return (
         f"The ratio of new to old probabilities was {ratio:.2f} on average in update {step:.0f}, and should stay near "
         "1: an update moves the policy too far. Lower ppo.learning_rate or ppo.num_ppo_epochs."
@@ -166,16 +168,16 @@ def clipped(fractions: Sequence[float]) -> str | None:
 
 
 def unexplained(variance: Sequence[float]) -> str | None:
-    """Over the second half the critic explained little of the returns."""
+    """Over the last three fifths the critic explained little of the returns' variance."""
     parts = _fifths(variance)
     if not parts:
         return None
-    found = statistics.fmean(value for part in parts[2:] for value in part)
-    if found >= EXPLAINED:
+    share = statistics.fmean(value for part in parts[2:] for value in part)
+    if share >= EXPLAINED:
         return None
-    worse = ", less than a constant would" if found < 0 else ""
+    worse = ", less than a constant would" if share < 0 else ""
     return (
-        f"The critic explained {found:.0%} of the returns' variance{worse} over the last three fifths of the updates, "
+        f"The critic explained {share:.0%} of the returns' variance{worse} over the last three fifths of the updates, "
         "so advantages are noisy. Raise ppo.critic_learning_rate or ppo.critic_warmup_steps, or do without a critic "
         "(ppo.advantage_estimator=rloo)."
     )

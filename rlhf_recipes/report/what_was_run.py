@@ -11,27 +11,28 @@ from typing import Any
 from ..recipe.lookup import load, recipe_names
 from ..recipe.overrides import parse_overrides, replace, settings
 from ..recipe.values import SECTIONS, Recipe
-from .blocks import Code, Line, Table, Words
-from .gather import Run
+from .blocks import Code, Table, TableRow, Words
+from .gather import RunContents
 from .shared import shared_by_runs
 
 
-def what_was_run(runs: Sequence[Run]) -> Iterator[Any]:
+def what_was_run(runs: Sequence[RunContents]) -> Iterator[Any]:
+    """The commands that run it again, data, versions and settings; of several runs, where their settings differ."""
     if len(runs) == 1:
         yield from _how(runs[0])
         yield _data(runs)
         yield _versions(runs)
         lines = [line.partition("=") for line in settings(runs[0].recipe)]
-        rows = [Line(key, [value]) for key, _, value in lines]
+        rows = [TableRow(key, [value]) for key, _, value in lines]
         yield Table(["setting", "value"], rows, f"All {len(rows)} settings", folded=True)
         return
-    rows = [Line(run.name, [_command(run), _where(run)], index) for index, run in enumerate(runs)]
+    rows = [TableRow(run.name, [_command(run), _where(run)], index) for index, run in enumerate(runs)]
     yield Table(["run", "command", "folder"], rows)
-    lines = _settings(runs)
-    keys = dict.fromkeys(chain.from_iterable(lines))
-    differ = [key for key in keys if len({of.get(key) for of in lines}) > 1 and key != "name"]
+    columns = _settings(runs)
+    keys = dict.fromkeys(chain.from_iterable(columns))
+    differ = [key for key in keys if len({values.get(key) for values in columns}) > 1 and key != "name"]
     if differ:
-        rows = [Line(key, [of.get(key, "") for of in lines]) for key in differ]
+        rows = [TableRow(key, [values.get(key, "") for values in columns]) for key in differ]
         yield Table(["setting", *(run.name for run in runs)], rows, "Where their settings differ")
     else:
         yield Words("Their settings are the same.")
@@ -39,23 +40,24 @@ def what_was_run(runs: Sequence[Run]) -> Iterator[Any]:
     yield _versions(runs)
 
 
-def _settings(runs: Sequence[Run]) -> list[dict[str, str]]:
+def _settings(runs: Sequence[RunContents]) -> list[dict[str, str]]:
     """The settings of each run; of a section that not all have, only whether it is there."""
-    lines = [dict(line.split("=", 1) for line in settings(run.recipe)) for run in runs]
+    columns = [dict(line.split("=", 1) for line in settings(run.recipe)) for run in runs]
     for section in SECTIONS:
-        if any(section in of for of in lines):
-            lines = [{key: value for key, value in of.items() if not key.startswith(f"{section}.")} for of in lines]
-            for of in lines:
-                of.setdefault(section, "set")
-    return lines
+        if any(section in values for values in columns):  # `ppo=none`: this run has no such section
+            for values in columns:
+                for key in [key for key in values if key.startswith(f"{section}.")]:
+                    del values[key]
+                values.setdefault(section, "set")
+    return columns
 
 
-def _how(run: Run) -> Iterator[Any]:
+def _how(run: RunContents) -> Iterator[Any]:
     yield Words(f"To run it again, in a folder of its own (in {_where(run)} it would skip what is finished):")
     yield Code(_command(run))
 
 
-def _command(run: Run) -> str:
+def _command(run: RunContents) -> str:
     """The command that runs it again: a shipped recipe with what was changed of it, else the run's `recipe.json`."""
     where = _where(run)
     again = f"{where}-again"
@@ -63,13 +65,12 @@ def _command(run: Run) -> str:
     changed = _changes(run.recipe, load(name)) if name in recipe_names() else None
     if changed is not None:
         return " ".join(["rlhf-recipes run", name, *map(_quoted, changed), "--run-dir", _quoted(again)])
-    code = (
-        "from pathlib import Path; from rlhf_recipes import run; from rlhf_recipes.records.folder import read_recipe; "
-    )
+    code = "from pathlib import Path; from rlhf_recipes import run; "
+    code += "from rlhf_recipes.records.folder import read_recipe; "
     return f"python -c {_quoted(f'{code}run(read_recipe(Path({where!r})), Path({again!r}))')}"
 
 
-def _where(run: Run) -> str:
+def _where(run: RunContents) -> str:
     """The run's folder as one would type it here."""
     return str(run.folder.relative_to(Path.cwd()) if run.folder.is_relative_to(Path.cwd()) else run.folder)
 
@@ -81,8 +82,8 @@ def _quoted(word: str) -> str:
 
 def _changes(recipe: Recipe, shipped: Recipe) -> list[str] | None:
     """The settings that make the shipped recipe this one; None where no settings do."""
-    known = set(settings(shipped))
-    changed = [_bare(line) for line in settings(recipe) if line not in known]
+    kept = set(settings(shipped))
+    changed = [_bare(line) for line in settings(recipe) if line not in kept]
     try:
         again = replace(shipped, **parse_overrides(changed))
     except ValueError:  # a section as a whole, or a key of another version
@@ -97,26 +98,28 @@ def _bare(line: str) -> str:
     return bare if parse_overrides([bare]) == parse_overrides([line]) else line
 
 
-def _data(runs: Sequence[Run]) -> Table:
-    found = []
+def _data(runs: Sequence[RunContents]) -> Table:
+    entries = []
     for index, run in enumerate(runs):
         for part in run.parts:
             for stage, record in part.manifest["stages"].items():
                 data = record["data"]
                 dropped = ", ".join(f"{count:,} {reason}" for reason, count in data["dropped"].items()) or "none"
                 counts = [f"{data[key]:,}" for key in ("rows", "train", "heldout")]
-                found.append((index, part.label(stage), [*counts, dropped, data["source"]]))
-    rows = [Line(label, cells, colour) for label, colour, cells in shared_by_runs(runs, found)]
+                entries.append((index, part.label(stage), [*counts, dropped, data["source"]]))
+    rows = [TableRow(label, cells, colour) for label, colour, cells in shared_by_runs(runs, entries)]
     return Table(["stage", "rows", "trained on", "held out", "dropped", "data"], rows, "Data")
 
 
-def _versions(runs: Sequence[Run]) -> Table:
+def _versions(runs: Sequence[RunContents]) -> Table:
     """Base, seed and versions of all runs, in a column each."""
     facts = []
     for run in runs:
         base = run.manifest.get("base", {})
-        known = {f"base {key}": str(value) for key, value in base.items() if value is not None}
-        facts.append({"seed": str(run.recipe.seed), **known, **run.manifest.get("versions", {})})
-    rows = [Line(key, [of.get(key, "") for of in facts]) for key in dict.fromkeys(chain.from_iterable(facts))]
+        fingerprint = {f"base {key}": str(value) for key, value in base.items() if value is not None}
+        facts.append({"seed": str(run.recipe.seed), **fingerprint, **run.manifest.get("versions", {})})
+    rows = [
+        TableRow(key, [values.get(key, "") for values in facts]) for key in dict.fromkeys(chain.from_iterable(facts))
+    ]
     columns = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
     return Table(columns, rows, "Base, seed and versions", folded=True)

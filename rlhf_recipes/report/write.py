@@ -1,4 +1,4 @@
-"""Writing the report of runs."""
+"""Writing the report of runs, in one step."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,6 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         ValueError: a folder is no run's, or a file in it is damaged.
     """
-
     page = render(gather(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
     # A name of a file may hold bytes that are no text, which UTF-8 has no place for.

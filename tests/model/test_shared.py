@@ -33,7 +33,7 @@ from rlhf_recipes.model.base import (
     precision,
     write_fingerprint,
 )
-from rlhf_recipes.model.decode import draw
+from rlhf_recipes.model.decode import draw_tokens
 from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.recipe.values import Base, Lora
 
@@ -601,7 +601,7 @@ def test_generation_is_from_the_active_role(each: Setup, each_shared: SharedBase
                 response = response[: [*response.tolist(), 2].index(2) + 1]
                 uniforms = uniforms[: len(response)]
                 logits = model.eval()(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].float()
-                same[role].append(draw(logits / TEMPERATURE, uniforms) == response)
+                same[role].append(draw_tokens(logits / TEMPERATURE, uniforms) == response)
         share = torch.cat(same[role]).float().mean()
         assert share == 1 if not each.half else share > 0.85, "bfloat16 may move a token's edge over its number"
     assert not torch.equal(policy, responses), "the adapter changes what is said"

@@ -23,7 +23,7 @@ from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, to_dict
 from rlhf_recipes.records.files import Journal, read_rows
 from rlhf_recipes.records.folder import read_recipe
 from rlhf_recipes.report.gather import gather
-from rlhf_recipes.report.sections import sections
+from rlhf_recipes.report.sections import report_sections
 from rlhf_recipes.stages.job import Job
 from rlhf_recipes.worlds.tiny import comparisons, gold, labeler
 
@@ -253,7 +253,7 @@ def test_a_run_writes_its_report_with_all_rounds(finished: Path, capsys: pytest.
     assert capsys.readouterr().out == f"{finished / 'again.html'}\n"
     assert (finished / "again.html").read_text(encoding="utf-8") == page, "the same run gives the same page"
     (of_run,) = gather([finished])
-    found = {section.id: section.blocks for section in sections([of_run])}
+    found = {section.id: section.blocks for section in report_sections([of_run])}
     assert [*found] == ["what", "results", "answers", "sft", "reward", "ppo", "overoptimisation", "resources"]
     assert found["answers"][0].data["models"] == ["base", "SFT", "PPO", "round-2/PPO", "round-3/PPO"]
     assert found["resources"][1].rows[0].label == "sampling responses"

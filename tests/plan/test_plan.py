@@ -165,9 +165,9 @@ def test_depth_goes_on_in_a_straight_line(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)  # no weights: none are read
     recipe = make_recipe(tmp_path, tmp_path, {}, checkpointing=True)
     for stage, section in check_recipe(recipe).items():
-        of_stage = shape_of(recipe, stage, section, on_gpu=False)
-        carried = at_full_depth(of_stage)
-        assert carried == pytest.approx(dry_run(of_stage, 5), rel=0.01), stage
+        shape = shape_of(recipe, stage, section, on_gpu=False)
+        carried = at_full_depth(shape)
+        assert carried == pytest.approx(dry_run(shape, 5), rel=0.01), stage
 
 
 # --- What fits, and what to change ------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_depth_goes_on_in_a_straight_line(tmp_path: Path) -> None:
 def test_a_stage_that_cannot_fit_is_refused_before_anything_is_read(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    peaks = {stage: of_stage.needed_mib for stage, of_stage in plan_memory(recipe).stages.items()}
+    peaks = {stage: planned.needed_mib for stage, planned in plan_memory(recipe).stages.items()}
     assert plan_memory(recipe).fits
     limit = 2**20 * (max(peaks.values()) - 0.01)
     monkeypatch.setattr("rlhf_recipes.plan.plan.available_bytes", lambda: limit)
@@ -186,18 +186,18 @@ def test_a_stage_that_cannot_fit_is_refused_before_anything_is_read(
     printed = capsys.readouterr().out
     assert "sft: 0.05 of 0.10 GiB planned" in printed
     assert run(recipe, tmp_path / "run", ["sft"], force=True)
-    of_stage = manifest_of(tmp_path / "run")["stages"]["sft"]
-    assert of_stage["planned_peak_mib"] > peaks["sft"] and of_stage["peak_memory_mib"] > 0
+    record = manifest_of(tmp_path / "run")["stages"]["sft"]
+    assert record["planned_peak_mib"] > peaks["sft"] and record["peak_memory_mib"] > 0
 
 
 def test_a_run_plans_for_the_longest_rows_of_its_data(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     longer = {stage: {"max_length": 1000} for stage in ("sft", "reward", "dpo")}
-    found = {}
+    peaks = {}
 
     def run_stage(job: Job, manifest: dict[str, Any], planned: Any) -> None:
-        found[job.stage] = planned.peak_mib
+        peaks[job.stage] = planned.peak_mib
         if job.stage == "dpo":
             raise InterruptedError
         manifest["stages"][job.stage] = {"results": {}}
@@ -207,19 +207,19 @@ def test_a_run_plans_for_the_longest_rows_of_its_data(
     with pytest.raises(InterruptedError):
         run(allowed, tmp_path)
     # The recipe's own limits are as long as its rows.
-    assert found == {stage: of_stage.peak_mib for stage, of_stage in plan_memory(recipe).stages.items()}
-    assert all(peak < plan_memory(allowed).stages[stage].peak_mib for stage, peak in found.items())
+    assert peaks == {stage: planned.peak_mib for stage, planned in plan_memory(recipe).stages.items()}
+    assert all(peak < plan_memory(allowed).stages[stage].peak_mib for stage, peak in peaks.items())
 
 
 def test_changes_are_what_a_new_plan_says(recipe: Recipe) -> None:
     before = plan_memory(recipe, only=["ppo"]).stages["ppo"].peak_mib
-    found = helpful_changes(recipe, "ppo", check_recipe(recipe))
-    assert [change.peak_mib for change in found] == sorted(change.peak_mib for change in found)
-    assert {change.settings: change.same_results for change in found}.items() >= {
+    changes = helpful_changes(recipe, "ppo", check_recipe(recipe))
+    assert [change.peak_mib for change in changes] == sorted(change.peak_mib for change in changes)
+    assert {change.settings: change.same_results for change in changes}.items() >= {
         ("ppo.gradient_checkpointing=true", True),
         ("lora.r=8", False),
     }
-    for change in found[:2]:
+    for change in changes[:2]:
         changed = replace(recipe, **parse_overrides(change.settings.split()))
         assert plan_memory(changed, only=["ppo"]).stages["ppo"].peak_mib == change.peak_mib == before - change.saves_mib
         same = _without_memory(to_dict(recipe)) == _without_memory(to_dict(changed))
@@ -252,10 +252,10 @@ def test_auto_is_the_largest_that_fits(recipe: Recipe, key: str) -> None:
 def test_a_judge_is_one_more_adapter_and_trains_nothing(recipe: Recipe) -> None:
     with_judge = replace(recipe, reward={"judge_share": 0.2})
     config = check_recipe(with_judge)["ppo"]
-    names = [[role.name for role in ppo_roles(one, config)] for one in (recipe, with_judge)]
+    names = [[role.name for role in ppo_roles(planned, config)] for planned in (recipe, with_judge)]
     assert names == [["reference", "policy", "reward", "critic"], ["reference", "policy", "reward", "judge", "critic"]]
     assert work_of_step(with_judge, "ppo", config) == work_of_step(recipe, "ppo", config)
-    plain, more = (stage_plan(one, "ppo", config, on_gpu=False).parts for one in (recipe, with_judge))
+    plain, more = (stage_plan(planned, "ppo", config, on_gpu=False).parts for planned in (recipe, with_judge))
     assert more["adapters"] > plain["adapters"] and more["optimizer"] == plain["optimizer"]
 
 
@@ -285,9 +285,9 @@ def test_plan_prints_a_table_or_json(recipe: Recipe, tmp_path: Path, capsys: pyt
     file = tmp_path / "mine.py"
     file.write_text(f"from rlhf_recipes.recipe.values import *\nrecipe = {recipe!r}\n")
     main_cli(["plan", str(file), "--gpu", "100MiB", "--json", "ppo.response_length=20"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["limit_mib"] == 100 and set(found["stages"]) == set(STAGES)
-    for stage in found["stages"].values():
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["limit_mib"] == 100 and set(plan["stages"]) == set(STAGES)
+    for stage in plan["stages"].values():
         assert stage["fits"] == (stage["needed_mib"] <= 100) and bool(stage["changes"]) <= True
         assert stage["peak_mib"] == max(stage["phases"].values())
     main_cli(["plan", str(file), "--gpu", "100MiB", "--tflops", "2"])

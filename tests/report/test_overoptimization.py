@@ -11,15 +11,15 @@ from support.worded import write
 
 from rlhf_recipes import Recipe, load, replace, run
 from rlhf_recipes.pipeline.sweep import expand
-from rlhf_recipes.report.overoptimization import Curve, Fit, fit, panels, read, write_for_sweep
+from rlhf_recipes.report.overoptimization import Fit, RunCurve, fit_curve, panels, read_curve, write_for_sweep
 
 
-def curve(alpha: float, beta: float) -> Curve:
+def curve(alpha: float, beta: float) -> RunCurve:
     """A curve whose quality is exactly of Gao's form, and whose proxy is a straight line."""
     kl = [0.0, 0.25, 1.0, 4.0, 9.0, 16.0]
     distance = [math.sqrt(value) for value in kl]
     quality = [d * (alpha - beta * math.log(d)) if d else 0.0 for d in distance]
-    return Curve("gold", list(range(6)), kl, [2 * d for d in distance], quality)
+    return RunCurve("gold", list(range(6)), kl, [2 * d for d in distance], quality)
 
 
 # --- The fit ----------------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def curve(alpha: float, beta: float) -> Curve:
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.5), (0.3, 0.0), (-0.2, 0.7)])
 def test_points_of_known_alpha_and_beta_give_them_back(alpha: float, beta: float) -> None:
     made = curve(alpha, beta)
-    found = fit(made.distance, made.quality)
+    found = fit_curve(made.distance, made.quality)
     assert found is not None
     assert (found.alpha, found.beta, found.r2) == pytest.approx((alpha, beta, 1.0), abs=1e-9)
 
@@ -36,10 +36,10 @@ def test_points_of_known_alpha_and_beta_give_them_back(alpha: float, beta: float
 def test_a_fit_by_hand() -> None:
     # At d = 1 the logarithm is 0, so alpha = 1; at d = e it is 1, so e (alpha - beta) = 0 and beta = 1. The peak is at
     # e^(1/1 - 1) = 1, where R is 1.
-    found = fit([0.0, 1.0, 1.0, math.e], [0.0, 1.0, 1.0, 0.0])
+    found = fit_curve([0.0, 1.0, 1.0, math.e], [0.0, 1.0, 1.0, 0.0])
     assert found is not None and (found.alpha, found.beta, found.peak) == pytest.approx((1.0, 1.0, 1.0))
     # Two points at d = 1 that are 1 from their mean: alpha is the mean, and the form explains nothing of them.
-    flat = fit([1.0, 1.0, math.e], [1.0, 3.0, 2 * math.e])
+    flat = fit_curve([1.0, 1.0, math.e], [1.0, 3.0, 2 * math.e])
     assert flat is not None and (flat.alpha, flat.beta) == pytest.approx((2.0, 0.0), abs=1e-12)
     assert flat.r2 == pytest.approx(1 - 2 / np.var([1, 3, 2 * math.e]) / 3)
 
@@ -54,7 +54,7 @@ def test_the_peak_is_where_the_fit_is_flat_and_highest() -> None:
 
 
 def test_two_points_are_no_curve() -> None:
-    assert fit([0.0, 0.5, 1.0], [0.0, 1.0, 1.0]) is None
+    assert fit_curve([0.0, 0.5, 1.0], [0.0, 1.0, 1.0]) is None
 
 
 # --- A run's curve ----------------------------------------------------------------------------------------------------
@@ -76,15 +76,15 @@ def write_run(folder: Path, first: int = 0, judge: str = "gold") -> Path:
 
 @pytest.mark.parametrize("judge", ["gold", "judge"])
 def test_scores_are_relative_to_the_sft_models_in_its_standard_deviations(tmp_path: Path, judge: str) -> None:
-    found = read(write_run(tmp_path, judge=judge))
-    assert found == Curve(judge, [0, 5], [-0.01, 4.0], [0.0, 1.0 / 0.5], [0.0, -1.0 / 2])
+    found = read_curve(write_run(tmp_path, judge=judge))
+    assert found == RunCurve(judge, [0, 5], [-0.01, 4.0], [0.0, 1.0 / 0.5], [0.0, -1.0 / 2])
     assert found.distance == [0.0, 2.0]
 
 
 def test_a_run_without_quality_or_without_its_start_has_no_curve(tmp_path: Path) -> None:
-    assert read(write_run(tmp_path / "late", first=5)) is None
-    assert read(write_run(tmp_path / "unknown", judge="taste")) is None
-    assert read(tmp_path / "absent") is None
+    assert read_curve(write_run(tmp_path / "late", first=5)) is None
+    assert read_curve(write_run(tmp_path / "unknown", judge="taste")) is None
+    assert read_curve(tmp_path / "absent") is None
 
 
 # --- Panels -----------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_a_panel_has_the_runs_that_differ_in_one_setting() -> None:
         {"two": ["two"]},
     ]
     assert "ppo.kl_coef=0.0" in found[0].title and "reward.limit=600" in found[1].title
-    assert found[0].lines[0].quality == fit(2 * curves["middle"].distance, 2 * curves["middle"].quality)
+    assert found[0].lines[0].quality == fit_curve(2 * curves["middle"].distance, 2 * curves["middle"].quality)
 
 
 # --- The shipped experiment -------------------------------------------------------------------------------------------

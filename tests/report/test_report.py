@@ -24,8 +24,8 @@ from rlhf_recipes.records.rates import with_interval
 from rlhf_recipes.report import charts, warnings
 from rlhf_recipes.report.blocks import number
 from rlhf_recipes.report.gather import gather, title_of
-from rlhf_recipes.report.results import verdict
-from rlhf_recipes.report.sections import sections
+from rlhf_recipes.report.results import headline
+from rlhf_recipes.report.sections import report_sections
 from rlhf_recipes.report.shared import shared_by_runs
 from rlhf_recipes.report.write import write_report
 from rlhf_recipes.stages.reward.card import measure
@@ -53,7 +53,7 @@ def write_run(
         {"chosen_score": 1.0, "rejected_score": n % 4 - 1.5, "chosen_length": 5 + n % 3, "rejected_length": 5}
         for n in range(40)
     ]
-    found = measure([{**row, "source": "people", "swapped_difference": 0.0} for row in pairs], [], 36)
+    card = measure([{**row, "source": "people", "swapped_difference": 0.0} for row in pairs], [], 36)
     metrics: list[dict[str, Any]] = [{"stage": "sft", "step": step, "loss": 1 / step} for step in (10, 20)]
     metrics += [{"stage": "reward", "step": step, "loss": 0.6, "accuracy": 0.7} for step in (10, 20)]
     samples = []
@@ -72,7 +72,7 @@ def write_run(
             samples.append(
                 {"stage": "ppo", "step": UPDATES, "model": model, **row, "score": better, "gold": better / 2}
             )
-    of_ppo = {
+    compared = {
         "models": {
             model: {"score": 0.0, "gold": 0.0, "kl": 0.0, "response_length": 14.5, "without_eos": 0.5}
             for model in ("base", "sft", "ppo")
@@ -82,13 +82,13 @@ def write_run(
     }
     results = {
         "sft": {"heldout_loss": 0.5, "heldout_token_accuracy": 0.8},
-        "reward": {"heldout_accuracy": 0.75, "members_accuracy": [0.75], "heldout_loss": 0.6, "card": found},
-        "ppo": of_ppo,
+        "reward": {"heldout_accuracy": 0.75, "members_accuracy": [0.75], "heldout_loss": 0.6, "card": card},
+        "ppo": compared,
     }
     data = {"source": "a file", "rows": 9, "train": 6, "heldout": 2, "dropped": {"too long": 1}}
     stages = {
-        stage: {"state": "done", "seconds": 60.0, "peak_memory_mib": 2048.0, "data": data, "results": of}
-        for stage, of in results.items()
+        stage: {"state": "done", "seconds": 60.0, "peak_memory_mib": 2048.0, "data": data, "results": result}
+        for stage, result in results.items()
     }
     manifest = {"stages": stages, "versions": {"torch": "2.13"}, "base": {"model": "m", "revision": None}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -133,7 +133,7 @@ def page_of(*folders: Path) -> str:
 
 
 def blocks_of(folder: Path, kind: str) -> list[Any]:
-    found = sections(gather([folder]))
+    found = report_sections(gather([folder]))
     return [block for section in found for block in section.blocks if block.kind == kind]
 
 
@@ -213,16 +213,16 @@ def test_warnings_of_a_run_name_what_they_are_about(tmp_path: Path) -> None:
 
 def test_the_verdict_is_of_the_most_trusted_judge(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    percent, words = verdict(gather([folder])[0])
+    percent, words = headline(gather([folder])[0])
     assert percent == "66.7%" and "PPO wins against SFT on 66.7% of 30 held-out prompts" in words and "gold" in words
     write_evaluation(folder)
-    percent, words = verdict(gather([folder])[0])
+    percent, words = headline(gather([folder])[0])
     assert percent == "70.0%" and "60.0% to 80.0%" in words and "by the second reward model" in words
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["stages"]["ppo"]["results"]["win_rate_vs_sft"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "evaluation" / "evaluation.json").unlink()
-    assert "may only have learned to please" in verdict(gather([folder])[0])[1]
+    assert "may only have learned to please" in headline(gather([folder])[0])[1]
 
 
 def test_an_evaluation_is_shown_with_all_that_it_measured(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_run_in_the_middle_has_a_report_of_what_there_is(tmp_path: Path, there
         write(folder / name, [row for row in read_rows(folder / name) if row["stage"] in there])
     page = page_of(folder)
     assert ("This stage is not finished" in page) == bool(there)
-    titles = {section.id for section in sections(gather([folder]))}
+    titles = {section.id for section in report_sections(gather([folder]))}
     assert titles >= {"what", *there} and "results" not in titles
     assert ("answers" in titles) == ("ppo" in there)
 
@@ -302,10 +302,10 @@ def test_runs_are_compared_and_what_they_share_is_there_once(tmp_path: Path) -> 
     main_cli(["report", str(first), str(second)])
     page = (tmp_path / "one" / "report.html").read_text(encoding="utf-8")
     assert "2 runs compared" in page and "one/run" in page and "two/run" in page
-    found = {section.id: section.blocks for section in sections(gather([first, second]))}
+    found = {section.id: section.blocks for section in report_sections(gather([first, second]))}
 
     def differ(*runs: Path) -> list[tuple[str, list[str]]]:
-        blocks = next(section.blocks for section in sections(gather(runs)) if section.id == "what")
+        blocks = next(section.blocks for section in report_sections(gather(runs)) if section.id == "what")
         titled = [block for block in blocks if getattr(block, "title", "") == "Where their settings differ"]
         return [(line.label, line.cells) for block in titled for line in block.rows]
 

@@ -1,0 +1,59 @@
+"""Dry runs that are kept: in this process, and on disk for the next one.
+
+What a shape takes stays the same as long as the model's configuration, the libraries and the code that is run dry do.
+An entry's name is made of all of these, so no entry is ever out of date. The folder may be deleted at any time.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from ..model.base import cache_folder, precision
+from ..records.files import write_json
+from .dry_run import Shape, dry_run
+from .skeleton import read_config
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+CODE = ("model", "plan", "stages/ppo")  # folders of this package whose code a dry run runs, or reads its roles from
+
+
+@functools.cache
+def kept_dry_run(shape: Shape, layers: int, training_only: bool = False) -> dict[str, float]:
+    """The numbers of `dry_run`, read from disk where they have been found before, and else found and kept there."""
+    if shape.base.trust_remote_code:  # the model's own code is no part of its configuration
+        return dry_run(shape, layers, training_only)
+    entry = cache_folder() / "dry_runs" / f"{entry_name(shape, layers, training_only)}.json"
+    if entry.is_file():
+        return json.loads(entry.read_text())
+    numbers = dry_run(shape, layers, training_only)
+    with suppress(OSError):  # a plan needs no disk, which may be full or read-only
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:  # another process may be writing the same entry
+            write_json(Path(scratch) / entry.name, numbers)
+            os.replace(Path(scratch) / entry.name, entry)
+    return numbers
+
+
+def entry_name(shape: Shape, layers: int, training_only: bool) -> str:
+    """A digest of all that a dry run depends on. Where the model lies is no part of it: its configuration is."""
+    base = {"precision": str(precision(shape.base))}
+    base |= {name: getattr(shape.base, name) for name in ("quantization", "attn_implementation")}
+    config = read_config(shape.base).to_dict()
+    config.pop("_name_or_path", None)
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    parts = [dataclasses.asdict(shape) | {"base": base}, layers, training_only, config, versions, code_digest()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def code_digest() -> str:
+    """A digest of the files in `CODE`."""
+    package = Path(__file__).parents[1]
+    files = sorted(file for folder in CODE for file in (package / folder).glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,79 @@
+"""Dry runs on disk: the same numbers come back for the same shape, and nothing else does."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny_models import ARCHITECTURES
+from transformers import AutoConfig
+
+from rlhf_recipes import Base
+from rlhf_recipes.plan.dry_run import Shape, dry_run
+from rlhf_recipes.plan.kept import entry_name, kept_dry_run
+from rlhf_recipes.recipe.values import Lora
+
+
+def save_config(folder: Path, **changes: int) -> Base:
+    """A model of which there is the configuration alone: a dry run reads no weights."""
+    AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"vocab_size": 64} | changes).save_pretrained(folder)
+    return Base(str(folder))
+
+
+@pytest.fixture
+def shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shape]:
+    monkeypatch.setenv("RLHF_RECIPES_CACHE", str(tmp_path / "cache"))
+    kept_dry_run.cache_clear()  # of this process, whose other tests plan too
+    yield Shape(
+        stage="sft",
+        on_gpu=False,
+        base=save_config(tmp_path / "model"),
+        lora=Lora(),
+        optim="adamw_torch",
+        checkpointing="off",
+        rows=2,
+        more_rows=2,
+        prompt=0,
+        length=8,
+        dropout=False,
+        roles=(),
+    )
+    kept_dry_run.cache_clear()
+
+
+def test_the_same_shape_is_run_dry_once_wherever_its_model_lies(shape: Shape, tmp_path: Path) -> None:
+    numbers = kept_dry_run(shape, 1)
+    (entry,) = (tmp_path / "cache" / "dry_runs").iterdir()
+    assert numbers == json.loads(entry.read_text()) == dry_run(shape, 1)
+    # As a later process reads it, for the same configuration in another folder.
+    moved = dataclasses.replace(shape, base=save_config(tmp_path / "elsewhere"))
+    entry.write_text(json.dumps({**numbers, "adapters": 1.5}))
+    kept_dry_run.cache_clear()
+    assert kept_dry_run(moved, 1) == {**numbers, "adapters": 1.5}
+
+
+def test_what_a_dry_run_depends_on_is_in_the_entry_s_name(
+    shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {
+        "rows": dataclasses.replace(shape, rows=3),
+        "rank": dataclasses.replace(shape, lora=Lora(r=8)),
+        "precision": dataclasses.replace(shape, base=dataclasses.replace(shape.base, dtype="bfloat16")),
+        "quantization": dataclasses.replace(shape, base=dataclasses.replace(shape.base, quantization="int8")),
+        "configuration": dataclasses.replace(shape, base=save_config(tmp_path / "wider", vocab_size=128)),
+    }
+    names = [entry_name(shape, 1, False), entry_name(shape, 2, False), entry_name(shape, 1, True)]
+    names += [entry_name(other, 1, False) for other in changed.values()]
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "0.1" if name == "peft" else "1.0")
+        names.append(entry_name(shape, 1, False))
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_recipes.plan.kept.code_digest", lambda: "another")
+        names.append(entry_name(shape, 1, False))
+    assert len(set(names)) == len(names) and entry_name(shape, 1, False) == names[0]
+
+
+def test_a_plan_needs_no_disk(shape: Shape, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way of a folder")
+    assert kept_dry_run(shape, 1) == dry_run(shape, 1)
