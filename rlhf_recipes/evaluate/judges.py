@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from ..data.tokens import tokenize_pair
-from ..feedback.client import ModelSettings, connect
+from ..feedback.client import ModelSettings
+from ..feedback.connect import connect
 from ..feedback.judge import JudgeSettings, judge_samples
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row

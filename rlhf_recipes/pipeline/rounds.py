@@ -14,10 +14,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.prepare import Prepared, merge_comparisons, prepare
-from ..feedback.agreement import agreement_report, read_judgements
-from ..feedback.client import ModelSettings, connect
+from ..feedback.agreement import agreement_report
+from ..feedback.client import ModelSettings
+from ..feedback.connect import connect
 from ..feedback.judge import judge_samples
-from ..feedback.rows import read_samples
+from ..feedback.rows import read_judgements, read_samples
 from ..feedback.sample import SampleSettings, draw_samples, keep_settings, prompt_id, prompts_of
 from ..model.base import fingerprint, longest_row
 from ..model.open import open_models
