@@ -57,16 +57,16 @@ class Client(Protocol):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model answers, and how it is reached. None stands for a default."""
+    """Which model answers, and how it is reached. None stands for the default that the comment names."""
 
     model: str  # an endpoint's URL, a Hub id, a local folder, module:function, or a run folder
-    model_name: str | None = None  # of an endpoint; the first that it lists
-    api_key_env: str | None = None  # of an endpoint: the environment variable with its key; OPENAI_API_KEY
-    timeout: float | None = None  # of an endpoint, seconds for one try; 120
-    retries: int | None = None  # of an endpoint; 5
-    role: str | None = None  # of a run folder: base, sft, ppo, dpo; the last that there is
-    quantization: str | None = None  # of a local model: nf4, int8
-    chat_template: str | None = None  # of a local model: transcript, chatml, FILE.jinja; its own
+    model_name: str | None = None  # the model at an endpoint (default: the first that it lists)
+    api_key_env: str | None = None  # the variable with the endpoint's key (default: OPENAI_API_KEY)
+    timeout: float | None = None  # seconds that an endpoint has for one try (default: 120)
+    retries: int | None = None  # further tries at an endpoint (default: 5)
+    role: str | None = None  # the model of a run: base, sft, ppo, dpo (default: the last that it has)
+    quantization: str | None = None  # nf4 or int8, for a local model (default: none)
+    chat_template: str | None = None  # transcript, chatml or FILE.jinja (default: the local model's own)
 
     @property
     def is_endpoint(self) -> bool:

@@ -108,6 +108,7 @@ class Endpoint:
                 raise self._gone(error) from error
 
     def _gone(self, error: Exception) -> NoCompletion:
+        """What is raised where an error is the endpoint's, and not of one request."""
         reason = one_line(str(error)).rstrip(".") + (f" ({one_line(str(error.__cause__))})" if error.__cause__ else "")
         return NoCompletion(f"{self.url} failed, after {self.retries} retries where those help: {reason}.")
 

@@ -88,6 +88,7 @@ class LocalModel:
         return (await task)[requests.index(request)]
 
     async def _answer_batch(self, kind: tuple[Any, ...]) -> list[Any]:
+        """The answers to all requests of a kind that have come until now."""
         requests, _ = self._open.pop(kind)
         work = {"chat": self._generate, "choose": self._weigh_options}[kind[0]]
         with self.shared.role(self.role), autocast_of(self.shared):

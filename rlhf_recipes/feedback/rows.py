@@ -11,6 +11,9 @@ from ..data.prepare import read_judged
 
 Row = dict[str, Any]
 
+# What a judgement adds to a sample.
+JUDGEMENT = ("ranking", "preferences", "weight", "labeler", "seconds", "order", "time", "note", "flag", "skipped")
+
 
 def read_samples(path: Path) -> list[Row]:
     """The samples of a file, each with an `id` of its own.

@@ -11,12 +11,11 @@ import pandas as pd
 
 from ..data.sources import MOST_RESPONSES
 from .pairs import CHOICES, sums_of_prompts
-from .rows import Row
+from .rows import JUDGEMENT, Row
 
 MERGED = "merged"  # the labeler of a merged row
 PRIOR_PAIRS = 10  # a labeler's error rates start from the average ones, as if seen on so many pairs
 LEAST_SIGNAL = 0.05  # of 2 * accuracy - 1, because a weight must be above 0
-JUDGED = ("ranking", "labeler", "seconds", "order", "time", "note", "flag", "weight", "preferences")  # by one labeler
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def merge_judgements(rows: Sequence[Row], worth: Worth) -> list[Row]:
         together.setdefault(row["id"], []).append(row)
     merged = []
     for index, judgements in enumerate(together.values()):
-        kept = {key: value for key, value in judgements[0].items() if key not in JUDGED}
+        kept = {key: value for key, value in judgements[0].items() if key not in JUDGEMENT}
         count = len(kept["responses"])
         start = index * comb(MOST_RESPONSES, 2)
         truth = np.array([worth.truth[start + pair] for pair in range(comb(count, 2))]).round(6)  # (C, 3)

@@ -103,7 +103,7 @@ def run_sweep(
     """Run every variant in a folder inside `run_dir`, and return their summaries as `{"variants": {name: summary}}`.
 
     Run again, it goes on; variants that were added since run too. Where all variants have held-out curves of reward and
-    quality, it also writes what `evaluate.overoptimization` makes of them; `report.html` compares all variants.
+    quality, it also writes what `report.overoptimization` makes of them; `report.html` compares all variants.
 
     Args:
         jobs: with more than 1 each variant runs in a process of its own, its output in `log.txt` of its folder, and

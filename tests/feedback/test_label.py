@@ -29,7 +29,7 @@ from support.tiny_models import make_tokenizer
 
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.feedback.board import Board
-from rlhf_recipes.feedback.label import _lock, serve
+from rlhf_recipes.feedback.label import lock_labels, serve_label_page
 from rlhf_recipes.feedback.rows import read_labels, read_samples
 from rlhf_recipes.recipe.values import Stage
 
@@ -65,7 +65,7 @@ def make_board(folder: Path, count: int = 10, k: int = 3, overlap: float = 0.2, 
 
 def judge(board: Board, labeler: str, id: str, ranking: list[int] | None = None, **changes: Any) -> None:
     ranking = ranking or list(range(1, len(board._groups(labeler, id)) + 1))
-    board.judge(labeler, {"id": id, "ranking": ranking, **REMARKS, **changes})
+    board.rank(labeler, {"id": id, "ranking": ranking, **REMARKS, **changes})
 
 
 # --- Who judges what --------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_wrong_judgement_is_refused_and_not_written(tmp_path: Path, changes: d
     board = make_board(tmp_path)
     said = {"id": board.state("Ann")["item"]["id"], "ranking": [1, 2, 3], **REMARKS, **changes}
     with pytest.raises(HTTPException, match=part) as error:
-        board.judge("Ann", said)
+        board.rank("Ann", said)
     assert error.value.status_code in (404, 422)
     assert not (tmp_path / "labels.jsonl").exists() and board.state("Ann")["done"] == 0
 
@@ -400,10 +400,10 @@ def test_what_cannot_be_labelled_is_said_before_the_page_opens(
         port = str(taken.getsockname()[1])
         assert f"cannot listen at {port}" in error_of(capsys, ["label", samples, "--port", port])
     assert "cannot listen at 99999" in error_of(capsys, ["label", samples, "--port", "99999"])
-    lock, token = _lock(tmp_path / "samples.labels.jsonl")
+    lock, token = lock_labels(tmp_path / "samples.labels.jsonl")
     assert "Another server is writing" in error_of(capsys, ["label", samples])
     lock.close()
-    lock, again = _lock(tmp_path / "samples.labels.jsonl")
+    lock, again = lock_labels(tmp_path / "samples.labels.jsonl")
     lock.close()
     assert token == again and len(token) > 20
     assert (tmp_path / "samples.labels.token").stat().st_mode & 0o777 == 0o600
@@ -439,7 +439,7 @@ def test_the_network_is_let_in_only_where_that_is_asked_for(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(uvicorn.Server, "run", stop)
-    serve(write_samples(tmp_path, 6), port=0, share=share)
+    serve_label_page(write_samples(tmp_path, 6), port=0, share=share)
     printed = capsys.readouterr()
     assert addresses == ["0.0.0.0" if share else "127.0.0.1"]
     assert printed.err.startswith("warning: everybody in this network") if share else printed.err == ""
