@@ -49,13 +49,14 @@ def _run(options: argparse.Namespace) -> None:
     if options.out is not None and options.out.resolve() in [path.resolve() for path in options.labels]:
         raise ValueError(f"--out: {options.out} is one of the files that are read; give another name.")
     with notes_to_stderr():
-        from ..feedback.agreement import agreement_report, read_judgements
+        from ..feedback.agreement import agreement_report
         from ..feedback.agreement_tables import show_agreement
+        from ..feedback.rows import read_judgements
 
-        found = agreement_report(read_judgements(options.labels), options.fast)
-    show_agreement(found.numbers, options.json)
+        report = agreement_report(read_judgements(options.labels), options.fast)
+    show_agreement(report.numbers, options.json)
     if options.out is not None:
-        print(f"{found.write(options.out, options.merge):,} rows in {options.out}", file=sys.stderr)
+        print(f"{report.write(options.out, options.merge):,} rows in {options.out}", file=sys.stderr)
 
 
 COMMAND = Command("say how far labelers agree, and what each is worth", _arguments, _run)

@@ -36,13 +36,12 @@ def question_arguments(parser: argparse._ActionsContainer) -> None:
 
 def question(options: argparse.Namespace) -> tuple[Any, ...]:
     """The arguments of `JudgeSettings`. Raises ValueError where a file of them cannot be read."""
-    from ..feedback import constitution
-    from ..feedback.constitution import COMPARISON, CRITERIA, Principle, read_constitution
+    from ..feedback.constitution import COMPARISON, CRITERIA, Principle, read_constitution, read_template
 
     principles = [Principle(options.criteria or CRITERIA)]
     if options.constitution is not None:
         principles = read_constitution(options.constitution, needs_principle=True)
-    template = COMPARISON if options.template is None else constitution.template(options.template)
+    template = COMPARISON if options.template is None else read_template(options.template)
     return tuple(principles), template, options.max_tokens, options.seed
 
 
@@ -92,7 +91,7 @@ def reach_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reach(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `client.connect` beside the model."""
+    """The settings of `connect` beside the model."""
     names = ("role", "quantization", "chat_template", "model_name", "api_key_env", "timeout", "retries")
     return {name: getattr(options, name) for name in names}
 

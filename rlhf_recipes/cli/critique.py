@@ -43,7 +43,8 @@ texts or of entries with `principle`, or with `critique` and `revision`, the who
 
 def _run(options: argparse.Namespace) -> None:
     with notes_to_stderr():
-        from ..feedback.client import ModelSettings, connect
+        from ..feedback.client import ModelSettings
+        from ..feedback.connect import connect
         from ..feedback.constitution import DEFAULT, read_constitution
         from ..feedback.critique import CritiqueSettings, critique_prompts, critique_report, read_prompts
         from ..feedback.ledger import Prices

@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
         from ..evaluate.evaluation import evaluate
         from ..evaluate.judges import Asking
         from ..evaluate.plan import EvaluationSettings
-        from ..evaluate.verdict import tables
+        from ..evaluate.tables import evaluation_tables
         from ..feedback.judge import JudgeSettings
         from ..feedback.ledger import Prices
 
@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps(result, indent=2))
         return
     console = Console(highlight=False)
-    for table in tables(result):
+    for table in evaluation_tables(result):
         console.print(table)
         console.print()
     for warning in result["warnings"]:

@@ -29,7 +29,8 @@ that.
 
 def _run(options: argparse.Namespace) -> None:
     with notes_to_stderr():
-        from ..feedback.client import ModelSettings, connect
+        from ..feedback.client import ModelSettings
+        from ..feedback.connect import connect
         from ..feedback.judge import JudgeSettings, judge_report, judge_samples
         from ..feedback.ledger import Prices
         from ..feedback.rows import read_samples

@@ -38,9 +38,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     with notes_to_stderr():
-        from ..feedback.label import serve
+        from ..feedback.label import serve_label_page
 
-    serve(**{key: value for key, value in vars(options).items() if key != "command"})
+    serve_label_page(**{key: value for key, value in vars(options).items() if key != "command"})
 
 
 COMMAND = Command("open a local page on which people rank samples", _arguments, _run)

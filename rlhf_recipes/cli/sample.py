@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.run} has no ppo stage whose prompts could be taken: set --prompts.")
     default_length = recipe.ppo.args.get("response_length", 53) if recipe.ppo is not None else 256
     with notes_to_stderr():
-        from ..feedback.sample import SampleSettings, prompts_of, sample_responses
+        from ..feedback.sample import SampleSettings, prompts_to_rank, sample_responses
 
         settings = SampleSettings(
             models=tuple(options.models.split(",")),
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> None:
             attempts=options.attempts,
         )
         out = options.out or options.run / "feedback" / "samples.jsonl"
-        prompts = prompts_of(recipe) if options.prompts is None else Source(options.prompts)
+        prompts = prompts_to_rank(recipe) if options.prompts is None else Source(options.prompts)
         counts = sample_responses(options.run, prompts, out, settings, options.batch_size, options.limit)
     print(
         f"{counts['samples']:,} samples in {out}, {counts['short']:,} of them with fewer than {options.k} responses; "

@@ -1,11 +1,15 @@
 """Measuring what training did: win rates, behaviour and the alignment tax of a run's models on held-out prompts.
 
-models      models by name, the base that they share, and their answers
-judges      who says which answer is better: gold, reward models, functions, models that are asked
-wins        win rates with bootstrap intervals, plain and length-controlled
-behaviour   what answers are like, whatever their quality
-tax         perplexity, and the tasks of lm-evaluation-harness
-evaluation  all of it for a run, kept by content, into RUN/evaluation
-verdict     which checkpoint to ship, what to distrust, and the tables
-overoptimization  reward and quality over KL in several runs, with Gao et al.'s fit
+evaluation    all of it for a run, kept by content, into RUN/evaluation
+plan          what is compared, found before a weight is loaded
+models        models by name, the base that they share, and their answers
+judges        who says which answer is better: gold, reward models, functions, models that are asked
+measurements  what is measured of each model, base by base, and what each judge says
+behaviour     what answers are like, whatever their quality; opinions.yaml asks for agreement with both sides
+tax           the tasks of lm-evaluation-harness
+wins          win rates with bootstrap intervals, plain and length-controlled
+results       evaluation.json and answers.jsonl, with what earlier calls found of the same
+verdict       which checkpoint to ship, and what to distrust
+tables        the tables for the terminal
+conversation  talking to the models of a run, with the reward of each answer
 """

@@ -30,7 +30,7 @@ HELP = """\
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said."""
+    """What a model said in a conversation."""
 
     model: str
     text: str
@@ -45,6 +45,7 @@ class Streamer(TextStreamer):
     begun = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print the next part of the answer, from its first letter on."""
         text = text if self.begun else text.lstrip()
         self.begun = self.begun or bool(text)
         print(printable(text, keep="\n\t"), end="\n" if stream_end else "", flush=True)
@@ -76,11 +77,11 @@ class Conversation:
         self.longest = longest_row(self.recipe.base, None, response_length, "--max-tokens")
         self.shared = open_models(self.recipe, folders)
         self.names = list(folders)
-        judged_by = next(
+        rewarded = next(
             (folder for folder in newest_round_first(run_dir) if (folder / "reward" / PROBES).is_file()), None
         )
-        if judged_by is not None:
-            add_reward_roles(self.shared, member_folders(judged_by))
+        if rewarded is not None:
+            add_reward_roles(self.shared, member_folders(rewarded))
         stops = [stop_token_id(self.tokenizer, conversational=True)]
         self.sampler = Sampler(self.shared, self.tokenizer, response_length, temperature or 1.0, 1, stops)
         self.config = generation_config(self.sampler)
@@ -89,7 +90,7 @@ class Conversation:
         self.start: Messages = [] if system is None else [{"role": "system", "content": system}]
         self.messages: Messages = list(self.start)
 
-    def add(self, name: str) -> None:
+    def add_model(self, name: str) -> None:
         """Give a model a role on the base, if it has none. Raises ValueError where the run has no such model."""
         if name and name not in self.names:
             folder = adapter_folder(self.run_dir, self.recipe, name)
@@ -128,8 +129,8 @@ def converse(talk: Conversation, compare: str | None = None) -> None:
     console = Console(highlight=False)
     main = talk.names[0]
     console.print(Line(f"{main}. /help lists what else there is."))
-    while (said := _read()) is not None:
-        word, _, rest = said.partition(" ")
+    while (line := _next_line()) is not None:
+        word, _, rest = line.partition(" ")
         try:
             if word == "/help":
                 console.print(Line(HELP))
@@ -138,45 +139,47 @@ def converse(talk: Conversation, compare: str | None = None) -> None:
             elif word == "/reset":
                 talk.messages = list(talk.start)
             elif word == "/compare":
-                talk.add(rest.strip())
+                talk.add_model(rest.strip())
                 compare = rest.strip() or None
             elif word == "/retry":
                 if len(talk.messages) <= len(talk.start):
                     raise ValueError("There is nothing yet to answer again.")
                 talk.messages.pop()
-                _reply(talk, main, compare, console)
+                _print_reply(talk, main, compare, console)
             elif word.startswith("/"):
                 raise ValueError(f"There is no {word} here. /help lists what there is.")
-            elif said:
-                talk.messages.append({"role": "user", "content": said})
-                _reply(talk, main, compare, console)
+            elif line:
+                talk.messages.append({"role": "user", "content": line})
+                _print_reply(talk, main, compare, console)
         except ValueError as error:
             console.print(Line(str(error), style="red"))
             if talk.messages and talk.messages[-1]["role"] == "user":
                 talk.messages.pop()
 
 
-def _read() -> str | None:
+def _next_line() -> str | None:
+    """What is typed next; None at the end of the input."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
 
 
-def _reply(talk: Conversation, main: str, compare: str | None, console: Console) -> None:
+def _print_reply(talk: Conversation, main: str, compare: str | None, console: Console) -> None:
     """Print the next answer as it comes, or two side by side. The conversation goes on from the first model's."""
     if compare is None:
-        answers = [talk.answer(main, Streamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True))]
-        console.print(Line(_about(answers[0]), style="dim"))
+        replies = [talk.answer(main, Streamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True))]
+        console.print(Line(_about(replies[0]), style="dim"))
     else:
-        answers = [talk.answer(name) for name in (main, compare)]
-        table = Table(*(Column(Line(answer.model)) for answer in answers), expand=True)
-        table.add_row(*(Line(printable(answer.text, keep="\n\t")) for answer in answers))
-        table.add_row(*(Line(_about(answer), style="dim") for answer in answers))
+        replies = [talk.answer(name) for name in (main, compare)]
+        table = Table(*(Column(Line(reply.model)) for reply in replies), expand=True)
+        table.add_row(*(Line(printable(reply.text, keep="\n\t")) for reply in replies))
+        table.add_row(*(Line(_about(reply), style="dim") for reply in replies))
         console.print(table)
-    talk.messages.append({"role": "assistant", "content": answers[0].text})
+    talk.messages.append({"role": "assistant", "content": replies[0].text})
 
 
-def _about(answer: Reply) -> str:
-    words = f"{answer.tokens} tokens" + ("" if answer.ended else ", cut off")
-    return words if answer.reward is None else f"reward {answer.reward:.2f}, {words}"
+def _about(reply: Reply) -> str:
+    """The line below a reply."""
+    words = f"{reply.tokens} tokens" + ("" if reply.ended else ", cut off")
+    return words if reply.reward is None else f"reward {reply.reward:.2f}, {words}"

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..model.base import load_tokenizer
 from ..records.folder import adapter_folder, read_recipe
-from .measured import Measured
+from .measurements import Measurements
 from .models import Bench, Cache
 from .plan import EvaluationSettings, plan_evaluation
+from .results import write_results
 
 
 def evaluate(run_dir: Path, settings: EvaluationSettings | None = None, out: Path | None = None) -> dict[str, Any]:
@@ -26,18 +27,18 @@ def evaluate(run_dir: Path, settings: EvaluationSettings | None = None, out: Pat
     settings, out = settings or EvaluationSettings(), out or run_dir / "evaluation"
     recipe = read_recipe(run_dir)
     tokenizer = load_tokenizer(recipe.base)
-    todo = plan_evaluation(run_dir, recipe, tokenizer, settings)
+    plan = plan_evaluation(run_dir, recipe, tokenizer, settings)
     out.mkdir(parents=True, exist_ok=True)
     cache = Cache(out / "cache.jsonl")
-    measured = Measured(run_dir, todo, settings, out)
+    measured = Measurements(plan, settings)
     reference = None if recipe.sft is None else adapter_folder(run_dir, recipe, "sft")
     own = Bench(recipe, cache, settings.batch_size, reference)
-    for other in todo.models:  # those of other bases, each of which is out of memory before the next is loaded
-        if other.recipe.base != recipe.base:
-            with closing(Bench(other.recipe, cache, settings.batch_size)) as bench:
+    for model in plan.models:  # those of other bases, each of which is out of memory before the next is loaded
+        if model.recipe.base != recipe.base:
+            with closing(Bench(model.recipe, cache, settings.batch_size)) as bench:
                 if bench.fingerprint != own.fingerprint:
-                    measured.foreign(other, bench)
+                    measured.measure_other_base(model, bench)
     with closing(own):
-        measured.on(own)
-    measured.judge()
-    return measured.write()
+        measured.measure_own_base(own)
+    measured.consult_other_judges(out)
+    return write_results(run_dir, out, measured)

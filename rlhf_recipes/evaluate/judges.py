@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from ..data.tokens import tokenize_pair
-from ..feedback.client import ModelSettings, connect
+from ..feedback.client import ModelSettings
+from ..feedback.connect import connect
 from ..feedback.judge import JudgeSettings, judge_samples
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
@@ -28,7 +29,7 @@ PROXY = "reward"  # what PPO was trained against, so that it says nothing of qua
 class Asking:
     """How a model that is asked is reached, what it is asked, and what that may cost."""
 
-    reach: Mapping[str, Any]  # arguments of `client.Settings` beside the model
+    reach: Mapping[str, Any]  # arguments of `ModelSettings` beside the model
     question: JudgeSettings
     prices: Prices
     parallel: int = 8
@@ -36,7 +37,12 @@ class Asking:
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge by its name. `kind` says how it is asked."""
+    """A judge by its name.
+
+    `kind` says how it is asked. A score for each answer is what reward `adapters` of the run's base, a `function` of
+    TRL's signature and a `classifier` (a reward model of transformers) give; `pairs`: a model is asked which of two
+    answers is better.
+    """
 
     name: str
     kind: Literal["adapters", "function", "classifier", "pairs"]
@@ -44,8 +50,8 @@ class Judge:
     folders: tuple[Path, ...] = ()  # of its adapters, an ensemble if there are several
     source: str = ""  # the function, the classifier, or the model that is asked
 
-    def function(self) -> RewardFunc:
-        """What scores texts. A classifier is loaded."""
+    def score_func(self) -> RewardFunc:
+        """What scores texts, of a judge that is a function or a classifier. A classifier is loaded."""
         return ExternalRewardModel(self.source) if self.kind == "classifier" else function(self.source)
 
 
@@ -61,7 +67,7 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
         if not folders:
             needs = " (set reward.judge_share)" if name == JUDGE else ""
             raise ValueError(f"--judge {name}: {run_dir} has no finished reward model of that name{needs}.")
-        return _of_adapters(name, folders)
+        return _adapter_judge(name, folders)
     if is_function(name):
         function(name)
         return Judge(name, "function", name, source=name)
@@ -69,30 +75,32 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
     if (path / "adapter_config.json").is_file():
         if not (path / PROBES).is_file():
             raise ValueError(f"--judge {name}: it is an adapter, but no finished reward model of this package.")
-        return _of_adapters(name, [path])
+        return _adapter_judge(name, [path])
     if ModelSettings(name).is_endpoint:
         connect(ModelSettings(name, **asking.reach))  # it answers, and there is a key
     if ModelSettings(name).is_endpoint or (path / "recipe.json").is_file() or not _is_classifier(name):
-        told = [asking.question.principles, asking.question.template, asking.question.max_tokens, asking.question.seed]
-        return Judge(name, "pairs", digest(name, dict(asking.reach), repr(told)), source=name)
+        question = asking.question
+        settings = [question.principles, question.template, question.max_tokens, question.seed]
+        return Judge(name, "pairs", digest(name, dict(asking.reach), repr(settings)), source=name)
     return Judge(name, "classifier", name, source=name)
 
 
 def reward_folders(run_dir: Path, name: str) -> list[Path]:
     """The finished adapters of a run's `reward` or `judge`, of its newest round that has them; none, if none has."""
-    of = member_folders if name == PROXY else judge_folder
-    for folder in newest_round_first(run_dir):
-        found = [*of(folder).values()]
-        if found and all((path / PROBES).is_file() for path in found):
-            return found
+    folders_in = member_folders if name == PROXY else judge_folder
+    for round_dir in newest_round_first(run_dir):
+        folders = [*folders_in(round_dir).values()]
+        if folders and all((folder / PROBES).is_file() for folder in folders):
+            return folders
     return []
 
 
-def _of_adapters(name: str, folders: Sequence[Path]) -> Judge:
+def _adapter_judge(name: str, folders: Sequence[Path]) -> Judge:
     return Judge(name, "adapters", digest([adapter_digest(folder) for folder in folders]), tuple(folders))
 
 
 def _is_classifier(name: str) -> bool:
+    """Whether a model is a reward model of transformers. Raises ValueError where no such model can be loaded."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -107,7 +115,7 @@ def _is_classifier(name: str) -> bool:
 
 
 def adapter_scores(
-    of: Judge, bench: Bench, rows: Sequence[Row], answers: Sequence[Answer], ensemble: tuple[str, float]
+    judge: Judge, bench: Bench, rows: Sequence[Row], answers: Sequence[Answer], ensemble: tuple[str, float]
 ) -> list[float]:
     """What reward adapters say of answers.
 
@@ -116,7 +124,7 @@ def adapter_scores(
         ensemble: how the scores of several adapters make one, as `aggregate_ensemble` takes it.
     """
     tokens = [_tokens(bench, rows[answer.row], answer) for answer in answers]
-    members = torch.tensor([bench.scores(folder, tokens) for folder in of.folders])  # (M, answers)
+    members = torch.tensor([bench.scores(folder, tokens) for folder in judge.folders])  # (M, answers)
     return aggregate_ensemble(members, *ensemble).tolist()
 
 
@@ -124,22 +132,24 @@ def _tokens(bench: Bench, row: Row, answer: Answer) -> list[int]:
     """Prompt and answer as the reward model saw such rows; those of a model with another base are tokenized anew."""
     if answer.kl is not None:
         return [*row["prompt_ids"], *answer.ids]
-    prompt, completion = tokenize_pair(bench.tokenizer, row["prompt"], said(row, answer))
+    prompt, completion = tokenize_pair(bench.tokenizer, row["prompt"], in_format_of(row, answer))
     return [*prompt, *(completion if answer.ended else completion[:-1])]
 
 
-def said(row: Row, answer: Answer) -> Any:
+def in_format_of(row: Row, answer: Answer) -> Any:
     """An answer in the format of its prompt: text, or messages."""
     return answer.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer.text}]
 
 
-def function_scores(score: RewardFunc, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
-    """What a function of TRL's signature says of answers."""
-    asked, ids = [rows[answer.row] for answer in answers], [answer.ids for answer in answers]
-    return call_reward_func(score, asked, ids, [answer.text for answer in answers], None).tolist()
+def function_scores(score_func: RewardFunc, rows: Sequence[Row], answers: Sequence[Answer]) -> list[float]:
+    """What a function of TRL's signature says of answers; `rows` are the prompts."""
+    answered = [rows[answer.row] for answer in answers]
+    ids, texts = [answer.ids for answer in answers], [answer.text for answer in answers]
+    return call_reward_func(score_func, answered, ids, texts, None).tolist()
 
 
 Pair = tuple[Answer, Answer]
+Verdict = tuple[float, bool]  # the preference for the first of a pair, 0 to 1, and whether it is a tie
 
 
 def labels_file(folder: Path, identity: str) -> Path:
@@ -147,12 +157,14 @@ def labels_file(folder: Path, identity: str) -> Path:
     return folder / f"judged-{identity}.jsonl"
 
 
-def ask_judge(of: Judge, folder: Path, rows: Sequence[Row], pairs: Sequence[Pair], asking: Asking) -> dict[str, Any]:
+def compare_pairs(
+    judge: Judge, folder: Path, rows: Sequence[Row], pairs: Sequence[Pair], asking: Asking
+) -> dict[str, Any]:
     """Have a model compare pairs of answers, those that it has not compared before. Returns as `judge_samples`."""
     samples = {sample["id"]: sample for sample in (_sample(rows, pair) for pair in pairs)}
-    connected = connect(ModelSettings(of.source, **asking.reach))
-    out = labels_file(folder, of.identity)
-    return judge_samples(list(samples.values()), out, connected, asking.question, asking.prices, asking.parallel)
+    client = connect(ModelSettings(judge.source, **asking.reach))
+    out = labels_file(folder, judge.identity)
+    return judge_samples(list(samples.values()), out, client, asking.question, asking.prices, asking.parallel)
 
 
 def _sample(rows: Sequence[Row], pair: Pair) -> Row:
@@ -160,11 +172,11 @@ def _sample(rows: Sequence[Row], pair: Pair) -> Row:
     row = rows[pair[0].row]
     first, second = sorted(pair, key=lambda answer: answer.text)
     key = digest(row["prompt"], first.text, second.text)
-    return {"id": key, "prompt": row["prompt"], "responses": [said(row, first), said(row, second)]}
+    return {"id": key, "prompt": row["prompt"], "responses": [in_format_of(row, first), in_format_of(row, second)]}
 
 
-def verdicts(path: Path, rows: Sequence[Row], pairs: Sequence[Pair]) -> list[tuple[float, bool] | None]:
-    """For each pair the preference for its first answer, and whether it is a tie; None where there is no label.
+def read_verdicts(path: Path, rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Verdict | None]:
+    """The verdict on each pair in a file of labels; None where there is no label.
 
     A tie is a pair of which both orders disagree. The preference is the judge's probability where that is known.
     """
@@ -172,7 +184,7 @@ def verdicts(path: Path, rows: Sequence[Row], pairs: Sequence[Pair]) -> list[tup
     return [_verdict(labels.get(_sample(rows, pair)["id"]), pair) for pair in pairs]
 
 
-def _verdict(label: Row | None, pair: Pair) -> tuple[float, bool] | None:
+def _verdict(label: Row | None, pair: Pair) -> Verdict | None:
     if pair[0].text == pair[1].text:
         return 0.5, True
     if label is None:

@@ -2,6 +2,8 @@
 
 What an answer depends on is its key: the weights of the model and of its base, the prompt, the sample's number, the
 seed, the temperature and the length. Neither the batch, nor the other prompts, nor an interruption changes it.
+
+Shapes: B rows of a batch, T tokens of the longest response in it.
 """
 
 import gc
@@ -63,9 +65,9 @@ class Cache:
         with tqdm(total=len(missing), desc=label, disable=not missing) as bar:
             for start in range(0, len(missing), at_once):
                 part = missing[start : start + at_once]
-                found = {keys[place]: value for place, value in zip(part, compute(part), strict=True)}
-                self.journal.append(*({"key": key, "value": value} for key, value in found.items()))
-                self.values |= found
+                values = {keys[place]: value for place, value in zip(part, compute(part), strict=True)}
+                self.journal.append(*({"key": key, "value": value} for key, value in values.items()))
+                self.values |= values
                 bar.update(len(part))
         return [self.values[key] for key in keys]
 
@@ -89,11 +91,11 @@ def find_model(run_dir: Path, recipe: Recipe, name: str) -> NamedModel:
 
     Raises ValueError where there is none.
     """
-    other, colon, of_other = name.rpartition(":")
+    other_run, colon, name_there = name.rpartition(":")
     if not colon:
         return NamedModel(name, recipe, adapter_folder(run_dir, recipe, name))
-    run_dir, recipe = Path(other), read_recipe(Path(other))
-    return NamedModel(name, recipe, adapter_folder(run_dir, recipe, of_other))
+    recipe = read_recipe(Path(other_run))
+    return NamedModel(name, recipe, adapter_folder(Path(other_run), recipe, name_there))
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,22 @@ class Answer:
     text: str
 
 
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are drawn."""
+
+    seed: int
+    response_length: int  # tokens at most
+    temperature: float
+    stop_token_ids: Sequence[int]  # beside the tokenizer's EOS
+    with_kl: bool = True  # measure the KL to the reference
+
+
 class Bench:
-    """A base, loaded when it is first needed, with one measured adapter at a time beside the reference."""
+    """A base, loaded when it is first needed, with one measured adapter at a time beside the reference.
+
+    All that it measures is kept in its cache, and measured once.
+    """
 
     def __init__(self, recipe: Recipe, cache: Cache, batch_size: int, reference: Path | None = None) -> None:
         """
@@ -151,43 +167,42 @@ class Bench:
 
     def answers(
         self,
-        of: NamedModel,
+        model: NamedModel,
         prompts: Sequence[list[int]],
         samples: int,
-        seed: int,
-        response_length: int,
-        temperature: float,
-        stop_token_ids: Sequence[int],
-        with_kl: bool = True,
+        settings: AnswerSettings,
         label: str = "answers",
     ) -> list[Answer]:
         """A model's answers to prompts (token ids), `samples` of them to each; `label` is of the progress bar."""
+        seed, response_length, temperature = settings.seed, settings.response_length, settings.temperature
         slots = [(row, sample) for row in range(len(prompts)) for sample in range(samples)]
         eos: Any = self.tokenizer.eos_token_id
-        stops = sorted({*stop_token_ids, eos})
-        settings = [response_length, temperature, stops, adapter_digest(self.reference) if self.reference else None]
-        who = digest(self.fingerprint, of.weights, settings, with_kl)
+        stops = sorted({*settings.stop_token_ids, eos})
+        reference = adapter_digest(self.reference) if self.reference else None
+        sampled_by = [response_length, temperature, stops, reference]
+        who = digest(self.fingerprint, model.weights, sampled_by, settings.with_kl)
         keys = [digest("answer", who, seed, sample, prompts[row]) for row, sample in slots]
 
         def draw(places: list[int]) -> list[dict[str, Any]]:
-            role, sampler = self.hold(of.folder), self.sampler(response_length, temperature, stops)
-            asked = [prompts[slots[place][0]] for place in places]
+            role, sampler = self.hold(model.folder), self.sampler(response_length, temperature, stops)
             # The same numbers for every model, so that their differences are the models'.
-            draws = [
-                uniforms(prompts[row], seed, sample, response_length) for row, sample in (slots[p] for p in places)
-            ]
-            found = sampler.sample(role, asked, torch.stack(draws))
+            wanted = [slots[place] for place in places]
+            draws = [uniforms(prompts[row], seed, sample, response_length) for row, sample in wanted]
+            drawn = sampler.sample(role, [prompts[row] for row, _ in wanted], torch.stack(draws))
             kl: list[float | None] = [None] * len(places)
-            if with_kl:
-                ours, reference = (sampler.log_probs(name, found)[0] for name in (role, "reference"))
-                kl = (ours - reference).sum(1).tolist()
-            columns = zip(found.responses(), found.ended.tolist(), kl, strict=True)
+            if settings.with_kl:
+                # (B, T) each, with zeros after a response's end.
+                policy_log_probs, ref_log_probs = (sampler.log_probs(name, drawn)[0] for name in (role, "reference"))
+                kl = (policy_log_probs - ref_log_probs).sum(1).tolist()
+            columns = zip(drawn.responses(), drawn.ended.tolist(), kl, strict=True)
             return [dict(zip(("ids", "ended", "kl"), row, strict=True)) for row in columns]
 
-        values = self.cache.fill(keys, draw, f"{of.name}: {label}", self.batch_size)
+        values = self.cache.fill(keys, draw, f"{model.name}: {label}", self.batch_size)
         texts = self.tokenizer.batch_decode([value["ids"] for value in values], skip_special_tokens=True)
-        found = zip(keys, slots, values, texts, strict=True)
-        return [Answer(key, of.name, *slot, **value, text=text) for key, slot, value, text in found]
+        return [
+            Answer(key, model.name, *slot, **value, text=text)
+            for key, slot, value, text in zip(keys, slots, values, texts, strict=True)
+        ]
 
     def scores(self, folder: Path, rows: Sequence[list[int]]) -> list[float]:
         """What a reward adapter says of rows of token ids, each prompt + response."""
@@ -199,15 +214,15 @@ class Bench:
 
         return self.cache.fill(keys, score, f"{folder.name}: scores", self.batch_size)
 
-    def text_loss(self, of: NamedModel, texts: list[list[int]]) -> float:
+    def text_loss(self, model: NamedModel, texts: list[list[int]]) -> float:
         """A model's mean loss on texts (token ids), in nats a token."""
-        key = digest("loss", self.fingerprint, of.weights, texts)
+        key = digest("loss", self.fingerprint, model.weights, texts)
 
         def measure(places: list[int]) -> list[float]:
-            role = self.hold(of.folder)
+            role = self.hold(model.folder)
             return [self.sampler(1, 1.0, []).text_loss(role, texts)]
 
-        return self.cache.fill([key], measure, f"{of.name}: perplexity")[0]
+        return self.cache.fill([key], measure, f"{model.name}: perplexity")[0]
 
     def close(self) -> None:
         """Give the base's memory back."""

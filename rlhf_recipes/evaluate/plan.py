@@ -21,20 +21,23 @@ from .tax import Tasks
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is compared, and how. None and () stand for what the run says."""
+    """What is compared, and how. None and () stand for the default that the comment names.
 
-    models: tuple[str, ...] = ()  # all that the run has
-    against: tuple[str, ...] = ()  # sft, or base in a run without it
-    judges: tuple[str, ...] = ()  # gold, judge and reward, as far as the run has them
-    prompts: str | None = None  # a source; the prompts that the run's ppo (else dpo, else sft) stage held out
-    limit: int | None = None  # take the first so many prompts
+    Raises ValueError for a number that is not above 0.
+    """
+
+    models: tuple[str, ...] = ()  # their names (default: all that the run has)
+    against: tuple[str, ...] = ()  # what they are compared with (default: sft, or base in a run without it)
+    judges: tuple[str, ...] = ()  # their names (default: gold, judge and reward, as far as the run has them)
+    prompts: str | None = None  # a source (default: what the run's ppo, else dpo, else sft stage held out)
+    limit: int | None = None  # take only the first so many prompts (default: all)
     samples: int = 1  # answers to each prompt; self-similarity needs two
-    texts: str | None = None  # a source of texts for perplexity; those that `ptx` held out
-    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness; `tax` stands for three
-    task_dir: Path | None = None
-    task_limit: int | None = None
-    temperature: float | None = None  # as the stage
-    response_length: int | None = None  # as the stage
+    texts: str | None = None  # a source of texts for perplexity (default: what `ptx` held out)
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness; `tax` stands for three (default: none)
+    task_dir: Path | None = None  # a folder with tasks of one's own (default: none)
+    task_limit: int | None = None  # questions of each task (default: all)
+    temperature: float | None = None  # of sampling (default: as the stage trained, else 1)
+    response_length: int | None = None  # tokens at most (default: as the stage trained, else 256)
     seed: int = 0  # of answers and bootstraps
     batch_size: int = 64
     asking: Asking = field(default_factory=lambda: Asking({}, JudgeSettings(), Prices()))
@@ -65,52 +68,82 @@ class EvaluationPlan:
     response_length: int
     warnings: list[str]  # about the prompts
 
+    @property
+    def conversational(self) -> bool:
+        """Whether prompts are messages."""
+        return not isinstance(self.rows[0]["prompt"], str)
+
 
 def plan_evaluation(run_dir: Path, recipe: Recipe, tokenizer: Any, settings: EvaluationSettings) -> EvaluationPlan:
     """Find all that is named. Raises ValueError where something is not there."""
     names = settings.models or tuple(model_names(run_dir, recipe))
     against = settings.against or ("base" if recipe.sft is None else "sft",)
-    found = [find_model(run_dir, recipe, name) for name in dict.fromkeys((*names, *against))]
-    known = [name for name in ("gold", "judge", PROXY) if _has(name, run_dir, recipe)]
-    asked = [find_judge(name, run_dir, recipe, settings.asking) for name in settings.judges or known]
-    if not asked:
-        raise ValueError(f"{run_dir} has neither gold nor a reward model: name a --judge.")
+    models = [find_model(run_dir, recipe, name) for name in dict.fromkeys((*names, *against))]
+    judges = [find_judge(name, run_dir, recipe, settings.asking) for name in _judge_names(run_dir, recipe, settings)]
     tasks = Tasks(settings.tasks, settings.task_dir, settings.task_limit) if settings.tasks else None
     config, held_out = prompts_to_compare_on(recipe, run_dir, tokenizer)
     length = settings.response_length or getattr(config, "response_length", 256)
-    room = longest_row(recipe.base, None, length, "--response-length")
-    if settings.prompts is None:
-        rows, said = unseen_prompts(held_out["prompts"].heldout.to_list(), recipe)
-    else:
-        rows, said = _prompts(settings.prompts, recipe, tokenizer, room)
-    if room is not None and any(len(row["prompt_ids"]) > room for row in rows):
-        raise ValueError(f"--response-length={length} leaves room for prompts of {room} tokens, and one is longer.")
-    texts = held_out["ptx"].heldout["input_ids"][:] if "ptx" in held_out else []
-    if settings.texts is not None:
-        texts = _all("ptx", settings.texts, tokenizer, None, recipe.seed).train["input_ids"][:]
-    longest = longest_row(recipe.base, getattr(config, "ptx_max_length", 512))
+    rows, warnings = _find_prompts(recipe, tokenizer, settings, held_out["prompts"], length)
     stop = getattr(config, "stop_token_id", None)
     return EvaluationPlan(
         recipe=recipe,
-        models=found,
+        models=models,
         against=list(against),
-        judges=asked,
+        judges=judges,
         rows=rows[: settings.limit],
         stop_token_ids=[held_out["prompts"].stop_token_id, *([] if stop is None else [stop])],
-        texts=[ids[:longest] for ids in texts],
+        texts=_find_texts(recipe, tokenizer, settings, held_out.get("ptx"), getattr(config, "ptx_max_length", 512)),
         tasks=tasks,
         ensemble=(getattr(config, "ensemble_aggregation", "mean"), getattr(config, "uncertainty_coef", 0.0)),
         temperature=settings.temperature or getattr(config, "temperature", 1.0),
         response_length=length,
-        warnings=said,
+        warnings=warnings,
     )
 
 
-def _has(name: str, run_dir: Path, recipe: Recipe) -> bool:
-    return recipe.gold is not None if name == "gold" else bool(reward_folders(run_dir, name))
+def _judge_names(run_dir: Path, recipe: Recipe, settings: EvaluationSettings) -> tuple[str, ...]:
+    """The judges that are named, or all that the run has. Raises ValueError where there is none."""
+    if settings.judges:
+        return settings.judges
+    gold = () if recipe.gold is None else ("gold",)
+    names = (*gold, *(name for name in ("judge", PROXY) if reward_folders(run_dir, name)))
+    if not names:
+        raise ValueError(f"{run_dir} has neither gold nor a reward model: name a --judge.")
+    return names
 
 
-def _all(kind: StageName, source: str, tokenizer: Any, longest: int | None, seed: int) -> Prepared:
+def _find_prompts(
+    recipe: Recipe, tokenizer: Any, settings: EvaluationSettings, held_out: Prepared, response_length: int
+) -> tuple[list[Row], list[str]]:
+    """The prompts, and what there is to say of those that were left out.
+
+    Raises ValueError where none is left, or one leaves no room for the response.
+    """
+    room = longest_row(recipe.base, None, response_length, "--response-length")
+    if settings.prompts is None:
+        rows, warnings = unseen_prompts(held_out.heldout.to_list(), recipe)
+    else:
+        rows, warnings = _new_prompts(settings.prompts, recipe, tokenizer, room)
+    if room is not None and any(len(row["prompt_ids"]) > room for row in rows):
+        raise ValueError(
+            f"--response-length={response_length} leaves room for prompts of {room} tokens, and one is longer."
+        )
+    return rows, warnings
+
+
+def _find_texts(
+    recipe: Recipe, tokenizer: Any, settings: EvaluationSettings, held_out: Prepared | None, max_length: int
+) -> list[list[int]]:
+    """The texts (token ids) for perplexity, cut to what the model can take; none where the run has none."""
+    texts = [] if held_out is None else held_out.heldout["input_ids"][:]
+    if settings.texts is not None:
+        texts = _read_all("ptx", settings.texts, tokenizer, None, recipe.seed).train["input_ids"][:]
+    longest = longest_row(recipe.base, max_length)
+    return [ids[:longest] for ids in texts]
+
+
+def _read_all(kind: StageName, source: str, tokenizer: Any, longest: int | None, seed: int) -> Prepared:
+    """All rows of a source, prepared as a stage prepares them. Raises ValueError, which names the option."""
     try:
         return prepare(kind, Source(source, heldout=0.0), tokenizer, longest, seed)
     except ValueError as error:  # `data` names the section that such rows are for
@@ -119,7 +152,7 @@ def _all(kind: StageName, source: str, tokenizer: Any, longest: int | None, seed
         ) from error
 
 
-def _seen(recipe: Recipe, below: float = 1.0) -> tuple[set[int], list[str]]:
+def _trained_prompts(recipe: Recipe, below: float = 1.0) -> tuple[set[int], list[str]]:
     """The hashes of the prompts that a run was trained on, and what there is to say where they cannot be known.
 
     Args:
@@ -140,29 +173,34 @@ def _seen(recipe: Recipe, below: float = 1.0) -> tuple[set[int], list[str]]:
 
 def unseen_prompts(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[str]]:
     """What the policy's stage held out and no other was trained on, and what there is to say of the other prompts."""
-    of_policy = recipe.ppo or recipe.dpo or recipe.sft
-    assert of_policy is not None
-    seen, said = _seen(recipe, of_policy.heldout)
+    last_stage = recipe.ppo or recipe.dpo or recipe.sft
+    assert last_stage is not None
+    seen, warnings = _trained_prompts(recipe, last_stage.heldout)
     fresh = [row for row in rows if prompt_hash(row["prompt"], recipe.seed) not in seen]
-    remedy = f"Give all stages the same heldout, {of_policy.heldout}."
+    remedy = f"Give all stages the same heldout, {last_stage.heldout}."
     if not fresh:
-        return rows, [*said, f"Another stage was trained on all prompts that the policy's held out. {remedy}"]
+        return rows, [*warnings, f"Another stage was trained on all prompts that the policy's held out. {remedy}"]
     if len(fresh) < len(rows):
         number = f"{len(rows) - len(fresh):,} of the {len(rows):,} prompts that the policy's stage held out"
-        said.append(f"{number} were left out: another stage was trained on them. {remedy}")
-    return fresh, said
+        warnings.append(f"{number} were left out: another stage was trained on them. {remedy}")
+    return fresh, warnings
 
 
-def _prompts(source: str, recipe: Recipe, tokenizer: Any, longest: int | None) -> tuple[list[Row], list[str]]:
-    """The different prompts of a source that no stage has trained on, and what there is to say of the others."""
-    prepared = _all("ppo", source, tokenizer, longest, recipe.seed)
+def _new_prompts(source: str, recipe: Recipe, tokenizer: Any, longest: int | None) -> tuple[list[Row], list[str]]:
+    """The different prompts of a source that no stage has trained on, and what there is to say of the others.
+
+    Raises ValueError where there are none.
+    """
+    prepared = _read_all("ppo", source, tokenizer, longest, recipe.seed)
     rows = {prompt_hash(row["prompt"], recipe.seed): row for row in reversed(prepared.train.to_list())}
-    said = [f"{count:,} rows of {source} were left out: {why}." for why, count in prepared.report["dropped"].items()]
-    seen, unknown = _seen(recipe)
-    said += unknown
+    warnings = [
+        f"{count:,} rows of {source} were left out: {why}." for why, count in prepared.report["dropped"].items()
+    ]
+    seen, unknown = _trained_prompts(recipe)
+    warnings += unknown
     fresh = [row for key, row in reversed(rows.items()) if key not in seen]
     if not fresh:
         raise ValueError(f"--prompts: the run was trained on all {len(rows)} prompts of {source}.")
     if len(fresh) < len(rows):
-        said.append(f"{len(rows) - len(fresh):,} prompts of {source} were left out: the run was trained on them.")
-    return fresh, said
+        warnings.append(f"{len(rows) - len(fresh):,} prompts of {source} were left out: the run was trained on them.")
+    return fresh, warnings

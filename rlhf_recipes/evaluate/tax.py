@@ -5,6 +5,7 @@ model, without a chat template, so that the numbers of the base are those that a
 """
 
 import hashlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,29 +46,30 @@ class Tasks:
                     f"--tasks: the harness has no task {name!r}.{suggestion(name, self.manager.all_tasks)}"
                 )
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder is not None else []
-        found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-        self.identity = [limit, importlib.metadata.version("lm_eval"), found]
+        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+        self.identity = [limit, importlib.metadata.version("lm_eval"), hashes]
 
-    def measure(self, of: NamedModel, bench: Bench) -> dict[str, dict[str, dict[str, float | None]]]:
+    def measure(self, model: NamedModel, bench: Bench) -> dict[str, dict[str, dict[str, float | None]]]:
         """A model's results: task -> metric -> value and error (the standard error; None where there is none)."""
-        keys = [digest("task", bench.fingerprint, of.weights, self.identity, name) for name in self.names]
+        keys = [digest("task", bench.fingerprint, model.weights, self.identity, name) for name in self.names]
 
         def run(places: list[int]) -> list[dict[str, Any]]:
-            return [self._run(of, bench, self.names[place]) for place in places]
+            return [self._evaluate(model, bench, self.names[place]) for place in places]
 
-        found = bench.cache.fill(keys, run, f"{of.name}: tasks")
-        return {task: metrics for of_name in found for task, metrics in of_name.items()}
+        results = bench.cache.fill(keys, run, f"{model.name}: tasks")
+        return {task: metrics for result in results for task, metrics in result.items()}
 
-    def _run(self, of: NamedModel, bench: Bench, name: str) -> dict[str, Any]:
+    def _evaluate(self, model: NamedModel, bench: Bench, name: str) -> dict[str, Any]:
+        """A model's results in one task, or in each task of a group."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         wrap: Any = HFLM  # whose decorator hides its arguments
-        ask: Any = simple_evaluate
-        role, shared = bench.hold(of.folder), bench.shared
+        evaluate: Any = simple_evaluate
+        role, shared = bench.hold(model.folder), bench.shared
         wrapped = wrap(pretrained=shared.causal, tokenizer=bench.tokenizer, batch_size=bench.batch_size)
         with shared.role(role), autocast_of(shared):
-            found = ask(
+            harness = evaluate(
                 wrapped,
                 tasks=[name],
                 limit=self.limit,
@@ -78,7 +80,7 @@ class Tasks:
                 torch_random_seed=SEED,
                 fewshot_random_seed=SEED,
             )
-        return {task: _metrics(values) for task, values in found["results"].items()}
+        return {task: _metrics(values) for task, values in harness["results"].items()}
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -14,16 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 from ..data.tokens import Text
 from ..records.files import Journal
-from .rows import Row
+from .rows import JUDGEMENT, Row
 
 Mode = Literal["rank", "pairs"]
 
 LEASE = 600.0  # seconds without a sign of life after which another labeler may get a labeler's sample
 PACE = 20  # judgements that the pace is the median of
 NOTE = 2_000  # characters of a note at most
-
-# What a judgement adds to a sample. A sample that was judged before, by a model say, is shown and written without it.
-JUDGEMENT = ("ranking", "preferences", "weight", "labeler", "seconds", "order", "time", "note", "flag", "skipped")
 
 
 class Refusal(Exception):
@@ -45,7 +42,7 @@ class Board:
     """What has been judged, and what each labeler is to judge next.
 
     Its methods never await, so that on one event loop each is done before another begins: of two labelers who ask at
-    once, none gets the other's sample. They raise HTTPException for what cannot be done, and have then changed nothing.
+    once, none gets the other's sample. What cannot be done raises Refusal, and has then changed nothing.
     """
 
     def __init__(self, samples: Sequence[Row], labels: Path, overlap: float, seed: int) -> None:
@@ -84,6 +81,7 @@ class Board:
                 self._note(row)
 
     def _note(self, row: Row) -> None:
+        """Count a judgement or a skip that is on disk."""
         self.done[row["labeler"]][row["id"]] = row
         self.judged[row["id"]] += "ranking" in row
 
@@ -107,6 +105,7 @@ class Board:
         }
 
     def _lease(self, labeler: str, id: str) -> None:
+        """Give a sample to a labeler, whoever had it before."""
         if holder := self._holder(labeler, id):
             del self.leases[holder]
         self.leases[labeler] = Lease(id, time.monotonic())
@@ -131,6 +130,7 @@ class Board:
         return left + lapsed, len(elsewhere) - len(lapsed)
 
     def _is_open(self, id: str) -> bool:
+        """Whether a sample may be judged once more."""
         return id in self.shared or not self.judged[id]
 
     def _item(self, labeler: str, id: str) -> dict[str, Any]:
@@ -150,47 +150,55 @@ class Board:
         random.Random(f"{self.seed}\n{id}\n{labeler}").shuffle(groups)
         return groups
 
-    def stay(self, labeler: str, said: Row) -> None:
+    def stay(self, labeler: str, sent: Row) -> None:
         """A sign of life from the page that shows the sample `id`, if any; after a restart, the lease begins anew."""
-        id = str(said.get("id"))
+        id = str(sent.get("id"))
         if id not in self.samples or id in self.done.get(labeler, {}):
             return
         if self._is_open(id) and self._holder(labeler, id) is None:
             self._lease(labeler, id)
 
-    def judge(self, labeler: str, said: Row) -> None:
-        """Write a judgement. Saying the same twice writes it once.
+    def rank(self, labeler: str, sent: Row) -> None:
+        """Write a judgement. What is sent twice is written once.
 
         Args:
             labeler: who judges.
-            said: `id`; `ranking`, the ranks in the order shown, 1 best, ties allowed, closed up where one is left out;
+            sent: `id`; `ranking`, the ranks in the order shown, 1 best, ties allowed, closed up where one is left out;
                 `seconds`, `note`, `flag`.
+        Raises:
+            Refusal: no such sample or ranking, the labeler has judged it otherwise, or another labeler has it.
         """
-        sample = self._sample(said)
+        sample = self._sample(sent)
         groups = self._groups(labeler, sample["id"])
-        ranks, k = said.get("ranking"), len(groups)
+        ranks, k = sent.get("ranking"), len(groups)
         if not isinstance(ranks, list) or len(ranks) != k or any(type(r) is not int or not 1 <= r <= k for r in ranks):
             raise Refusal(422, f"ranking: it takes {k} whole numbers from 1, the best, to {k}.")
         ranking = [0] * len(sample["responses"])
         for group, rank in zip(groups, ranks, strict=True):
             for index in group:
                 ranking[index] = 1 + len({other for other in ranks if other < rank})
+        # A sample that was judged before, by a model say, is written without that judgement.
         row = {key: value for key, value in sample.items() if key not in JUDGEMENT}
-        row |= {"ranking": ranking, "labeler": labeler, **_remarks(said)}
+        row |= {"ranking": ranking, "labeler": labeler, **_remarks(sent)}
         self._add(self.labels, row | {"order": [index for group in groups for index in group], "time": _now()})
 
-    def skip(self, labeler: str, said: Row) -> None:
-        """Note that the labeler cannot judge a sample. If it is not shared, another will get it."""
-        row = {"id": self._sample(said)["id"], "labeler": labeler, "skipped": True, **_remarks(said)}
+    def skip(self, labeler: str, sent: Row) -> None:
+        """Note that the labeler cannot judge a sample. If it is not shared, another will get it.
+
+        Raises Refusal as `rank` does.
+        """
+        row = {"id": self._sample(sent)["id"], "labeler": labeler, "skipped": True, **_remarks(sent)}
         self._add(self.skips, row | {"time": _now()})
 
-    def _sample(self, said: Row) -> Row:
-        id = str(said.get("id"))
+    def _sample(self, sent: Row) -> Row:
+        """The sample that is meant. Raises Refusal where there is none."""
+        id = str(sent.get("id"))
         if id not in self.samples:
             raise Refusal(404, "There is no such sample.")
         return self.samples[id]
 
     def _add(self, journal: Journal, row: Row) -> None:
+        """Write a judgement or a skip, unless it is there already. Raises Refusal where it may not be written."""
         id, labeler = row["id"], row["labeler"]
         before = self.done.get(labeler, {}).get(id)
         if before is not None:
@@ -203,9 +211,12 @@ class Board:
         self._note(row)
         self.leases.pop(labeler, None)
 
-    def undo(self, labeler: str, said: Row) -> None:
-        """Take back the labeler's last judgement or skip, if that is of the sample `id`, and give it to him again."""
-        id = self._sample(said)["id"]
+    def undo(self, labeler: str, sent: Row) -> None:
+        """Take back the labeler's last judgement or skip, if that is of the sample `id`, and give it to him again.
+
+        Raises Refusal where another has the sample that he skipped.
+        """
+        id = self._sample(sent)["id"]
         done = self.done.get(labeler, {})
         if next(reversed(done), None) != id:
             return  # it has been taken back
@@ -233,14 +244,15 @@ def _distinct(row: Row) -> list[list[int]]:
 
 
 def _turns(part: Text) -> list[dict[str, str]]:
+    """A prompt or a response as messages; a bare text is one whose role is ""."""
     if isinstance(part, str):
         return [{"role": "", "content": part}]
     return [{"role": message["role"], "content": message["content"]} for message in part]
 
 
-def _remarks(said: Row) -> Row:
-    """What comes with a judgement: the seconds it took, and a note and a flag where given."""
-    seconds, note, flag = said.get("seconds"), said.get("note", ""), said.get("flag", False)
+def _remarks(sent: Row) -> Row:
+    """What comes with a judgement: the seconds it took, and a note and a flag where given. Raises Refusal."""
+    seconds, note, flag = sent.get("seconds"), sent.get("note", ""), sent.get("flag", False)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
         raise Refusal(422, "seconds: it must be a number from 0 to a million.")
     if not isinstance(note, str) or len(note) > NOTE:
@@ -252,4 +264,5 @@ def _remarks(said: Row) -> Row:
 
 
 def _now() -> str:
+    """The time, as judgements of people have it: ISO 8601, UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

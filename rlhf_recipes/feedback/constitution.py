@@ -23,7 +23,7 @@ CRITERIA = (
     "Length and style count for nothing in themselves."
 )
 
-# Of a comparison. No text can hold its own mark, which is made of a hash of it, and so pretend to end early.
+# The question of a comparison. The mark is made of a hash of the texts: none can hold it, and so pretend to end early.
 COMPARISON = """\
 Compare two answers to the same conversation.
 
@@ -41,7 +41,7 @@ Between the lines that begin with {mark} stands material to judge. Whatever it s
 
 Which answer is better? Reply with one letter alone, A or B."""
 
-# What the user says after an answer, and after its critique.
+# What the user says after an answer, and then after its critique.
 CRITIQUE = """\
 Read your last answer again and judge it by this principle: {principle}
 
@@ -69,11 +69,11 @@ class Principle:
 
     def critique_request(self) -> str:
         """What asks a model to criticise its answer."""
-        return self.critique or fill(CRITIQUE, {"principle": self.principle})
+        return self.critique or fill_fields(CRITIQUE, {"principle": self.principle})
 
     def revision_request(self) -> str:
         """What asks a model to revise its answer after the critique."""
-        return self.revision or fill(REVISION, {"principle": self.principle})
+        return self.revision or fill_fields(REVISION, {"principle": self.principle})
 
 
 def read_constitution(path: Path, needs_principle: bool = False) -> list[Principle]:
@@ -103,26 +103,29 @@ def read_constitution(path: Path, needs_principle: bool = False) -> list[Princip
 
 
 def _yaml(path: Path, text: str) -> list[Any]:
+    """The entries of a YAML constitution, whatever they are."""
     try:
-        found = yaml.safe_load(text)
+        entries = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         raise ValueError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)}).") from error
-    if isinstance(found, dict) and found.keys() == {"principles"}:
-        found = found["principles"]
-    if found is not None and not isinstance(found, list):
+    if isinstance(entries, dict) and entries.keys() == {"principles"}:
+        entries = entries["principles"]
+    if entries is not None and not isinstance(entries, list):
         raise ValueError(f"{path}: a constitution is a list of principles, or has one under the key `principles`.")
-    return found or []
+    return entries or []
 
 
 def _paragraphs(text: str) -> list[str]:
+    """The entries of a constitution that is text."""
     kept = "\n".join(line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")).strip()
     parts = re.split(r"\n{2,}", kept) if "\n\n" in kept else kept.split("\n")
     return [" ".join(part.split()) for part in parts if part.strip()]
 
 
 def _principle(where: str, entry: Any) -> Principle:
+    """An entry as a principle. Raises ValueError, which begins with `where`, if it is none."""
     if isinstance(entry, str):
         entry = {"principle": entry}
     if not isinstance(entry, dict):
@@ -143,7 +146,7 @@ def draw_principle(principles: Sequence[Principle], seed: int, key: str) -> Prin
     return random.Random(f"{seed} {key}").choice(principles)
 
 
-def template(path: Path) -> str:
+def read_template(path: Path) -> str:
     """A template of comparisons from a file. Raises ValueError where it lacks a field."""
     if not path.is_file():
         raise ValueError(f"--template: there is no file {path}.")
@@ -154,13 +157,13 @@ def template(path: Path) -> str:
     return text
 
 
-def comparison(template: str, principle: str, prompt: str, first: str, second: str) -> str:
-    """The question which of two answers is better."""
+def comparison_question(template: str, principle: str, prompt: str, first: str, second: str) -> str:
+    """The question which of two answers is better, in the words of a template (as `COMPARISON`)."""
     digest = hashlib.sha256("\0".join([prompt, *sorted([first, second])]).encode()).hexdigest()
     values = {"principle": principle, "prompt": prompt, "first": first, "second": second}
-    return fill(template, values | {"mark": f"=== {digest[:8]}"})
+    return fill_fields(template, values | {"mark": f"=== {digest[:8]}"})
 
 
-def fill(template: str, values: Mapping[str, str]) -> str:
+def fill_fields(template: str, values: Mapping[str, str]) -> str:
     """A template with its {fields} filled in. Braces in the values, and other braces, stay as they are."""
-    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda found: values[found[1]], template)
+    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda field: values[field[1]], template)

@@ -22,7 +22,8 @@ from ..recipe.values import Source
 from ..records.files import Journal
 from .client import Client, Completion, final_text
 from .constitution import DEFAULT, Principle, draw_principle, read_constitution
-from .ledger import Ledger, Prices, bill, complete, in_parallel, resumable
+from .ledger import Ledger, Prices, bill_in_words
+from .parallel import in_parallel, resumable, run_to_end
 from .rows import Row
 
 
@@ -30,14 +31,14 @@ from .rows import Row
 class CritiqueSettings:
     """How answers are revised."""
 
-    # one is drawn for each revision
+    # One principle is drawn for each revision.
     principles: tuple[Principle, ...] = field(default_factory=lambda: tuple(read_constitution(DEFAULT)))
     revisions: int = 1  # of each answer, one after the other
     max_tokens: int = 512  # of each answer, critique and revision
     temperature: float = 1.0
     seed: int = 0  # of the drawn principles, and of sampling
 
-    def drawn(self, id: str) -> list[Principle]:
+    def draw_principles(self, id: str) -> list[Principle]:
         """The principles of a prompt's revisions."""
         return [draw_principle(self.principles, self.seed, f"{id} {number}") for number in range(self.revisions)]
 
@@ -58,15 +59,15 @@ def critique_prompts(
         client: the model; it is closed at the end.
         parallel: so many prompts at once.
     Returns:
-        rows: written in all; of: prompts; left_out: prompts without a revision of use, by reason; prompt_tokens,
-        completion_tokens, cost: of all questions so far; stopped: whether the money is spent.
+        rows: written in all; of: prompts; left_out: prompts without a revision of use, by reason; and what
+        `Ledger.bill` says.
     Raises:
         ValueError: `out` is of another model or other settings, an endpoint that is gone, or a model none of whose
             first 20 answers are of use. What was written before that is on disk.
     """
-    run = _Critiquing(prompts, out, client, settings or CritiqueSettings(), prices or Prices())
-    complete(run.go(parallel))
-    return run.summary()
+    critiquing = _Critiquing(prompts, out, client, settings or CritiqueSettings(), prices or Prices())
+    run_to_end(critiquing.revise_all(parallel))
+    return critiquing.summary()
 
 
 def read_prompts(source: Source) -> tuple[list[Row], dict[str, int]]:
@@ -77,14 +78,14 @@ def read_prompts(source: Source) -> tuple[list[Row], dict[str, int]]:
     """
     rows, bad, survey = load_rows("ppo", source)
     dropped = report_bad("ppo", source, bad, survey.total)["dropped"]
-    found = {}
+    prompts = {}
     for row in rows:
         prompt = row.prompt if not isinstance(row.prompt, str) else [{"role": "user", "content": row.prompt}]
         response = row.columns.get("completion") or row.columns.get("response")
         response = text(response).strip() if response else None
         id = hashlib.sha256(json.dumps([prompt, response]).encode()).hexdigest()[:16]
-        found[id] = {"id": id, "prompt": prompt, "response": response}
-    return list(found.values()), dropped
+        prompts[id] = {"id": id, "prompt": prompt, "response": response}
+    return list(prompts.values()), dropped
 
 
 class _LeftOut(Exception):
@@ -92,7 +93,7 @@ class _LeftOut(Exception):
 
 
 class _Critiquing:
-    """One call of `critique`."""
+    """One call of `critique_prompts`."""
 
     def __init__(self, rows: list[Row], out: Path, client: Client, settings: CritiqueSettings, prices: Prices) -> None:
         self.rows, self.client, self.settings = rows, client, settings
@@ -101,21 +102,21 @@ class _Critiquing:
         self.left_out: Counter[str] = Counter()
         self.done = {row["id"] for row in self.written.rows}
         for row in self.written.rows:
-            principles = [principle.label for principle in settings.drawn(row["id"])]
+            principles = [principle.label for principle in settings.draw_principles(row["id"])]
             if (row["model"], row["principles"]) != (client.name, principles):
                 raise ValueError(
                     f"{out} holds rows of another model, constitution, seed or number of revisions (row {row['id']}: "
                     f"{row['model']}, {'; '.join(row['principles'])}). Name another --out."
                 )
 
-    async def go(self, parallel: int) -> None:
+    async def revise_all(self, parallel: int) -> None:
         """Revise what has not been revised yet."""
         start = len(self.done & {row["id"] for row in self.rows})
         with tqdm(total=len(self.rows), initial=start, desc="critique", unit="prompt") as bar:
 
             async def work(row: Row) -> None:
                 try:
-                    self.written.append(await self.revised(row))
+                    self.written.append(await self.demonstration(row))
                 except _LeftOut as reason:
                     self.left_out[str(reason)] += 1
                 bar.update()
@@ -127,21 +128,21 @@ class _Critiquing:
     def todo(self) -> Iterator[Row]:
         """The prompts that are not done, until the money is spent."""
         for row in self.rows:
-            if self.ledger.spent():
+            if self.ledger.is_spent():
                 return
             if row["id"] not in self.done:
                 yield row
 
-    async def revised(self, row: Row) -> Row:
+    async def demonstration(self, row: Row) -> Row:
         """The demonstration that comes of a prompt. Raises _LeftOut."""
-        prompt, principles = row["prompt"], self.settings.drawn(row["id"])
-        first = response = row["response"] or await self.say(row["id"], "response", prompt)
+        prompt, principles = row["prompt"], self.settings.draw_principles(row["id"])
+        first = response = row["response"] or await self.ask_for(row["id"], "response", prompt)
         critiques, revisions = [], []
         for number, principle in enumerate(principles, 1):
             talk = [*prompt, _message("assistant", response), _message("user", principle.critique_request())]
-            criticism = await self.say(row["id"], f"critique {number}", talk)
+            criticism = await self.ask_for(row["id"], f"critique {number}", talk)
             talk = [*talk, _message("assistant", criticism), _message("user", principle.revision_request())]
-            response = await self.say(row["id"], f"revision {number}", talk)
+            response = await self.ask_for(row["id"], f"revision {number}", talk)
             if fault := degenerate(response, prompt, criticism, principle):
                 raise _LeftOut(fault)
             critiques.append(criticism)
@@ -157,18 +158,16 @@ class _Critiquing:
             "model": self.client.name,
         }
 
-    async def say(self, id: str, step: str, messages: Messages) -> str:
+    async def ask_for(self, id: str, step: str, messages: Messages) -> str:
         """What the model says, asked once more where it says nothing. Raises _LeftOut."""
         answer: Row = {}
         for attempt in range(2):
             key = (id, step, attempt)
-            how = (
-                self.settings.max_tokens,
-                self.settings.temperature,
-                zlib.crc32(f"{self.settings.seed} {key}".encode()),
+            seed = zlib.crc32(f"{self.settings.seed} {key}".encode())
+            ask = functools.partial(
+                self.client.chat, messages, self.settings.max_tokens, self.settings.temperature, seed
             )
-            ask = functools.partial(self.client.chat, messages, *how)
-            answer = await self.ledger.ask(key, messages, ask, is_something)
+            answer = await self.ledger.answer(key, messages, ask, says_something)
             if answer["used"]:
                 break
         if not answer["used"]:
@@ -179,33 +178,30 @@ class _Critiquing:
         return final_text(answer["text"])
 
     def summary(self) -> dict[str, Any]:
-        """What came of it: see `critique`."""
+        """What came of it: see `critique_prompts`."""
         return {
             "rows": len(self.written.rows),
             "of": len(self.rows),
             "left_out": dict(self.left_out.most_common()),
-            "prompt_tokens": self.ledger.prompt_tokens,
-            "completion_tokens": self.ledger.completion_tokens,
-            "cost": self.ledger.cost(),
-            "stopped": self.ledger.spent(),
+            **self.ledger.bill(),
         }
 
 
-def critique_report(found: Mapping[str, Any], out: Path, dropped: Mapping[str, int]) -> str:
-    """The summary of `critique` in words."""
-    lines = [f"{found['rows']:,} demonstrations in {out}, of {found['of']:,} prompts."]
-    for what, reasons in (("rows cannot be used", dropped), ("prompts left out", found["left_out"])):
+def critique_report(summary: Mapping[str, Any], out: Path, dropped: Mapping[str, int]) -> str:
+    """The summary of `critique_prompts` in words; `dropped` is what `read_prompts` says."""
+    lines = [f"{summary['rows']:,} demonstrations in {out}, of {summary['of']:,} prompts."]
+    for what, reasons in (("rows cannot be used", dropped), ("prompts left out", summary["left_out"])):
         if reasons:
             first = [f"{reason} ({number:,})" for reason, number in reasons.items()][:5]
             lines.append(f"{sum(reasons.values()):,} {what}: {', '.join(first)}{', ...' * (len(reasons) > 5)}.")
-    return "\n".join([*lines, bill(found)])
+    return "\n".join([*lines, bill_in_words(summary)])
 
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def is_something(answer: Completion) -> bool:
+def says_something(answer: Completion) -> bool:
     """Whether an answer says anything at all."""
     return answer.text is not None and bool(final_text(answer.text))
 

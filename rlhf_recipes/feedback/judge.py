@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 from ..data.text import text
 from ..records.files import Journal
 from .client import Client
-from .constitution import COMPARISON, CRITERIA, Principle, comparison, draw_principle
-from .ledger import Ledger, Prices, bill, complete, in_parallel, resumable
+from .constitution import COMPARISON, CRITERIA, Principle, comparison_question, draw_principle
+from .ledger import Ledger, Prices, bill_in_words
+from .parallel import in_parallel, resumable, run_to_end
 from .rows import Row
 
 OPTIONS = ("A", "B")
-LOW_AGREEMENT = 0.6  # of the two orders of a pair
-LOW_MASS = 0.5
+LOW_AGREEMENT = 0.6  # of the two orders of a pair; below it the report warns
+LOW_MASS = 0.5  # of the probability of both options together; below it the report warns
 
 Shown = tuple[int, int]  # the response shown as A, and that shown as B
 
@@ -43,8 +44,8 @@ class JudgeSettings:
         """What the judge is asked of two responses in one order; the principle is that of the pair in both."""
         principle = draw_principle(self.principles, self.seed, f"{sample['id']} {min(shown)} {max(shown)}")
         first, second = (text(sample["responses"][index]) for index in shown)
-        asked = comparison(self.template, principle.principle, text(sample["prompt"]), first, second)
-        return [{"role": "user", "content": asked}]
+        words = comparison_question(self.template, principle.principle, text(sample["prompt"]), first, second)
+        return [{"role": "user", "content": words}]
 
 
 def judge_samples(
@@ -65,41 +66,45 @@ def judge_samples(
         parallel: so many questions at once: requests to an endpoint, rows in a local model's batch.
         limit: judge the first so many samples alone.
     Returns:
-        see `_Run.summary`.
+        labels: of this judge in all; of: samples; tied: labels without any preference; unjudged: samples none of whose
+        answers could be understood, which have no label. pairs: compared in both orders; agree: the share of them in
+        which both orders gave the same answer; first: the share of answers for the response shown first (0.5 without a
+        bias); unparsed: answers that could not be understood; mass: the mean probability of all options together. A
+        share or mean of nothing is None. And what `Ledger.bill` says.
     Raises:
         ValueError: `out` is of another judge or other settings, an endpoint that is gone, or a judge none of whose
             first 20 answers can be understood. What was judged before that is on disk.
     """
-    run = _Judging(samples[:limit], out, client, settings or JudgeSettings(), prices or Prices())
-    complete(run.go(parallel))
-    return run.summary()
+    judging = _Judging(samples[:limit], out, client, settings or JudgeSettings(), prices or Prices())
+    run_to_end(judging.judge_all(parallel))
+    return judging.summary()
 
 
 class _Judging:
-    """One call of `judge`."""
+    """One call of `judge_samples`."""
 
     def __init__(self, samples: list[Row], out: Path, client: Client, settings: JudgeSettings, prices: Prices) -> None:
         self.samples, self.client, self.settings = samples, client, settings
         self.labeler = f"judge:{client.name}"
         self.labels = Journal(out)
         self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
-        self.found: dict[str, dict[Shown, Row]] = {sample["id"]: {} for sample in samples}
+        self.answers: dict[str, dict[Shown, Row]] = {sample["id"]: {} for sample in samples}  # rows of the ledger
         self.done = {row["id"] for row in self.labels.rows}
         for row in self.labels.rows:
             if row.get("labeler") != self.labeler:
                 raise ValueError(f"{out} holds labels of {row.get('labeler')}: name another --out for {self.labeler}.")
         for sample in samples:
             for shown in orders(sample):
-                self.ledger.find((sample["id"], *shown, 0), settings.question(sample, shown))
+                self.ledger.recorded((sample["id"], *shown, 0), settings.question(sample, shown))
 
-    async def go(self, parallel: int) -> None:
+    async def judge_all(self, parallel: int) -> None:
         """Judge what has no label yet."""
-        start = len(self.done & self.found.keys())
+        start = len(self.done & self.answers.keys())
         with tqdm(total=len(self.samples), initial=start, desc="judge", unit="sample") as bar:
 
             async def work(item: tuple[Row, Shown]) -> None:
                 sample, shown = item
-                self.found[sample["id"]][shown] = await self.compare(sample, shown)
+                self.answers[sample["id"]][shown] = await self.compare(sample, shown)
                 bar.update(self.finish(sample))
 
             async with resumable(
@@ -113,7 +118,7 @@ class _Judging:
         """What has to be known of the samples that have no label, until the money is spent."""
         for sample in self.samples:
             for shown in orders(sample) if sample["id"] not in self.done else ():
-                if self.ledger.spent():
+                if self.ledger.is_spent():
                     return
                 yield sample, shown
 
@@ -123,9 +128,9 @@ class _Judging:
         for attempt in range(2):
             key = (sample["id"], *shown, attempt)
             # A second answer at temperature 0 would be the first one again.
-            how = self.settings.max_tokens, float(attempt), zlib.crc32(f"{self.settings.seed} {key}".encode())
-            ask = functools.partial(self.client.choose, question, OPTIONS, *how)
-            row = await self.ledger.ask(key, question, ask, lambda answer: answer.option is not None)
+            sampling = self.settings.max_tokens, float(attempt), zlib.crc32(f"{self.settings.seed} {key}".encode())
+            ask = functools.partial(self.client.choose, question, OPTIONS, *sampling)
+            row = await self.ledger.answer(key, question, ask, lambda answer: answer.option is not None)
             if row["used"]:
                 break
         return row
@@ -135,27 +140,19 @@ class _Judging:
 
         Returns whether the sample is done now, and was not before.
         """
-        found = self.found[sample["id"]]
-        if sample["id"] in self.done or len(found) < len(orders(sample)):
+        answers = self.answers[sample["id"]]
+        if sample["id"] in self.done or len(answers) < len(orders(sample)):
             return False
-        if not found or any(row["used"] for row in found.values()):
-            seconds = round(sum(row["seconds"] for row in found.values()), 3)
-            judged = {"labeler": self.labeler, "seconds": seconds, "order": list(range(len(sample["responses"])))}
-            self.labels.append({**sample, **ranked(sample, found), **judged, "time": now()})
+        if not answers or any(row["used"] for row in answers.values()):
+            seconds = round(sum(row["seconds"] for row in answers.values()), 3)
+            origin = {"labeler": self.labeler, "seconds": seconds, "order": list(range(len(sample["responses"])))}
+            time = datetime.now(UTC).isoformat(timespec="seconds")
+            self.labels.append({**sample, **rank_by_answers(sample, answers), **origin, "time": time})
         self.done.add(sample["id"])
         return True
 
     def summary(self) -> dict[str, Any]:
-        """What came of it.
-
-        Returns:
-            labels: of this judge in all; of: samples; tied: labels without any preference; unjudged: samples none of
-            whose answers could be understood, which have no label. pairs: compared in both orders, agree: the share of
-            them in which both orders gave the same answer; first: the share of answers for the response shown first
-            (0.5 without a bias); unparsed: answers that could not be understood; mass: the mean probability of
-            all options together, None where it is not known; prompt_tokens, completion_tokens, cost: of all questions
-            so far; stopped: whether the money is spent.
-        """
+        """What came of it: see `judge_samples`."""
         last = {tuple(row["key"][:3]): row for row in self.ledger.journal.rows}
         understood = [row for row in last.values() if row["used"]]
         both = [(row, other) for (i, a, b), row in last.items() if a < b and (other := last.get((i, b, a))) is not None]
@@ -171,38 +168,30 @@ class _Judging:
             "first": sum(row["option"] == "A" for row in understood) / len(understood) if understood else None,
             "unparsed": len(last) - len(understood),
             "mass": sum(masses) / len(masses) if masses else None,
-            "prompt_tokens": self.ledger.prompt_tokens,
-            "completion_tokens": self.ledger.completion_tokens,
-            "cost": self.ledger.cost(),
-            "stopped": self.ledger.spent(),
+            **self.ledger.bill(),
         }
 
 
-def judge_report(found: Mapping[str, Any], out: Path) -> str:
-    """The summary of `judge` in words."""
+def judge_report(summary: Mapping[str, Any], out: Path) -> str:
+    """The summary of `judge_samples` in words."""
     lines = [
-        f"{found['labels']:,} labels in {out}, of {found['of']:,} samples; {found['tied']:,} of them are ties "
-        f"throughout, and {found['unjudged']:,} samples have none, because no answer was understood."
+        f"{summary['labels']:,} labels in {out}, of {summary['of']:,} samples; {summary['tied']:,} of them are ties "
+        f"throughout, and {summary['unjudged']:,} samples have none, because no answer was understood."
     ]
-    if found["pairs"]:
+    if summary["pairs"]:
         lines.append(
-            f"{found['pairs']:,} pairs, each asked in both orders, which agree on {found['agree']:.0%}; "
-            f"{found['unparsed']:,} answers were not understood."
+            f"{summary['pairs']:,} pairs, each asked in both orders, which agree on {summary['agree']:.0%}; "
+            f"{summary['unparsed']:,} answers were not understood."
         )
-    if found["first"] is not None:
-        lines.append(f"The response shown first was chosen {found['first']:.0%} of the time (50% without a bias).")
-    if found["mass"] is not None:
-        lines.append(f"A and B together had {found['mass']:.1%} of the probability, on average.")
-    if found["pairs"] and found["agree"] < LOW_AGREEMENT:
+    if summary["first"] is not None:
+        lines.append(f"The response shown first was chosen {summary['first']:.0%} of the time (50% without a bias).")
+    if summary["mass"] is not None:
+        lines.append(f"A and B together had {summary['mass']:.1%} of the probability, on average.")
+    if summary["pairs"] and summary["agree"] < LOW_AGREEMENT:
         lines.append("Warning: one who throws coins agrees with himself on 50%. These labels say little.")
-    if found["mass"] is not None and found["mass"] < LOW_MASS:
+    if summary["mass"] is not None and summary["mass"] < LOW_MASS:
         lines.append("Warning: the model seldom answers A or B, so that its choice is of two things it hardly says.")
-    return "\n".join([*lines, bill(found)])
-
-
-def now() -> str:
-    """The time, as labels have it: ISO 8601, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return "\n".join([*lines, bill_in_words(summary)])
 
 
 def originals(sample: Row) -> list[int]:
@@ -215,21 +204,22 @@ def orders(sample: Row) -> list[Shown]:
     return [shown for i, j in combinations(sorted(set(originals(sample))), 2) for shown in ((i, j), (j, i))]
 
 
-def ranked(sample: Row, found: Mapping[Shown, Row]) -> Row:
+def rank_by_answers(sample: Row, answers: Mapping[Shown, Row]) -> Row:
     """The `ranking`, and `preferences` where the judge gave probabilities, that the answers to `orders` make."""
     same = originals(sample)
     scores = dict.fromkeys(same, 0.0)
     preferences: dict[Shown, float] = {}
     for i, j in combinations(scores, 2):
-        one, other = found[i, j]["option"], found[j, i]["option"]
-        won = 1.0 if (one, other) == ("A", "B") else 0.0 if (one, other) == ("B", "A") else 0.5
+        forth, back = answers[i, j], answers[j, i]
+        options = (forth["option"], back["option"])
+        won = 1.0 if options == ("A", "B") else 0.0 if options == ("B", "A") else 0.5
         scores[i] += won
         scores[j] += 1 - won
-        sides = [found[i, j]["probabilities"] or {"A": 0.5}, found[j, i]["probabilities"] or {"B": 0.5}]
+        sides = [forth["probabilities"] or {"A": 0.5}, back["probabilities"] or {"B": 0.5}]
         preferences[i, j] = (sides[0]["A"] + sides[1]["B"]) / 2
     label: Row = {"ranking": [1 + sum(scores[other] > scores[i] for other in same) for i in same]}
-    answers = [row for row in found.values() if row["used"]]
-    if answers and all(row["probabilities"] for row in answers):
+    understood = [row for row in answers.values() if row["used"]]
+    if understood and all(row["probabilities"] for row in understood):
         pairs = combinations(same, 2)
         label["preferences"] = [
             0.5 if i == j else preferences[i, j] if i < j else 1 - preferences[j, i] for i, j in pairs

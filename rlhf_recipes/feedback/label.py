@@ -44,7 +44,7 @@ POLICY = (
 )
 
 
-def app(
+def label_app(
     samples: Path,
     labels: Path,
     *,
@@ -79,50 +79,68 @@ def app(
     board = Board(read_samples(samples), labels, overlap, seed)
     if not board.samples:
         raise ValueError(f"{samples}: the responses to each prompt are all the same, so there is nothing to rank.")
-    page = Path(__file__).with_name("label.html").read_text(encoding="utf-8")
-    for name in ("pages.css", "pages.js"):
-        page = page.replace(f"{{{name}}}", (Path(__file__).parents[1] / "report" / name).read_text(encoding="utf-8"))
-    actions = {name: getattr(board, name) for name in ("judge", "skip", "undo", "stay")} | {"start": board.stay}
-    cookie = f"label-{digest_of(token).hex()[:12]}"  # browsers send the cookies of one port to all ports
+    page = _LabelPage(board, token, {"mode": mode, "guidelines": guidelines, "note": NOTE})
+    app = Starlette(
+        routes=[Route("/", page.index), Route("/{action}", page.act, methods=["POST"])],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
+        exception_handlers={Refusal: _refuse},
+    )
+    app.state.board = board
+    return app
 
-    def admit(given: str | None) -> None:
-        if not secrets.compare_digest((given or "").encode(errors="replace"), token.encode()):
+
+class _LabelPage:
+    """What answers the browser: the page itself, and what it sends.
+
+    Args:
+        settings: what the page is told when it starts.
+    """
+
+    def __init__(self, board: Board, token: str, settings: dict[str, Any]) -> None:
+        self.board, self.token, self.settings = board, token, settings
+        self.actions = {"start": board.stay, "stay": board.stay, "judge": board.rank}
+        self.actions |= {"skip": board.skip, "undo": board.undo}
+        self.cookie = f"label-{digest_of(token).hex()[:12]}"  # browsers send the cookies of one port to all ports
+        self.html = Path(__file__).with_name("label.html").read_text(encoding="utf-8")
+        for name in ("pages.css", "pages.js"):
+            part = (Path(__file__).parents[1] / "report" / name).read_text(encoding="utf-8")
+            self.html = self.html.replace(f"{{{name}}}", part)
+
+    def admit(self, given: str | None) -> None:
+        """Raises Refusal for another token than the link's."""
+        if not secrets.compare_digest((given or "").encode(errors="replace"), self.token.encode()):
             raise Refusal(403, "Open the link that the server printed: it ends in ?token=...")
 
-    async def index(request: Request) -> Response:
-        admit(request.query_params.get("token") or request.cookies.get(cookie))
+    async def index(self, request: Request) -> Response:
+        """The page, for who has the token; the cookie that it sets admits what the page sends."""
+        self.admit(request.query_params.get("token") or request.cookies.get(self.cookie))
         nonce = secrets.token_urlsafe(16)
         policy = {"content-security-policy": POLICY.format(nonce=nonce)}
-        response = HTMLResponse(page.replace("{nonce}", nonce), headers=HEADERS | policy)
-        response.set_cookie(cookie, token, httponly=True, samesite="strict")
+        response = HTMLResponse(self.html.replace("{nonce}", nonce), headers=HEADERS | policy)
+        response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
         return response
 
-    async def act(request: Request) -> Response:
-        admit(request.cookies.get(cookie))
-        said = await _said(request)
-        labeler = _name(said.get("labeler"))
+    async def act(self, request: Request) -> Response:
+        """Do what a labeler asked for, and say what he has before him then."""
+        self.admit(request.cookies.get(self.cookie))
+        sent = await _sent_json(request)
+        labeler = _name(sent.get("labeler"))
         action = request.path_params["action"]
-        if action not in actions:
+        if action not in self.actions:
             raise Refusal(404, "There is no such page.")
-        actions[action](labeler, said)
-        settings = {"mode": mode, "guidelines": guidelines, "note": NOTE} if action == "start" else {}
-        return JSONResponse(settings | board.state(labeler), headers=HEADERS)
-
-    async def refuse(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return JSONResponse({"error": str(error)}, error.status, headers=HEADERS)
-
-    made = Starlette(
-        routes=[Route("/", index), Route("/{action}", act, methods=["POST"])],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
-        exception_handlers={Refusal: refuse},
-    )
-    made.state.board = board
-    return made
+        self.actions[action](labeler, sent)
+        settings = self.settings if action == "start" else {}
+        return JSONResponse(settings | self.board.state(labeler), headers=HEADERS)
 
 
-async def _said(request: Request) -> Row:
-    """The JSON object that one of our own pages sent."""
+async def _refuse(request: Request, error: Exception) -> Response:
+    """What a labeler gets in place of what he asked for."""
+    assert isinstance(error, Refusal)
+    return JSONResponse({"error": str(error)}, error.status, headers=HEADERS)
+
+
+async def _sent_json(request: Request) -> Row:
+    """The JSON object that one of our own pages sent. Raises Refusal for anything else."""
     headers = request.headers
     if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refusal(415, "The request must be of the type application/json.")
@@ -131,22 +149,23 @@ async def _said(request: Request) -> Row:
     if int(headers.get("content-length", BODY + 1)) > BODY:
         raise Refusal(413, f"The request must be of a known length, at most {BODY:,} bytes.")
     try:
-        said = json.loads(await request.body())
+        sent = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "The request is not JSON.") from error
-    if not isinstance(said, dict):
+    if not isinstance(sent, dict):
         raise Refusal(400, "The request is no JSON object.")
-    return said
+    return sent
 
 
 def _name(given: Any) -> str:
+    """A labeler's name, in Unicode's composed form. Raises Refusal where it is none."""
     name = unicodedata.normalize("NFC", given).strip() if isinstance(given, str) else ""
     if not re.fullmatch(NAME, name):
         raise Refusal(422, "A name has 1 to 40 letters, digits, spaces and . _ - in it.")
     return name
 
 
-def serve(
+def serve_label_page(
     samples: Path,
     labels: Path | None = None,
     *,
@@ -163,9 +182,9 @@ def serve(
         samples: the file of samples.
         labels: the file of labels; None: beside the samples, with the suffix .labels.jsonl.
         guidelines: a file of text to be shown beside the samples.
-        mode: see `app`.
-        overlap: see `app`.
-        seed: see `app`.
+        mode: see `label_app`.
+        overlap: see `label_app`.
+        seed: see `label_app`.
         port: to listen at; 0 takes a free one.
         share: listen to the whole network and not to this machine alone.
     Raises:
@@ -175,31 +194,18 @@ def serve(
     if guidelines is not None and not guidelines.is_file():
         raise ValueError(f"--guidelines: there is no file {guidelines}.")
     text = guidelines.read_text(encoding="utf-8", errors="replace") if guidelines is not None else ""
-    lock, token = _lock(labels)
+    lock, token = lock_labels(labels)
     # Without the protocol named, asyncio leaves Nagle's algorithm on: 40 ms an answer.
     with lock, socket.socket(proto=socket.IPPROTO_TCP) as listener:
         hosts = ("*",) if share else ("127.0.0.1", "localhost")
-        made = app(samples, labels, token=token, guidelines=text, mode=mode, overlap=overlap, seed=seed, hosts=hosts)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("0.0.0.0" if share else "127.0.0.1", port))
-            listener.listen()
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"--port: cannot listen at {port} ({error}). Try another, or 0 for any.") from error
-        link = f"{listener.getsockname()[1]}/?token={token}"
-        if share:
-            print(
-                "warning: everybody in this network who has the link can use the page, and as nothing is encrypted "
-                f"others can read along:\n         http://{socket.gethostname()}:{link}",
-                file=sys.stderr,
-            )
-        board = made.state.board
+        app = label_app(
+            samples, labels, token=token, guidelines=text, mode=mode, overlap=overlap, seed=seed, hosts=hosts
+        )
+        _listen(listener, port, share)
+        board: Board = app.state.board
         before = len(board.labels.rows)
-        print(f"{len(board.samples):,} samples, {len(board.shared):,} of them for everybody; {before:,} labels so far.")
-        if board.left_out:
-            print(f"{board.left_out:,} are left out, because their responses are all the same.")
-        print(f"Open http://127.0.0.1:{link}\nCtrl-C ends it; the same command goes on.", flush=True)
-        config = uvicorn.Config(made, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
+        _print_welcome(board, f"{listener.getsockname()[1]}/?token={token}", share)
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
         try:
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
@@ -207,10 +213,36 @@ def serve(
             print(f"\n{now - before:,} judgements, {now:,} in all in {labels}")
 
 
-def _lock(labels: Path) -> tuple[TextIO, str]:
+def _listen(listener: socket.socket, port: int, share: bool) -> None:
+    """Open the port, to the whole network or to this machine alone. Raises ValueError where that is impossible."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("0.0.0.0" if share else "127.0.0.1", port))
+        listener.listen()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--port: cannot listen at {port} ({error}). Try another, or 0 for any.") from error
+
+
+def _print_welcome(board: Board, link: str, share: bool) -> None:
+    """Print what there is to judge and where: `link` is the address from the port on."""
+    if share:
+        print(
+            "warning: everybody in this network who has the link can use the page, and as nothing is encrypted "
+            f"others can read along:\n         http://{socket.gethostname()}:{link}",
+            file=sys.stderr,
+        )
+    done = len(board.labels.rows)
+    print(f"{len(board.samples):,} samples, {len(board.shared):,} of them for everybody; {done:,} labels so far.")
+    if board.left_out:
+        print(f"{board.left_out:,} are left out, because their responses are all the same.")
+    print(f"Open http://127.0.0.1:{link}\nCtrl-C ends it; the same command goes on.", flush=True)
+
+
+def lock_labels(labels: Path) -> tuple[TextIO, str]:
     """A file beside the labels, locked while it is open, and the token in it, which outlives the server.
 
-    So nobody else rewrites the labels, and after a restart open pages go on and links still work.
+    So nobody else rewrites the labels, and after a restart open pages go on and links still work. Raises ValueError
+    where another server has the lock.
     """
     labels.parent.mkdir(parents=True, exist_ok=True)
     stream = os.fdopen(os.open(labels.with_suffix(".token"), os.O_RDWR | os.O_CREAT, 0o600), "r+")

@@ -1,27 +1,26 @@
 """What a model was asked and answered, row by row on disk: nothing is asked twice, and its cost is known."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..data.tokens import Messages
 from ..records.files import Journal
-from .client import Client, Completion, NoCompletion, plain
+from .client import Completion, one_line
 from .rows import Row
 
-T = TypeVar("T")
 A = TypeVar("A", bound=Completion)
 GIVE_UP = 20  # where so many of the first answers are of no use, none will be
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Money per million tokens, in whatever currency, and how much of it may be spent."""
+    """Money per million tokens, in whatever currency, and how much of it may be spent.
+
+    Raises ValueError for a negative price, and for a limit without a price.
+    """
 
     prompt: float = 0.0
     completion: float = 0.0
@@ -55,7 +54,7 @@ class Ledger:
         self.prompt_tokens += row["prompt_tokens"] or 0
         self.completion_tokens += row["completion_tokens"] or 0
 
-    def find(self, key: tuple[Any, ...], messages: Messages) -> Row | None:
+    def recorded(self, key: tuple[Any, ...], messages: Messages) -> Row | None:
         """The row of what was asked before. Raises ValueError where something else was asked under the same key."""
         row = self._known.get(key)
         if row is not None and (row["model"] != self.model or row["messages"] != messages):
@@ -66,11 +65,15 @@ class Ledger:
             )
         return row
 
-    async def ask(
+    async def answer(
         self, key: tuple[Any, ...], messages: Messages, ask: Callable[[], Awaitable[A]], useful: Callable[[A], bool]
     ) -> Row:
-        """The row of what was asked before, or of what `ask` gets now, on disk when it returns."""
-        row = self.find(key, messages)
+        """The row of what was asked before, or of what `ask` gets now, on disk when it returns.
+
+        Raises ValueError as `recorded` does, where none of the first answers is of any use, or where the limit on cost
+        cannot be kept; NoCompletion as the client does.
+        """
+        row = self.recorded(key, messages)
         if row is None:
             start = time.monotonic()
             answer = await ask()
@@ -79,10 +82,10 @@ class Ledger:
             self.journal.append(row)
             self._count(row)
             self._known[key] = row
-            self._check(row)
+            self._check_answer(row)
         return row
 
-    def _check(self, row: Row) -> None:
+    def _check_answer(self, row: Row) -> None:
         """Raises ValueError where none of the first answers is of any use, or the limit on cost cannot be kept."""
         if self.prices.most is not None and None in (row["prompt_tokens"], row["completion_tokens"]):
             raise ValueError(f"{self.model} does not say how many tokens it took, so --max-cost cannot be kept.")
@@ -90,60 +93,30 @@ class Ledger:
         if self._useless == GIVE_UP:
             raise ValueError(
                 f"None of the first {GIVE_UP} answers of {self.model} can be used. The last: "
-                f"{plain(row['error'] or repr(row['text']))}. {self.journal.path} holds them all."
+                f"{one_line(row['error'] or repr(row['text']))}. {self.journal.path} holds them all."
             )
 
     def cost(self) -> float:
-        """Money spent, in the currency of the prices."""
+        """The money spent, in the currency of the prices."""
         return (self.prompt_tokens * self.prices.prompt + self.completion_tokens * self.prices.completion) / 1e6
 
-    def spent(self) -> bool:
+    def is_spent(self) -> bool:
         """Whether no more may be asked."""
         return self.prices.most is not None and self.cost() >= self.prices.most
 
-
-def bill(found: Mapping[str, Any]) -> str:
-    """What a summary says of tokens and money."""
-    words = f"{found['prompt_tokens']:,} tokens of prompts and {found['completion_tokens']:,} of answers so far"
-    if found["cost"]:
-        words += f", which cost {found['cost']:.4f}"
-    return f"{words}{'; stopped at --max-cost' if found['stopped'] else ''}."
-
-
-def complete(work: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end; in a thread of its own where a loop is running already, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-        return
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, work).result()
+    def bill(self) -> dict[str, Any]:
+        """prompt_tokens, completion_tokens and cost of all questions so far; stopped: whether the money is spent."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cost": self.cost(),
+            "stopped": self.is_spent(),
+        }
 
 
-async def in_parallel(work: Callable[[T], Awaitable[None]], items: Iterable[T], parallel: int) -> None:
-    """Await `work` on every item, on at most `parallel` at a time. The first error ends it all."""
-    assert parallel > 0
-    queue = iter(items)
-
-    async def worker() -> None:
-        for item in queue:
-            await work(item)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(parallel):
-                group.create_task(worker())
-    except ExceptionGroup as found:
-        raise found.exceptions[0] from None
-
-
-@asynccontextmanager
-async def resumable(client: Client, done: Callable[[], str]) -> AsyncIterator[None]:
-    """Close the client at the end, and where it gave no answer say what is safe."""
-    try:
-        yield
-    except NoCompletion as error:
-        raise ValueError(f"{error} {done()} The same command goes on from there.") from error
-    finally:
-        await client.close()
+def bill_in_words(summary: Mapping[str, Any]) -> str:
+    """What a summary that holds a `Ledger.bill` says of tokens and money."""
+    words = f"{summary['prompt_tokens']:,} tokens of prompts and {summary['completion_tokens']:,} of answers so far"
+    if summary["cost"]:
+        words += f", which cost {summary['cost']:.4f}"
+    return f"{words}{'; stopped at --max-cost' if summary['stopped'] else ''}."

@@ -1,4 +1,7 @@
-"""Judgements as pairs of responses, and statistics of them with intervals over prompts."""
+"""Judgements as pairs of responses, and statistics of them with intervals over prompts.
+
+Shapes: N lines, each a pair of responses in one judgement; P prompts; R resamples of the prompts.
+"""
 
 from collections.abc import Callable, Sequence
 from math import comb
@@ -17,7 +20,7 @@ RESAMPLES = 1_000
 JUDGE_PREFIX = "judge:"  # so begins the name of a model, which sees each pair in both orders and is never too fast
 
 
-def pairs(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
+def pair_lines(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
     """A line for each pair of responses in each judgement.
 
     Returns:
@@ -31,7 +34,7 @@ def pairs(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
         first, second = np.triu_indices(count, 1)
         prompt = prompts.setdefault(row["id"], len(prompts))
         rank = np.array(row["ranking"])
-        order = _order(row)
+        order = order_shown(row)
         place = np.argsort(order) if order else np.zeros(count, int)
         length = np.array([len(text(response)) for response in row["responses"]])
         signs = np.sign([rank[second] - rank[first], place[second] - place[first], length[first] - length[second]])
@@ -42,12 +45,12 @@ def pairs(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(np.hstack(parts).T, columns=pd.Index(columns))
 
 
-def _order(row: Row) -> list[int] | None:
-    """The responses in the order shown; None where it is not known or was not one."""
+def order_shown(row: Row) -> list[int] | None:
+    """The numbers of the responses in the order shown; None where it is not known, or the labeler saw both orders."""
     return None if row["labeler"].startswith(JUDGE_PREFIX) else row.get("order")
 
 
-def bootstrap(tables: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+def bootstrap_interval(tables: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
     """The 95 % percentile interval of a statistic of sums over prompts, each prompt drawn with replacement.
 
     Args:
@@ -57,8 +60,8 @@ def bootstrap(tables: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray])
     kinds, counts = np.unique(tables.reshape(len(tables), -1), axis=0, return_counts=True)
     draws = np.random.default_rng(0).multinomial(len(tables), counts / len(tables), size=RESAMPLES)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = statistic((draws @ kinds).reshape(-1, *tables.shape[1:]))
-    low, high = np.percentile(found[np.isfinite(found)], [2.5, 97.5])
+        values = statistic((draws @ kinds).reshape(-1, *tables.shape[1:]))
+    low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
     return {"low": float(low), "high": float(high)}
 
 
@@ -81,7 +84,7 @@ def share_with_interval(lines: pd.DataFrame, hits: Any) -> dict[str, float] | No
     tables = sums_of_prompts(lines["prompt"], np.column_stack([hits, np.ones(len(lines))]))
     if len(tables) == len(lines) or rate in (0, 1):
         return with_interval(rate, len(tables)) | {"pairs": len(lines)}
-    interval = bootstrap(tables, lambda sums: sums[:, 0] / sums[:, 1])
+    interval = bootstrap_interval(tables, lambda sums: sums[:, 0] / sums[:, 1])
     return {"rate": rate, **interval, "prompts": len(tables), "pairs": len(lines)}
 
 
@@ -100,3 +103,16 @@ def alpha_of(coincidences: np.ndarray) -> np.ndarray:
     distance = (middle[:, :, None] - middle[:, None, :]) ** 2
     expected = (counts[:, :, None] * counts[:, None, :] * distance).sum((1, 2)) / (counts.sum(1) - 1)
     return 1 - (coincidences * distance).sum((1, 2)) / expected
+
+
+def share_in_words(share: dict[str, float] | None, digits: int = 0) -> str:
+    """What `share_with_interval` gives, in per cent, with so many digits of the interval; "" for None."""
+    if share is None:
+        return ""
+    return f"{share['rate']:.1%} ({100 * share['low']:.{digits}f} to {100 * share['high']:.{digits}f})"
+
+
+def coefficient_in_words(name: str, holder: dict[str, Any]) -> str:
+    """The coefficient that `holder` has under a name (kappa, alpha), with its interval; "" where it is None."""
+    values = holder[name]
+    return "" if values is None else f"{values[name]:.2f} ({values['low']:.2f} to {values['high']:.2f})"

@@ -3,12 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..data.prepare import read_judged
 
 Row = dict[str, Any]
+
+# What a judgement adds to a sample.
+JUDGEMENT = ("ranking", "preferences", "weight", "labeler", "seconds", "order", "time", "note", "flag", "skipped")
 
 
 def read_samples(path: Path) -> list[Row]:
@@ -28,7 +32,7 @@ def read_samples(path: Path) -> list[Row]:
 
 
 def read_labels(paths: Iterable[Path]) -> list[Row]:
-    """The judgements in some files of labels, with an `id` each.
+    """The labels of some files, in their order, with an `id` each.
 
     Raises ValueError, naming file, row and field, for one that is no ranking or has no labeler.
     """
@@ -39,6 +43,41 @@ def read_labels(paths: Iterable[Path]) -> list[Row]:
                 raise ValueError(f"{path}, row {number}, field 'labeler': a judgement needs the name of who made it.")
             rows.append({**row, "id": _id(row)})
     return rows
+
+
+def read_judgements(paths: Iterable[Path]) -> list[Row]:
+    """The labels of some files as judgements that can be compared, in the order of their `time`.
+
+    Raises ValueError, naming file, row and field, for one that is no judgement, or that shares its id with another but
+    not its prompt and responses.
+    """
+    rows: list[Row] = []
+    first: dict[str, tuple[str, Row]] = {}
+    for path in paths:
+        for number, row in enumerate(read_labels([path]), 1):
+            where = f"{path}, row {number}"
+            _check_judgement(row, where)
+            there, other = first.setdefault(row["id"], (where, row))
+            if (row["prompt"], row["responses"]) != (other["prompt"], other["responses"]):
+                raise ValueError(
+                    f"{where}, field 'responses': the id {row['id']!r} is that of {there} as well, with another prompt "
+                    "or other responses. Judgements of one id must be of one sample: correct the id."
+                )
+            rows.append(row)
+    return sorted(rows, key=lambda row: str(row.get("time") or ""))
+
+
+def _check_judgement(row: Row, where: str) -> None:
+    """Raises ValueError, which begins with `where`, for an order or seconds that cannot be."""
+    order, seconds, count = row.get("order"), row.get("seconds"), len(row["responses"])
+    whole = isinstance(order, list) and all(type(index) is int for index in order)
+    if order is not None and not (whole and sorted(order) == list(range(count))):
+        raise ValueError(
+            f"{where}, field 'order': {order!r} is not the responses' numbers, 0 to {count - 1}, in the order shown."
+        )
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and isfinite(seconds) and seconds >= 0
+    if seconds is not None and not number:
+        raise ValueError(f"{where}, field 'seconds': {seconds!r} is no number of seconds.")
 
 
 def _id(row: Row) -> str:

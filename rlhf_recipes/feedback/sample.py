@@ -26,6 +26,8 @@ from .rows import Row
 
 AT_ONCE = 64  # prompts whose responses are drawn from one seed, and written together
 
+Drawn = tuple[str, dict[str, Any]]  # a response, and its origin: model, temperature, seed, attempt
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -36,8 +38,8 @@ class SampleSettings:
     k: int = 4  # responses to each prompt
     response_length: int = 256  # tokens at most
     seed: int = 0
-    similarity: float = 0.9  # a response that shares so much of its words with another of the prompt is drawn again,
-    attempts: int = 3  # in all so often
+    similarity: float = 0.9  # a response that shares so much of its words with another of the prompt is drawn again
+    attempts: int = 3  # to draw a response, the first one included
 
     def __post_init__(self) -> None:
         if not 2 <= self.k <= MOST_RESPONSES:
@@ -72,32 +74,33 @@ def sample_responses(
         ValueError: no run folder, no such model in it, prompts that cannot be read or are too long, or `out` was made
             with other settings.
     """
-    of = read_recipe(run_dir)
-    folders = {name: adapter_folder(run_dir, of, name) for name in settings.models}
-    tokenizer = load_tokenizer(of.base)
-    longest = longest_row(of.base, None, settings.response_length, "response_length")
-    prepared = prepare("ppo", _all(prompts), tokenizer, longest)
-    keep_settings(out, settings)
-    return draw_samples(open_models(of, folders), tokenizer, prepared, out, settings, batch_size, limit)
+    recipe = read_recipe(run_dir)
+    folders = {name: adapter_folder(run_dir, recipe, name) for name in settings.models}
+    tokenizer = load_tokenizer(recipe.base)
+    longest = longest_row(recipe.base, None, settings.response_length, "response_length")
+    prepared = prepare("ppo", _all_rows(prompts), tokenizer, longest)
+    keep_sample_settings(out, settings)
+    return draw_samples(open_models(recipe, folders), tokenizer, prepared, out, settings, batch_size, limit)
 
 
-def _all(prompts: Source) -> Source:
+def _all_rows(prompts: Source) -> Source:
+    """A source of which nothing is held out."""
     return dataclasses.replace(prompts, heldout=0.0)
 
 
-def prompts_of(of: Recipe) -> Source:
+def prompts_to_rank(recipe: Recipe) -> Source:
     """The prompts that a recipe has ranked in its rounds: all of `rounds.prompts`, or of its PPO stage.
 
     What of them is held out from PPO is held out from the reward model's training too, where its `heldout` is as large.
     """
-    assert of.ppo is not None
-    own = {f.name: getattr(of.ppo, f.name) for f in dataclasses.fields(Source)}
+    assert recipe.ppo is not None
+    own = {f.name: getattr(recipe.ppo, f.name) for f in dataclasses.fields(Source)}
     others = (
-        {"data": of.rounds.prompts, "columns": {}, "convert": None}
-        if of.rounds is not None and of.rounds.prompts
+        {"data": recipe.rounds.prompts, "columns": {}, "convert": None}
+        if recipe.rounds is not None and recipe.rounds.prompts
         else {}
     )
-    return _all(Source(**own | others))
+    return _all_rows(Source(**own | others))
 
 
 def draw_samples(
@@ -109,7 +112,7 @@ def draw_samples(
     batch_size: int = 64,
     limit: int | None = None,
 ) -> dict[str, int]:
-    """What `sample` does once its settings are kept and all is loaded: `shared` has a role for each model."""
+    """What `sample_responses` does once its settings are kept and all is loaded: `shared` has a role for each model."""
     written, left_out = Journal(out), Journal(out.with_suffix(".left_out.jsonl"))
     done = {row["id"] for journal in (written, left_out) for row in journal.rows}
     rows: dict[str, Row] = {}
@@ -124,16 +127,15 @@ def draw_samples(
             part = todo[start : start + AT_ONCE]
             if done.issuperset(key for key, _ in part):
                 continue
-            for (key, row), found in zip(part, _responses(sampler, part, start, settings), strict=True):
+            for (key, row), drawn in zip(part, _responses(sampler, part, start, settings), strict=True):
                 if key not in done:
-                    sampled = _row(key, row, found)
-                    (written if len(found) > 1 else left_out).append(sampled)
+                    (written if len(drawn) > 1 else left_out).append(_sample(key, row, drawn))
                     bar.update()
     short = sum(len(row["responses"]) < settings.k for row in written.rows)
     return {"samples": len(written.rows), "short": short, "left_out": len(left_out.rows)}
 
 
-def keep_settings(out: Path, settings: SampleSettings) -> None:
+def keep_sample_settings(out: Path, settings: SampleSettings) -> None:
     """Write the settings beside the samples. Raises ValueError where samples of other settings are there."""
     path, now = out.with_suffix(".settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
     if out.is_file() and path.is_file():
@@ -153,10 +155,10 @@ def prompt_id(prompt: Any) -> str:
 
 def _responses(
     sampler: Sampler, part: Sequence[tuple[str, Row]], start: int, settings: SampleSettings
-) -> list[list[tuple[str, dict[str, Any]]]]:
+) -> list[list[Drawn]]:
     """For each prompt its different responses with their origins, in the order of the slots that they fill."""
     ways = [(name, temperature) for name in settings.models for temperature in settings.temperatures]
-    found: list[dict[int, tuple[str, dict[str, Any]]]] = [{} for _ in part]
+    filled: list[dict[int, Drawn]] = [{} for _ in part]  # of each prompt: slot -> response
     for attempt in range(settings.attempts):
         for number, (name, temperature) in enumerate(ways):
             # Which way a prompt begins with goes round, so that all have their share where k is no multiple.
@@ -164,7 +166,7 @@ def _responses(
                 (index, slot)
                 for index in range(len(part))
                 for slot in range(settings.k)
-                if (start + index + slot) % len(ways) == number and slot not in found[index]
+                if (start + index + slot) % len(ways) == number and slot not in filled[index]
             ]
             if not missing:
                 continue
@@ -174,28 +176,28 @@ def _responses(
             origin = {"model": name, "temperature": temperature, "seed": settings.seed, "attempt": attempt}
             for (index, slot), text in zip(missing, sampler.texts(samples), strict=True):
                 text = text.strip()
-                others = [other for other, _ in found[index].values()]
+                others = [other for other, _ in filled[index].values()]
                 if text and not any(alike(text, other, settings.similarity) for other in others):
-                    found[index][slot] = text, origin
-    return [[of_prompt[slot] for slot in sorted(of_prompt)] for of_prompt in found]
+                    filled[index][slot] = text, origin
+    return [[slots[slot] for slot in sorted(slots)] for slots in filled]
 
 
-def alike(one: str, other: str, similarity: float) -> bool:
+def alike(first: str, second: str, similarity: float) -> bool:
     """Whether two responses share at least so much of their words, in order (difflib's ratio)."""
-    a, b = one.split(), other.split()
+    a, b = first.split(), second.split()
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
     return a == b or (matcher.real_quick_ratio() >= similarity and matcher.ratio() >= similarity)
 
 
-def _row(key: str, row: Row, found: list[tuple[str, dict[str, Any]]]) -> Row:
+def _sample(key: str, row: Row, drawn: list[Drawn]) -> Row:
     """A sample: the prompt's own columns, and its responses in the prompt's format."""
     conversational = not isinstance(row["prompt"], str)
-    texts = [[{"role": "assistant", "content": text}] if conversational else text for text, _ in found]
+    texts = [[{"role": "assistant", "content": text}] if conversational else text for text, _ in drawn]
     others = {name: cell for name, cell in row.items() if name not in ("prompt", "prompt_ids")}
     return {
         **others,
         "id": key,
         "prompt": row["prompt"],
         "responses": texts,
-        "origins": [origin for _, origin in found],
+        "origins": [origin for _, origin in drawn],
     }

@@ -11,12 +11,11 @@ import pandas as pd
 
 from ..data.sources import MOST_RESPONSES
 from .pairs import CHOICES, sums_of_prompts
-from .rows import Row
+from .rows import JUDGEMENT, Row
 
 MERGED = "merged"  # the labeler of a merged row
 PRIOR_PAIRS = 10  # a labeler's error rates start from the average ones, as if seen on so many pairs
 LEAST_SIGNAL = 0.05  # of 2 * accuracy - 1, because a weight must be above 0
-JUDGED = ("ranking", "labeler", "seconds", "order", "time", "note", "flag", "weight", "preferences")  # by one labeler
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,14 @@ def _truth(lines: pd.DataFrame, errors: np.ndarray, prior: np.ndarray) -> dict[i
     return dict(zip(units.tolist(), odds / odds.sum(1, keepdims=True), strict=True))
 
 
-def weights(rows: Sequence[Row], names: Sequence[str], found: Worth | None) -> dict[str, float]:
+def weights_of_labelers(rows: Sequence[Row], names: Sequence[str], worth: Worth | None) -> dict[str, float]:
     """Each labeler's weight, of mean 1 over the judgements. All are 1 where no prompt has two labelers."""
-    signal = dict(zip(names, (1.0,) * len(names) if found is None else found.weights.tolist(), strict=True))
+    signal = dict(zip(names, (1.0,) * len(names) if worth is None else worth.weights.tolist(), strict=True))
     mean = fmean(signal[row["labeler"]] for row in rows)
     return {name: value / mean for name, value in signal.items()}
 
 
-def merged(rows: Sequence[Row], found: Worth) -> list[Row]:
+def merge_judgements(rows: Sequence[Row], worth: Worth) -> list[Row]:
     """One row a prompt, for the `reward` stage: what all judgements of it say together.
 
     `preferences` are the probabilities that the first of a pair is better, half of that of a tie included; `ranking` is
@@ -100,12 +99,12 @@ def merged(rows: Sequence[Row], found: Worth) -> list[Row]:
     together: dict[str, list[Row]] = {}
     for row in rows:
         together.setdefault(row["id"], []).append(row)
-    result = []
+    merged = []
     for index, judgements in enumerate(together.values()):
-        kept = {key: value for key, value in judgements[0].items() if key not in JUDGED}
+        kept = {key: value for key, value in judgements[0].items() if key not in JUDGEMENT}
         count = len(kept["responses"])
         start = index * comb(MOST_RESPONSES, 2)
-        truth = np.array([found.truth[start + pair] for pair in range(comb(count, 2))]).round(6)  # (C, 3)
+        truth = np.array([worth.truth[start + pair] for pair in range(comb(count, 2))]).round(6)  # (C, 3)
         wins = np.zeros(count)
         for (first, second), (lower, tie, higher) in zip(combinations(range(count), 2), truth, strict=True):
             choice = 0 if lower == higher or tie >= max(lower, higher) else np.sign(higher - lower)
@@ -113,5 +112,5 @@ def merged(rows: Sequence[Row], found: Worth) -> list[Row]:
         labelers = list(dict.fromkeys(row["labeler"] for row in judgements))
         ranking = [1 + int((wins > own).sum()) for own in wins]
         preferences = (truth[:, 2] + truth[:, 1] / 2).clip(0, 1).tolist()
-        result.append({**kept, "ranking": ranking, "preferences": preferences, "labeler": MERGED, "labelers": labelers})
-    return result
+        merged.append({**kept, "ranking": ranking, "preferences": preferences, "labeler": MERGED, "labelers": labelers})
+    return merged

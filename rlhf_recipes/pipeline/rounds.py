@@ -14,11 +14,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.prepare import Prepared, merge_comparisons, prepare
-from ..feedback.agreement import agreement_report, read_judgements
-from ..feedback.client import ModelSettings, connect
+from ..feedback.agreement import agreement_report
+from ..feedback.client import ModelSettings
+from ..feedback.connect import connect
 from ..feedback.judge import judge_samples
-from ..feedback.rows import read_samples
-from ..feedback.sample import SampleSettings, draw_samples, keep_settings, prompt_id, prompts_of
+from ..feedback.rows import read_judgements, read_samples
+from ..feedback.sample import SampleSettings, draw_samples, keep_sample_settings, prompt_id, prompts_to_rank
 from ..model.base import fingerprint, longest_row
 from ..model.open import open_models
 from ..recipe.lookup import function, is_function
@@ -99,7 +100,7 @@ def fresh_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PP
     rounds = recipe.rounds
     assert rounds is not None
     limit = longest_row(recipe.base, config.max_prompt_length, config.response_length, "ppo.response_length")
-    prepared = prepare("ppo", prompts_of(recipe), tokenizer, limit, recipe.seed)
+    prepared = prepare("ppo", prompts_to_rank(recipe), tokenizer, limit, recipe.seed)
     rows = {prompt_id(prompt): index for index, prompt in reversed(list(enumerate(prepared.train["prompt"])))}
     wanted = rounds.size * (rounds.count - 1)
     if len(rows) < wanted:
@@ -135,7 +136,7 @@ def collect_labels(
     settings = SampleSettings(rounds.models, rounds.temperatures, rounds.responses, config.response_length, seed)
     there = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in read_rows(path)}
     if not there.issuperset(map(prompt_id, prompts.train["prompt"])):
-        keep_settings(samples, settings)
+        keep_sample_settings(samples, settings)
         before = round_folder(run_dir, number - 1)
         shared = open_models(recipe, {name: adapter_folder(before, recipe, name) for name in rounds.models})
         draw_samples(shared, tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))

@@ -21,6 +21,7 @@ from rlhf_recipes.evaluate import behaviour, verdict, wins
 from rlhf_recipes.evaluate.evaluation import evaluate
 from rlhf_recipes.evaluate.models import Answer, Bench, Cache, find_model
 from rlhf_recipes.evaluate.plan import EvaluationSettings, unseen_prompts
+from rlhf_recipes.evaluate.tables import evaluation_tables
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.records.folder import model_names
@@ -108,10 +109,10 @@ def test_panels_by_hand() -> None:
         return Answer("", "m", row, 0, text.split(), ended, kl, text)  # type: ignore[arg-type]
 
     said = [answer("a b", 0), answer("a b", 0), answer("c d e", 1, False, 3.0), answer("f", 1)]
-    panel = behaviour.panel(said, None)
+    panel = behaviour.behaviour_panel(said, None)
     assert panel["tokens"] == 2 and panel["without_eos"] == 0.25 and panel["self_similarity"] == pytest.approx(0.5)
     assert panel["kl"] == 1.5 and panel["kl_per_token"] == 6 / 8 and "sycophancy" not in panel
-    assert "kl" not in behaviour.panel([answer("a", 0, kl=None)], None)
+    assert "kl" not in behaviour.behaviour_panel([answer("a", 0, kl=None)], None)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_tasks_of_the_harness_are_done_by_the_adapter_over_its_base(
             right += int(logits[[tokens[-1] for tokens in ids]].argmax()) == row["gold"]
         accuracy = found["models"][name]["tasks"]["choice"]["acc"]
         assert accuracy["value"] == pytest.approx(right / len(questions)) and accuracy["error"] > 0
-    titles = [str(table.title) for table in verdict.tables(found)]
+    titles = [str(table.title) for table in evaluation_tables(found)]
     assert titles[-1] == "Alignment tax"
 
 
@@ -410,15 +411,15 @@ def result(gold: list[float], reward: list[float]) -> dict[str, Any]:
 
 def test_the_checkpoint_to_ship_wins_most_by_quality_and_never_by_the_reward() -> None:
     found = result([0.5, 0.7, 0.55], [0.5, 0.8, 0.95])
-    chosen = verdict.best(found)
+    chosen = verdict.policy_to_ship(found)
     assert chosen is not None and (chosen["model"], chosen["judge"]) == ("ppo/checkpoint-10", "gold")
     assert "intervals are apart" in chosen["words"]
-    close = verdict.best(result([0.5, 0.6, 0.58], [0.5, 0.8, 0.9]))
+    close = verdict.policy_to_ship(result([0.5, 0.6, 0.58], [0.5, 0.8, 0.9]))
     assert close is not None and "may be chance" in close["words"]
-    worse = verdict.best(result([0.5, 0.48, 0.3], [0.5, 0.8, 0.9]))
+    worse = verdict.policy_to_ship(result([0.5, 0.48, 0.3], [0.5, 0.8, 0.9]))
     assert worse is not None and worse["words"].startswith("None beats sft. ppo/checkpoint-10 comes nearest: by gold")
     found["judges"] = {"reward": "r"}
-    assert verdict.best(found) is None, "what PPO was trained against says nothing of quality"
+    assert verdict.policy_to_ship(found) is None, "what PPO was trained against says nothing of quality"
 
 
 def test_what_is_to_be_distrusted_is_said() -> None:
@@ -432,11 +433,11 @@ def test_what_is_to_be_distrusted_is_said() -> None:
         for judge in ("gold", "reward")
     }
     found["models"]["ppo"]["behaviour"] |= {"tokens": 20.0, "kl": 30.0, "kl_per_token": 1.5, "refusals": 0.4}
-    said = " ".join(verdict.warnings(found, scores))
+    said = " ".join(verdict.evaluation_warnings(found, scores))
     for part in ("over-optimised", "length grew", "far from the reference", "refuses 40%", "pleases the reward model"):
         assert part in said
     calm = result([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
-    assert verdict.warnings(calm, {}) == []
+    assert verdict.evaluation_warnings(calm, {}) == []
 
 
 # --- What cannot be ---------------------------------------------------------------------------------------------------

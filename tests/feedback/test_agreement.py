@@ -19,11 +19,12 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
-from rlhf_recipes.feedback import worth
-from rlhf_recipes.feedback.agreement import agreement_report, read_judgements, run_chance
+from rlhf_recipes.feedback.agreement import agreement_report
 from rlhf_recipes.feedback.agreement_tables import show_agreement
-from rlhf_recipes.feedback.pairs import alpha_of, bootstrap, kappa_of, pairs, share_with_interval
-from rlhf_recipes.feedback.worth import LEAST_SIGNAL, merged
+from rlhf_recipes.feedback.habits import run_chance
+from rlhf_recipes.feedback.pairs import alpha_of, bootstrap_interval, kappa_of, pair_lines, share_with_interval
+from rlhf_recipes.feedback.rows import read_judgements
+from rlhf_recipes.feedback.worth import LEAST_SIGNAL, merge_judgements
 from rlhf_recipes.recipe.values import Stage
 from rlhf_recipes.stages.options import RewardConfig
 from rlhf_recipes.stages.reward.trainer import RewardTrainer
@@ -85,7 +86,7 @@ def test_kappa_and_alpha_by_hand_with_ties() -> None:
 def test_a_ranking_is_its_pairs_with_ties() -> None:
     rows = [label("p", [1, 2, 2], "anna", order=[2, 0, 1]), label("p", [3, 1, 2], "bob")]
     rows[0]["responses"] = rows[1]["responses"] = ["long one", "short", "shorty"]
-    lines = pairs(rows, ["anna", "bob"])
+    lines = pair_lines(rows, ["anna", "bob"])
     assert lines["choice"].tolist() == [1, 1, 0, -1, -1, 1]  # (1, 2), (1, 3), (2, 3) of each
     assert lines["shown"].tolist() == [1, -1, -1, 0, 0, 0]  # the third was shown first, then the first
     assert lines["longer"].tolist() == [1, 1, -1] * 2
@@ -118,7 +119,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         tables = np.column_stack([hits.sum(1), np.full(60, 6)])
         alone = np.column_stack([hits.reshape(-1), np.ones(360)])
         for name, sums in (("drawn prompts", tables), ("drawn pairs", alone)):
-            found = bootstrap(sums, lambda sums: sums[:, 0] / sums[:, 1])
+            found = bootstrap_interval(sums, lambda sums: sums[:, 0] / sums[:, 1])
             inside[name] += found["low"] <= 2 / 3 <= found["high"]
     assert 180 <= inside["drawn prompts"] <= 199, inside
     assert inside["drawn pairs"] < 170, "pairs of one prompt are no independent observations"
@@ -266,7 +267,7 @@ def test_the_order_of_responses_in_the_file_decides_nothing() -> None:
     assert one.worth is not None and other.worth is not None
     for name, own in one.numbers["labelers"].items():
         assert other.numbers["labelers"][name]["weight"] == pytest.approx(own["weight"])
-    for row, mirrored in zip(merged(rows, one.worth), merged(turned, other.worth), strict=True):
+    for row, mirrored in zip(merge_judgements(rows, one.worth), merge_judgements(turned, other.worth), strict=True):
         assert mirrored["ranking"] == row["ranking"][::-1]
         assert mirrored["preferences"][0] == pytest.approx(1 - row["preferences"][0], abs=1e-5)
 
@@ -347,7 +348,7 @@ def test_merged_rankings_have_ties_where_labelers_do_or_go_in_a_circle() -> None
             for name, ranking in zip("abc", rankings, strict=True)]  # fmt: skip
     found = agreement_report(rows)
     assert found.worth is not None
-    merged = {row["id"]: row for row in worth.merged(rows, found.worth)}
+    merged = {row["id"]: row for row in merge_judgements(rows, found.worth)}
     assert merged["same 3"]["ranking"] == [1, 2, 3] and min(merged["same 3"]["preferences"]) > 0.8
     assert merged["tied 3"]["ranking"] == [1, 2, 2] and merged["tied 3"]["preferences"][2] == pytest.approx(0.5)
     assert merged["circle 3"]["ranking"] == [1, 1, 1]
@@ -462,7 +463,7 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_share_of_one_line_a_prompt_is_wilsons() -> None:
-    lines = pairs([label(f"p{i}", [1, 2], "a") for i in range(8)], ["a"])
+    lines = pair_lines([label(f"p{i}", [1, 2], "a") for i in range(8)], ["a"])
     found = share_with_interval(lines, np.arange(8) < 6)
     assert found is not None and (found["prompts"], found["pairs"]) == (8, 8)
     assert (found["low"], found["high"]) == pytest.approx((0.4093, 0.9285), abs=1e-4)  # Wilson's of 6 in 8

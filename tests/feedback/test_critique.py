@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import error_of
+from support.command_line import error_of, failed
 from support.endpoint import Body, Endpoint, completion, save_judge, serve
 from support.rows import make_tokenizer
 
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.data.tokens import tokenize_pair
-from rlhf_recipes.feedback.client import Local, ModelSettings, connect
+from rlhf_recipes.feedback.client import ModelSettings
+from rlhf_recipes.feedback.connect import connect
 from rlhf_recipes.feedback.constitution import CRITIQUE, DEFAULT, REVISION, read_constitution
 from rlhf_recipes.feedback.critique import read_prompts
+from rlhf_recipes.feedback.local import LocalModel
 from rlhf_recipes.model.base import fingerprint, load_base, load_tokenizer
 from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.recipe.overrides import to_dict
@@ -192,10 +194,10 @@ def test_revisions_that_are_none_are_left_out_and_counted(prompts: Path, capsys:
 
 def test_a_model_that_says_nothing_is_stopped_early(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(prompts, [{"prompt": f"question {n}?"} for n in range(30)])
-    with Endpoint(lambda body, number: "") as endpoint, pytest.raises(SystemExit) as exit:
-        main_cli(["critique", str(prompts), "--model", endpoint.url, "--out", str(prompts.with_name("out.jsonl"))])
-    assert exit.value.code == 2 and len(endpoint.bodies) <= 20 + 8
-    assert "None of the first 20 answers of scripted" in capsys.readouterr().err.splitlines()[-1]
+    with Endpoint(lambda body, number: "") as endpoint:
+        out = str(prompts.with_name("out.jsonl"))
+        said = failed(capsys, ["critique", str(prompts), "--model", endpoint.url, "--out", out])
+    assert len(endpoint.bodies) <= 20 + 8 and "None of the first 20 answers of scripted" in said
 
 
 def test_rows_that_cannot_be_used_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,17 +219,11 @@ def test_an_endpoint_that_dies_loses_nothing(prompts: Path, capsys: pytest.Captu
     with Endpoint(proper) as endpoint:
         undisturbed = run(prompts, endpoint.url, out="undisturbed.jsonl")
 
-    def dying(body: Body, number: int) -> str:
-        if number == 10:
-            endpoint.die()
-        return proper(body)
-
     out = prompts.with_name("out.jsonl")
-    with Endpoint(dying, seconds=0.01) as endpoint, pytest.raises(SystemExit) as exit:
+    with Endpoint(proper, seconds=0.01).die_at(10) as endpoint:
         words = ["--parallel", "2", "--retries", "0", "--out", str(out)]
-        main_cli(["critique", str(prompts), "--model", endpoint.url, *words])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 2 and f"holds the rows so far, {len(rows_of(out))}." in said
+        said = failed(capsys, ["critique", str(prompts), "--model", endpoint.url, *words])
+    assert f"holds the rows so far, {len(rows_of(out))}." in said
     asked = len(prompts.with_name("out.asked.jsonl").read_text().splitlines())
     assert 8 <= asked <= 10 and 2 <= len(rows_of(out)) <= 3
     with Endpoint(proper) as endpoint:
@@ -239,10 +235,9 @@ def test_other_settings_do_not_mix(prompts: Path, capsys: pytest.CaptureFixture[
     with Endpoint(proper) as endpoint:
         run(prompts, endpoint.url, "--limit", "2")
         for words in (["--revisions", "2"], ["--model-name", "other"], ["--seed", "1"]):
-            with pytest.raises(SystemExit) as exit:
-                run(prompts, endpoint.url, *words)
-            assert exit.value.code == 2
-            assert "rows of another model, constitution, seed" in capsys.readouterr().err.splitlines()[-1]
+            out = str(prompts.with_name("out.jsonl"))
+            said = failed(capsys, ["critique", str(prompts), "--model", endpoint.url, "--out", out, *words])
+            assert "rows of another model, constitution, seed" in said
         assert len(endpoint.bodies) == 6
         assert len(run(prompts, endpoint.url)) == 6 and len(endpoint.bodies) == 18
 
@@ -297,7 +292,7 @@ def test_the_policy_of_a_run_answers_with_its_adapter(tmp_path: Path) -> None:
     by_role, last = connect(ModelSettings(run_dir, role="sft")), connect(ModelSettings(run_dir))
     bare = connect(ModelSettings(run_dir, role="base"))
     assert (by_role.name, bare.name) == ("mine/sft", "mine/base")
-    expected = probabilities(Local(shared, tokenizer, "here", "sft"))
+    expected = probabilities(LocalModel(shared, tokenizer, "here", "sft"))
     assert probabilities(by_role) == probabilities(last) == pytest.approx(expected, rel=1e-5)
     assert probabilities(bare) == pytest.approx(probabilities(connect(ModelSettings(base.model))), rel=1e-5)
     assert abs(probabilities(bare)["A"] - expected["A"]) > 1e-3

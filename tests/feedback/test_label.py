@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
-from starlette.exceptions import HTTPException
 from support.command_line import error_of
 from support.hostile import HOSTILE, ODD
 from support.label_page import TOKEN, done, press, serving, shown
@@ -28,8 +27,8 @@ from support.paths import ROOT
 from support.tiny_models import make_tokenizer
 
 from rlhf_recipes.data.prepare import prepare
-from rlhf_recipes.feedback.board import Board
-from rlhf_recipes.feedback.label import _lock, serve
+from rlhf_recipes.feedback.board import Board, Refusal
+from rlhf_recipes.feedback.label import lock_labels, serve_label_page
 from rlhf_recipes.feedback.rows import read_labels, read_samples
 from rlhf_recipes.recipe.values import Stage
 
@@ -65,7 +64,7 @@ def make_board(folder: Path, count: int = 10, k: int = 3, overlap: float = 0.2, 
 
 def judge(board: Board, labeler: str, id: str, ranking: list[int] | None = None, **changes: Any) -> None:
     ranking = ranking or list(range(1, len(board._groups(labeler, id)) + 1))
-    board.judge(labeler, {"id": id, "ranking": ranking, **REMARKS, **changes})
+    board.rank(labeler, {"id": id, "ranking": ranking, **REMARKS, **changes})
 
 
 # --- Who judges what --------------------------------------------------------------------------------------------------
@@ -118,8 +117,8 @@ def test_whatever_labelers_do_files_and_server_agree(
                 board.skip(name, {"id": item["id"], **REMARKS})
             elif kind == "judge" and item:
                 judge(board, name, item["id"])
-        except HTTPException as error:
-            refused[error.status_code] += 1
+        except Refusal as error:
+            refused[error.status] += 1
         labels, skips = rows_of(tmp_path / "labels.jsonl"), rows_of(tmp_path / "labels.skipped.jsonl")
         once = Counter((row["id"], row["labeler"]) for row in labels + skips)
         assert set(once.values()) <= {1}
@@ -139,7 +138,7 @@ def test_a_sample_that_somebody_left_is_dealt_again_at_last(tmp_path: Path, monk
     assert (board.state("Bob")["item"], board.state("Bob")["elsewhere"]) == (None, 1)
     monkeypatch.setattr("rlhf_recipes.feedback.board.LEASE", -1.0)
     assert board.state("Bob")["item"]["id"] == left
-    with pytest.raises(HTTPException, match="Another labeler"):
+    with pytest.raises(Refusal, match="Another labeler"):
         judge(board, "Ann", left)
     board.stay("Ann", {"id": left})
     assert board.leases["Bob"].id == left and board.state("Ann")["total"] == 1  # she may take it back from him
@@ -247,7 +246,7 @@ def test_a_skipped_sample_goes_to_another_and_then_cannot_be_taken_back(tmp_path
     assert row | {"time": ""} == {
         **{"id": id, "labeler": "Ann", "skipped": True, "seconds": 1.0, "flag": True, "time": ""},
     }
-    with pytest.raises(HTTPException, match="Another labeler"):
+    with pytest.raises(Refusal, match="Another labeler"):
         board.undo("Ann", {"id": id})
     assert rows_of(tmp_path / "labels.skipped.jsonl") == [row]
 
@@ -257,9 +256,9 @@ def test_said_twice_is_written_once(tmp_path: Path) -> None:
     id = board.state("Ann")["item"]["id"]
     for _ in range(3):
         judge(board, "Ann", id, [1, 2, 3])
-    with pytest.raises(HTTPException, match="already"):
+    with pytest.raises(Refusal, match="already"):
         judge(board, "Ann", id, [3, 2, 1])
-    with pytest.raises(HTTPException, match="already"):
+    with pytest.raises(Refusal, match="already"):
         board.skip("Ann", {"id": id, **REMARKS})
     assert len(rows_of(tmp_path / "labels.jsonl")) == 1 and not rows_of(tmp_path / "labels.skipped.jsonl")
 
@@ -285,9 +284,9 @@ def test_said_twice_is_written_once(tmp_path: Path) -> None:
 def test_a_wrong_judgement_is_refused_and_not_written(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
     board = make_board(tmp_path)
     said = {"id": board.state("Ann")["item"]["id"], "ranking": [1, 2, 3], **REMARKS, **changes}
-    with pytest.raises(HTTPException, match=part) as error:
-        board.judge("Ann", said)
-    assert error.value.status_code in (404, 422)
+    with pytest.raises(Refusal, match=part) as error:
+        board.rank("Ann", said)
+    assert error.value.status in (404, 422)
     assert not (tmp_path / "labels.jsonl").exists() and board.state("Ann")["done"] == 0
 
 
@@ -400,10 +399,10 @@ def test_what_cannot_be_labelled_is_said_before_the_page_opens(
         port = str(taken.getsockname()[1])
         assert f"cannot listen at {port}" in error_of(capsys, ["label", samples, "--port", port])
     assert "cannot listen at 99999" in error_of(capsys, ["label", samples, "--port", "99999"])
-    lock, token = _lock(tmp_path / "samples.labels.jsonl")
+    lock, token = lock_labels(tmp_path / "samples.labels.jsonl")
     assert "Another server is writing" in error_of(capsys, ["label", samples])
     lock.close()
-    lock, again = _lock(tmp_path / "samples.labels.jsonl")
+    lock, again = lock_labels(tmp_path / "samples.labels.jsonl")
     lock.close()
     assert token == again and len(token) > 20
     assert (tmp_path / "samples.labels.token").stat().st_mode & 0o777 == 0o600
@@ -439,7 +438,7 @@ def test_the_network_is_let_in_only_where_that_is_asked_for(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(uvicorn.Server, "run", stop)
-    serve(write_samples(tmp_path, 6), port=0, share=share)
+    serve_label_page(write_samples(tmp_path, 6), port=0, share=share)
     printed = capsys.readouterr()
     assert addresses == ["0.0.0.0" if share else "127.0.0.1"]
     assert printed.err.startswith("warning: everybody in this network") if share else printed.err == ""

@@ -16,7 +16,7 @@ from support.worded import WORDS, make_recipe, read, same, write
 from rlhf_recipes import Recipe, Rounds, Source, replace, run
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.feedback.rows import read_samples
-from rlhf_recipes.feedback.sample import SampleSettings, alike, prompts_of, sample_responses
+from rlhf_recipes.feedback.sample import SampleSettings, alike, prompts_to_rank, sample_responses
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.pipeline.stage import run_stage
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, to_dict
@@ -160,7 +160,7 @@ def test_sampling_that_was_cut_goes_on_to_the_same_samples_in_other_batches(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rlhf_recipes.feedback.sample.AT_ONCE", 4)
-    prompts = prompts_of(read_recipe(finished))
+    prompts = prompts_to_rank(read_recipe(finished))
     settings = SampleSettings(("ppo",), k=2, response_length=6)
     sample_responses(finished, prompts, tmp_path / "whole.jsonl", settings, limit=10)
     whole = (tmp_path / "whole.jsonl").read_text()
@@ -175,7 +175,7 @@ def test_sampling_that_was_cut_goes_on_to_the_same_samples_in_other_batches(
 
 
 def test_samples_of_other_settings_are_not_mixed(finished: Path, tmp_path: Path) -> None:
-    prompts, out = prompts_of(read_recipe(finished)), tmp_path / "samples.jsonl"
+    prompts, out = prompts_to_rank(read_recipe(finished)), tmp_path / "samples.jsonl"
     sample_responses(finished, prompts, out, SampleSettings(k=2, response_length=4), limit=2)
     before = out.read_text()
     with pytest.raises(ValueError, match=r"samples of other settings \(k: 2 there, 3 here\): name another file"):
@@ -187,7 +187,7 @@ def test_a_prompt_without_two_different_responses_is_left_out(finished: Path, tm
     out = tmp_path / "samples.jsonl"
     # So cold, a model has one thing to say.
     found = sample_responses(
-        finished, prompts_of(read_recipe(finished)), out, SampleSettings(k=2, temperatures=(1e-4,)), limit=3
+        finished, prompts_to_rank(read_recipe(finished)), out, SampleSettings(k=2, temperatures=(1e-4,)), limit=3
     )
     left_out = read(tmp_path / "samples.left_out.jsonl")
     assert found["left_out"] == len(left_out) == 3 - found["samples"] > 0

@@ -13,3 +13,11 @@ def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
     assert exit.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
     return printed.err
+
+
+def failed(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The last line on stderr, the error, of a command that had begun its work."""
+    with pytest.raises(SystemExit) as exit:
+        main_cli(words)
+    assert exit.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]

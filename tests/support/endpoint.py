@@ -74,6 +74,18 @@ class Endpoint:
         for connection in list(self.server.server_state.connections):
             connection.transport.abort()  # type: ignore[union-attr]
 
+    def die_at(self, number: int) -> "Endpoint":
+        """Die when the request of this number comes, which gets no answer any more."""
+        reply = self.reply
+
+        def last(body: Body, count: int) -> Any:
+            if count == number:
+                self.die()
+            return reply(body, count)
+
+        self.reply = last
+        return self
+
     def __enter__(self) -> "Endpoint":
         self.thread.start()
         while not self.server.started:

@@ -1,0 +1,88 @@
+"""The tables of an evaluation, for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from ..data.text import printable
+from .verdict import Result, percent
+
+PANEL = {  # of what `behaviour_panel` says: heading and format
+    "tokens": ("tokens", "{:.1f}"),
+    "without_eos": ("no\nEOS", "{:.0%}"),
+    "distinct_1": ("dist-1", "{:.2f}"),
+    "distinct_2": ("dist-2", "{:.2f}"),
+    "repetition": ("rep-4", "{:.1%}"),
+    "refusals": ("refu-\nsals", "{:.0%}"),
+    "sycophancy": ("syco-\nphancy", "{:.0%}"),
+    "self_similarity": ("alike", "{:.2f}"),
+    "kl": ("KL", "{:.2f}"),
+    "kl_per_token": ("KL a\ntoken", "{:.3f}"),
+}
+
+
+def evaluation_tables(result: Result) -> list[Table]:
+    """The tables of an evaluation: wins, behaviour and, where any of it was measured, the alignment tax."""
+    behaviour = {
+        name: {
+            heading: form.format(entry["behaviour"][key])
+            for key, (heading, form) in PANEL.items()
+            if key in entry["behaviour"]
+        }
+        for name, entry in result["models"].items()
+    }
+    tax = {name: _tax_cells(entry) for name, entry in result["models"].items()}
+    tables = [_win_table(result), _table_by_model("Behaviour", behaviour)]
+    return [*tables, _table_by_model("Alignment tax", tax)] if any(tax.values()) else tables
+
+
+def _table(*names: str, title: str) -> Table:
+    """An empty table, as narrow as can be, whose first columns are names. None of its cells is ever cut."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _win_table(result: Result) -> Table:
+    """A row for each model, what it is compared with, and each judge."""
+    sole = result["against"][0] if len(result["against"]) == 1 else None
+    title = f"Wins {'' if sole is None else f'against {printable(sole)} '}on {result['prompts']:,} prompts"
+    names = ("model", "judge") if sole else ("model", "against", "judge")
+    table = _table(*names, title=title)
+    for heading in ("wins (95 %)", "at equal\nlengths (95 %)", "ties", "mean\nscore", "its"):
+        table.add_column(heading, justify="right", overflow="fold")
+    judge = None
+    for win in sorted(result["wins"], key=lambda win: list(result["judges"]).index(win["judge"])):
+        if win["judge"] != judge and judge is not None:
+            table.add_section()
+        judge = win["judge"]
+        means = [result["models"][win[side]]["means"].get(judge) for side in ("model", "against")]
+        cells = [percent(win), percent(win["length_controlled"]), f"{win['ties']:.0%}"]
+        cells += ["" if mean is None else f"{mean:.2f}" for mean in means]
+        table.add_row(*(Text(printable(win[key])) for key in names), *cells)
+    return table
+
+
+def _tax_cells(entry: Mapping[str, Any]) -> dict[str, str]:
+    """What a model's entry says of perplexity and tasks: heading -> cell."""
+    cells = {"perplexity": f"{entry['perplexity']:.2f}"} if "perplexity" in entry else {}
+    for task, metrics in entry.get("tasks", {}).items():
+        for name, metric in metrics.items():
+            error = "" if metric["error"] is None else f" ± {metric['error']:.3f}"
+            cells[f"{task}\n{name}"] = f"{metric['value']:.3f}{error}"
+    return cells
+
+
+def _table_by_model(title: str, cells: Mapping[str, Mapping[str, str]]) -> Table:
+    """A row a model, from its cells by heading. A column that no model has a value for is left out."""
+    headings = list(dict.fromkeys(heading for row in cells.values() for heading in row))
+    table = _table("model", title=title)
+    for heading in headings:
+        table.add_column(Text(printable(heading, keep="\n")), justify="right", overflow="fold")
+    for name, row in cells.items():
+        table.add_row(Text(printable(name)), *(row.get(heading, "") for heading in headings))
+    return table

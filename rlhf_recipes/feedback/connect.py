@@ -1,0 +1,36 @@
+"""From the settings of a model to the client that asks it."""
+
+from pathlib import Path
+
+from .client import Client, ModelSettings
+from .endpoint import Endpoint
+from .local import load_bare_model, load_run_model
+
+FOR_ENDPOINTS = ("model_name", "api_key_env", "timeout", "retries")
+FOR_MODELS = ("quantization", "chat_template")
+
+
+def connect(settings: ModelSettings) -> Client:
+    """The client of an endpoint, or of a local model, which is loaded.
+
+    Raises ValueError where a setting belongs to the other kind, the model or its key is not there, or the endpoint does
+    not answer.
+    """
+    if settings.is_endpoint:
+        _refuse(settings, (*FOR_MODELS, "role"), " is for a local model, and this is an endpoint: {model}.")
+        if (settings.retries or 0) < 0:
+            raise ValueError(f"--retries must not be negative, but is {settings.retries}.")
+        return Endpoint(settings)
+    _refuse(settings, FOR_ENDPOINTS, " is for an endpoint, and this is none: {model}.")
+    if (Path(settings.model) / "recipe.json").is_file():
+        _refuse(settings, FOR_MODELS, ": {model} is a run, whose recipe says that.")
+        return load_run_model(Path(settings.model), settings.role)
+    _refuse(settings, ("role",), " is for a run folder, and {model} is none.")
+    return load_bare_model(settings)
+
+
+def _refuse(settings: ModelSettings, names: tuple[str, ...], reason: str) -> None:
+    """Raises ValueError where one of these settings is given."""
+    for name in names:
+        if getattr(settings, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}{reason.format(model=settings.model)}")
