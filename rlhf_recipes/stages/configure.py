@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from ..model.backends import check_backend
 from ..model.base import device, precision
 from ..recipe.overrides import check_args, suggestion
 from ..recipe.values import STAGES, Recipe
-from .options import DPOConfig, PPOConfig, RewardConfig
+from .options import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from .scores import ROLE, check_reward_source, check_reward_weights
 
 CONFIGS: dict[str, type[TrainingArguments]] = {
@@ -101,8 +100,10 @@ def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments
     Of a stage that the recipe does not have, it is the one without arguments. Raises ValueError naming the stage.
     """
     section = getattr(recipe, stage)
+    cuda = device().type == "cuda"
     defaults: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
-    if device().type == "cuda":
+    defaults["dataloader_pin_memory"] = cuda  # without it torch can only warn
+    if cuda:
         defaults["optim"] = "paged_adamw_8bit"  # QLoRA's, arXiv:2305.14314
     owned = {
         "output_dir": str(run_dir / stage),
@@ -113,8 +114,6 @@ def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments
         "use_cpu": device().type == "cpu",
         "disable_tqdm": True,
     }
-    if stage == "sft":
-        owned["eval_packing"] = False
     try:
         return CONFIGS[stage](**{**defaults, **(section.args if section is not None else {}), **owned})
     except ValueError as error:
