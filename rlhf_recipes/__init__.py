@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .model.quiet import quiet_libraries
 from .recipe.lookup import load
 from .recipe.overrides import replace
 from .recipe.values import Base, DPOStage, Lora, PPOStage, Recipe, Rounds, Source, Stage
@@ -47,4 +48,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    quiet_libraries()
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,14 +1,14 @@
 """What all commands share: what a command is, how its words are read, what is printed where, exit codes."""
 
 import argparse
-import logging
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
+
+from ..model.quiet import quiet_libraries
 
 
 class Command(NamedTuple):
@@ -30,9 +30,7 @@ def exit_codes() -> Iterator[None]:
 
     A ValueError that a library or a user's own function raised keeps its traceback: that is where to look.
     """
-    # What libraries say about themselves, and no user can act on, would bury that line.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+    quiet_libraries()
     try:
         yield
     except ValueError as error:

@@ -9,13 +9,14 @@ from typing import Any
 import trl
 from transformers import TrainingArguments
 
+from ..recipe.arguments import objection
 from ..recipe.overrides import suggestion
 from ..recipe.values import SECTIONS, Recipe, Source, Stage
-from ..stages.options import DPOConfig, PPOConfig, RewardConfig
+from ..stages.options import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 
 # Configuration of a stage -> the one that it extends, whose options are documented there.
 EXTENDS: dict[str, tuple[type, type]] = {
-    "sft": (trl.SFTConfig, trl.SFTConfig),
+    "sft": (SFTConfig, trl.SFTConfig),
     "reward": (RewardConfig, trl.RewardConfig),
     "ppo": (PPOConfig, TrainingArguments),
     "dpo": (DPOConfig, trl.DPOConfig),
@@ -26,7 +27,8 @@ INTRODUCTION = """\
 
 Made by `rlhf-recipes options > recipes/OPTIONS.md`. A setting is `section.option=value` on the command line and
 `replace(recipe, section={"option": value})` in Python. Beside the options that are listed here, a stage takes those of
-the class that its own extends.
+the class that its own extends, but for those that the runner sets itself or that nothing here would read: they are
+refused before anything is loaded, with the reason.
 
 Sources: InstructGPT is [arXiv:2203.02155](https://arxiv.org/abs/2203.02155), N+ is
 [arXiv:2403.17031](https://arxiv.org/abs/2403.17031), TRL is a default or a name of Hugging Face TRL.
@@ -57,7 +59,8 @@ def _parts() -> Iterator[tuple[str, str]]:
             config, parent = EXTENDS[name]
             given = {f.name: _default(f) for f in fields(parent)}
             own = inspect.get_annotations(config)
-            rows += [f for f in fields(config) if f.name in own or given.get(f.name, ...) != _default(f)]
+            added = [f for f in fields(config) if f.name in own or given.get(f.name, ...) != _default(f)]
+            rows += [f for f in added if objection(name, f.name) is None]
             comments |= {f.name: f.metadata["help"] for f in rows if "help" in f.metadata}
             title += f", beside the data and [`{parent.__name__}`]({_url(parent)})"
         if rows:

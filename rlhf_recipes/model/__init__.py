@@ -7,5 +7,6 @@ decode     sampling a batch of responses token by token
 sampler    sampling and scoring any number of rows, in batches
 backends   other ways to sample: transformers' three, and vLLM
 open       the models of a run folder on one base
+quiet      what libraries say about themselves, kept from the terminal
 memory     peak memory, and what to do where it runs out
 """

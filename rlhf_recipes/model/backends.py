@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import StaticCache
 from transformers.generation import ContinuousBatchingConfig
 
+from .decode import cache_argument
 from .sampler import Backend, Sampler
 from .shared import SharedBase
 
@@ -121,8 +122,9 @@ class Generate:
     def batch(self, prompts: list[list[int]]) -> Tensor:
         """Responses (B, T) to prompts that fit into one batch."""
         ids, kept = self.sampler.pad_left(prompts)  # (B, P)
-        output = self.sampler.model.causal.generate(
-            input_ids=ids, attention_mask=kept, generation_config=self.config, past_key_values=self.cache
+        model = self.sampler.model.causal
+        output = model.generate(
+            input_ids=ids, attention_mask=kept, generation_config=self.config, **cache_argument(model, self.cache)
         )
         return output[:, ids.shape[1] :]
 

@@ -4,6 +4,7 @@ transformers' `generate` copies the whole KV cache for each token and keeps fini
 prompts and thousands of responses that is most of a rollout's time.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ def roomy_cache(config: Any, capacity: int) -> Cache:
     return cache
 
 
+def cache_argument(model: Any, cache: Cache | None) -> dict[str, Cache | None]:
+    """A KV cache under the name by which a model's forward takes it: before transformers 5.24 it was another."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token a row by the inverse of the cumulative distribution.
 
@@ -100,6 +106,7 @@ def decode(
     mask = torch.cat([attention_mask.bool(), attention_mask.new_ones(rows, length).bool()], 1)  # (B, P + T)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P + T)
     cache = roomy_cache(model.causal.config, prompt + length)
+    cached = cache_argument(model.backbone, cache)
     start, ids = 0, input_ids
     for t in range(length):
         for piece in ids.split(max(1, TOKENS_AT_ONCE // len(ids)), dim=1):
@@ -108,8 +115,8 @@ def decode(
                 input_ids=piece,
                 attention_mask=mask[:, :end] if padded else None,
                 position_ids=positions[:, start:end],
-                past_key_values=cache,
                 use_cache=True,
+                **cached,
             ).last_hidden_state
             start = end
         tokens = draw_tokens(model.logits(hidden[:, -1]).float() / temperature, uniforms[:, t])

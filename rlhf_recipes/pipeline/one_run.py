@@ -1,6 +1,5 @@
 """A run without variants: the run folder, the stages in order, skip and resume, progress and the final table."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from ..model.base import fingerprint, load_tokenizer
+from ..model.quiet import quiet_libraries
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
@@ -38,6 +38,8 @@ def run_one(
     """What `run` does with a recipe without variants."""
     wanted = stages_of(recipe, stages)
     quiet_libraries()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     configs = check_recipe(recipe, run_dir)
     manifest = open_run(recipe, run_dir, wanted)
     todo = [stage for stage in wanted if manifest["stages"].get(stage, {}).get("state") != "done"]
@@ -77,11 +79,3 @@ def run_one(
     if waiting is not None:
         console.print(Text(waiting, style="bold"))
     return result
-
-
-def quiet_libraries() -> None:
-    """Keep the terminal for what the user can act on."""
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    # transformers 5.23 renamed an option that TRL and PEFT still use by its old name.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)

@@ -77,7 +77,7 @@ def plan_for_rows(job: Job) -> StagePlan:
                     others = max(others, longest)
     if job.stage == "ppo":
         config.max_prompt_length = prompts
-    else:
+    elif not getattr(config, "packing", False):  # which fills rows up to max_length
         config.max_length = prompts + others  # DPO's responses are without their prompts
     on_gpu, recipe, config = for_device(job.recipe, job.stage, config, None)
     return stage_plan(recipe, job.stage, config, on_gpu)

@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from ..model import log_probs
 from ..model.base import precision
-from ..model.decode import TOKENS_AT_ONCE, RoomyLayer, draw_tokens, roomy_cache
+from ..model.decode import TOKENS_AT_ONCE, RoomyLayer, cache_argument, draw_tokens, roomy_cache
 from ..model.shared import SharedBase, lora_config
 from ..recipe.values import Base, Lora
 from ..stages.ppo.roles import Role
@@ -227,8 +227,8 @@ def dry_decode(shared: SharedBase, shape: Shape) -> int:
                     input_ids=part,
                     attention_mask=mask[:, :end].bool(),
                     position_ids=mask[:, start:end],
-                    past_key_values=cache,
                     use_cache=True,
+                    **cache_argument(shared.backbone, cache),
                 ).last_hidden_state
                 start = end
         draw_tokens(shared.logits(hidden[:, -1]).float() / 0.7, torch.zeros(rows, dtype=torch.float64))

@@ -280,7 +280,8 @@ def work_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float | N
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         tokens = per_step * shape.length * (1 if stage == "sft" else 2)
         flop, rows = tokens * weights * (training + 2 * (stage == "dpo")), None
-    if rows is None and section.limit is not None:
+    # How many rows packing makes of the data depends on their lengths.
+    if rows is None and section.limit is not None and not getattr(config, "packing", False):
         rows = section.limit * (1 - section.heldout) * epochs * getattr(config, "num_generations", 1)
     steps = config.max_steps if config.max_steps > 0 else None if rows is None else math.ceil(rows / per_step)
     return {"tokens": tokens, "flop": flop, "steps": steps}

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
-from .values import OWNED, SECTIONS, Recipe, Stage
+from .arguments import objection
+from .values import SECTIONS, Recipe, Stage
 
 
 def replace(recipe: Recipe, **changes: Any) -> Recipe:
@@ -42,8 +43,8 @@ def _replace_section(recipe: Recipe, name: str, change: Mapping[str, Any]) -> An
     if passed and not issubclass(kind, Stage):
         _check_keys(f"{name}.", change, kind)
     for key in passed:
-        if key in OWNED:
-            raise ValueError(f"{name}.{key} is set by the runner: {OWNED[key]}.")
+        if reason := objection(name, key):
+            raise ValueError(reason)
     if section is None:
         if "data" in own and "data" not in typed:
             raise ValueError(f"Recipe {recipe.name!r} has no section {name!r}: to add it, set {name}.data as well.")
@@ -183,14 +184,14 @@ def check_args(name: str, stage: Stage, config: type) -> None:
         name: the stage's name, for the message.
         config: a dataclass (SFTConfig, RewardConfig, PPOConfig).
     Raises:
-        ValueError: an unknown key, with the nearest known one; a value of the wrong type; a key the runner owns.
+        ValueError: an unknown key, with the nearest known one; a value of the wrong type; a key that no recipe may set.
     """
-    known = {f.name for f in fields(config) if f.init} - OWNED.keys()
+    known = {f.name for f in fields(config) if f.init and not objection(name, f.name)}
     own = {f.name for f in fields(stage)}
     hints = typing.get_type_hints(config)
     for key, value in stage.args.items():
-        if key in OWNED:
-            raise ValueError(f"{name}.{key} is set by the runner: {OWNED[key]}.")
+        if reason := objection(name, key):
+            raise ValueError(reason)
         if key not in known:
             raise ValueError(f"There is no key {name}.{key}.{suggestion(key, known | own)}")
         check_type(f"{name}.{key}", value, hints[key])

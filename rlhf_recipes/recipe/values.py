@@ -9,24 +9,6 @@ from typing import Any, Literal
 
 STAGES = ("sft", "reward", "ppo", "dpo")
 
-# Keys of TRL's and transformers' arguments that the runner sets itself: a recipe that set them too would be ignored.
-OWNED = {
-    "output_dir": "--run-dir says where a run is written",
-    "resume_from_checkpoint": "running the same recipe again resumes it",
-    "report_to": "set `tracker` of the recipe",
-    "run_name": "the tracker's runs are named after the run folder and the stage",
-    "project": "set the environment variable WANDB_PROJECT or TRACKIO_PROJECT",
-    "seed": "set `seed` of the recipe",
-    "data_seed": "set `seed` of the recipe",
-    "bf16": "precision is chosen at run time; `base.dtype` sets it",
-    "fp16": "precision is chosen at run time; `base.dtype` sets it",
-    "use_cpu": "the device is chosen at run time",
-    "model_init_kwargs": "the model is described by `base`",
-    "trust_remote_code": "set `base.trust_remote_code`",
-    "chat_template_path": "set `base.chat_template`",
-    "disable_tqdm": "the runner draws the progress bar",
-}
-
 
 @dataclass(frozen=True)
 class Base:

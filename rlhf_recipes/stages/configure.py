@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from ..model.backends import check_backend
 from ..model.base import device, precision
 from ..recipe.overrides import check_args, suggestion
 from ..recipe.values import STAGES, Recipe
-from .options import DPOConfig, PPOConfig, RewardConfig
+from .options import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from .scores import ROLE, check_reward_source, check_reward_weights
 
 CONFIGS: dict[str, type[TrainingArguments]] = {
@@ -33,9 +32,22 @@ def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
     for stage in stages_of(recipe, None):
         check_args(stage, getattr(recipe, stage), CONFIGS[stage])
         configs[stage] = stage_config(recipe, stage, run_dir)
+        check_order(stage, configs[stage])
+    if recipe.sft is not None and configs["sft"].packing and configs["sft"].max_length is None:
+        raise ValueError("sft.packing fills rows of sft.max_length tokens: set that.")
     if recipe.ppo is not None:
         check_ppo(recipe, configs["ppo"])
     return configs
+
+
+def check_order(stage: str, config: TrainingArguments) -> None:
+    """Raises ValueError for an order of the training rows by lengths that the Trainer cannot know."""
+    strategy = config.train_sampling_strategy
+    if stage != "sft" and strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"{stage}.train_sampling_strategy={strategy} reads the column input_ids, which only the rows of sft have: "
+            "set random or sequential."
+        )
 
 
 def check_ppo(recipe: Recipe, config: PPOConfig) -> None:
@@ -83,9 +95,15 @@ def stages_of(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
 
 
 def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
-    """A stage's TRL configuration: our defaults, then the recipe's arguments, then what the runner owns."""
+    """A stage's configuration: our defaults, then the recipe's arguments, then what the runner owns.
+
+    Of a stage that the recipe does not have, it is the one without arguments. Raises ValueError naming the stage.
+    """
+    section = getattr(recipe, stage)
+    cuda = device().type == "cuda"
     defaults: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
-    if device().type == "cuda":
+    defaults["dataloader_pin_memory"] = cuda  # without it torch can only warn
+    if cuda:
         defaults["optim"] = "paged_adamw_8bit"  # QLoRA's, arXiv:2305.14314
     owned = {
         "output_dir": str(run_dir / stage),
@@ -97,7 +115,7 @@ def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments
         "disable_tqdm": True,
     }
     try:
-        return CONFIGS[stage](**{**defaults, **getattr(recipe, stage).args, **owned})
+        return CONFIGS[stage](**{**defaults, **(section.args if section is not None else {}), **owned})
     except ValueError as error:
         message = str(error)  # ours name their key, the libraries' do not know the stage
         raise ValueError(message if message.startswith(f"{stage}.") else f"{stage}: {message}") from error

@@ -4,6 +4,7 @@ Its loss is -log sigma(beta * (log pi/pi_ref of the chosen response - the same o
 arXiv:2305.18290, equation 7). The reference is the SFT adapter or, without an SFT stage, the bare base.
 """
 
+import dataclasses
 import gc
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..model.sampler import Sampler
 from ..model.shared import SharedBase, lora_config
 from ..recipe.lookup import function
 from .compare import Evaluator, compare, held_out_texts
+from .configure import stage_config
 from .job import Job
 from .options import PPOConfig
 from .reward.adapters import PROBES, add_reward_roles, judge_folder, member_folders
@@ -72,23 +74,23 @@ def train_dpo(job: Job) -> dict[str, Any]:
 
 def make_trainer(job: Job) -> DPOTrainer:
     """The trainer of a policy that begins as the SFT adapter, of which TRL keeps a copy for the reference."""
-    model, sft = load_base(job.recipe.base), job.run_dir / "sft"
-    if job.recipe.sft is not None:
-        check_fingerprint(sft, job.fingerprint)
-        model = PeftModel.from_pretrained(model, str(sft), is_trainable=True)
+    model = load_base(job.recipe.base)
+    if job.sft is not None:
+        check_fingerprint(job.sft, job.fingerprint)
+        model = PeftModel.from_pretrained(model, str(job.sft), is_trainable=True)
     return DPOTrainer(
         model=model,
         args=job.config,
         train_dataset=job.data.train,
         eval_dataset=job.data.heldout,
         processing_class=job.tokenizer,
-        peft_config=None if job.recipe.sft is not None else lora_config(job.recipe.lora, TaskType.CAUSAL_LM),
+        peft_config=None if job.sft is not None else lora_config(job.recipe.lora, TaskType.CAUSAL_LM),
     )
 
 
 def make_evaluator(job: Job) -> Evaluator:
     """The roles on one base, ready to be compared. Their samples are scored by PPO's reward, as far as there is one."""
-    recipe, run_dir = job.recipe, job.run_dir
+    recipe = job.recipe
     shared = SharedBase(load_base(recipe.base), recipe.lora, job.fingerprint)
     shared.add_role("reference", job.sft)
     shared.add_role("policy", job.folder)
@@ -100,14 +102,15 @@ def make_evaluator(job: Job) -> Evaluator:
         job.config.per_device_eval_batch_size,
         [job.data.stop_token_id],
     )
-    sources, args = (recipe.ppo.reward_sources, recipe.ppo.args) if recipe.ppo is not None else ((ROLE,), {})
+    sources = recipe.ppo.reward_sources if recipe.ppo is not None else (ROLE,)
+    if ROLE in sources and not (job.run_dir / "reward" / PROBES).is_file():
+        # This stage does not wait for the reward stage: nothing is scored, and PPO's settings of it mean nothing.
+        recipe, sources = dataclasses.replace(recipe, ppo=None), ()
     if ROLE in sources:
-        if (run_dir / "reward" / PROBES).is_file():
-            add_reward_roles(shared, member_folders(run_dir))
-        else:  # this stage does not wait for the reward stage
-            sources, args = (), {}
-    add_reward_roles(shared, judge_folder(run_dir))
-    config = PPOConfig(str(job.folder), use_cpu=job.config.use_cpu, report_to="none", **args)
+        add_reward_roles(shared, member_folders(job.run_dir))
+    add_reward_roles(shared, judge_folder(job.run_dir))
+    config = stage_config(recipe, "ppo", job.run_dir)
+    assert isinstance(config, PPOConfig)
     gold = function(recipe.gold) if recipe.gold is not None else None
     texts = held_out_texts(job.others.get("ptx"), config.ptx_max_length)
     return Evaluator(sampler, Rewards(sampler, config, resolve_rewards(sources)), gold, recipe.seed, texts)

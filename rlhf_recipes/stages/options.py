@@ -1,6 +1,7 @@
-"""Arguments of the stages' trainers where they have more than TRL's: `RewardConfig` and `PPOConfig`.
+"""The configurations of the stages' trainers: TRL's and transformers', with the options that are ours.
 
-Each help text ends with its source in brackets. `rlhf-recipes options` prints them all.
+Each help text ends with its source in brackets. `rlhf-recipes options` prints them all. What of TRL's and transformers'
+arguments a recipe may not set stands in `recipe.arguments`.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from typing import Any, Literal
 import trl
 from transformers import TrainingArguments
 
-# Of what evaluations during PPO measure, for `metric_for_best_model`; of all else more is better.
+# Metrics of PPO's evaluations of which less is better. Where `metric_for_best_model` names one of them, the best policy
+# is that of its lowest value, and for every other metric that of the highest.
 LESS_IS_BETTER = ("kl", "ensemble_std", "perplexity", "response_length", "without_eos")
 
 
@@ -25,10 +27,28 @@ def _check_range(stage: str, config: Any, names: tuple[str, ...], low: float, hi
             raise ValueError(f"{stage}.{name} must be {words}, not {value}.")
 
 
+def _max_length(default: int | None) -> Any:
+    return _option(default, "A row with more tokens, prompt and response together, is a bad row: none is cut.")
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """Arguments of `SFTTrainer`, beside TRL's and transformers' own."""
+
+    max_length: int | None = _max_length(1024)
+    packing: bool = _option(
+        False,
+        "Put several examples into each row of max_length tokens, without padding. They do not attend to each other, "
+        "so the loss stays the same, but a step of as many rows has more examples. [TRL's bfd]",
+    )
+    eval_packing: bool | None = False  # the held-out loss must not depend on how rows are packed
+
+
 @dataclass
 class RewardConfig(trl.RewardConfig):
     """Arguments of `RewardTrainer`, beside TRL's and transformers' own."""
 
+    max_length: int | None = _max_length(1024)
     label_smoothing: float = _option(
         0.0, "Share of the comparisons taken to be labelled the wrong way round. [conservative loss: arXiv:2401.06080]"
     )
@@ -76,8 +96,8 @@ class PPOConfig(TrainingArguments):
     )
     per_device_train_batch_size: int | Literal["auto"] = _option(  # type: ignore[assignment]
         8,
-        "Episodes that the update takes through the model at once: memory and speed alone. auto: as many of the "
-        "mini_batch_size as fit, halved where memory runs out. [TRL]",
+        "Episodes that the update takes through the model at once. It changes memory use and speed, and no result. "
+        "auto: as many of the mini_batch_size as fit, halved where memory runs out. [TRL]",
     )
 
     # Sampling
@@ -90,13 +110,14 @@ class PPOConfig(TrainingArguments):
     num_generations: int = _option(1, "Responses to each prompt; rloo and grpo need 2 or more. [TRL]")
     rollout_micro_batch_size: int | Literal["auto"] = _option(
         64,
-        "Rows sampled or scored at once: memory and speed alone. auto: as many of the rollout as fit, halved where "
-        "memory runs out. [TRL's local_rollout_forward_batch_size]",
+        "Rows that are sampled or scored at once, in evaluations too. It changes memory use and speed, and no result. "
+        "auto: as many of the rollout as fit, halved where memory runs out. [TRL's local_rollout_forward_batch_size]",
     )
     generation_backend: Literal["native", "generate", "static", "continuous", "vllm"] = _option(
         "native",
-        "What samples: our decoding loop; transformers' generate, the same with a static cache (compiled on CUDA "
-        "unless the base is quantized), its continuous batching; or vLLM, on a copy of the base. Log-probs are ours.",
+        "What samples the responses. native: our decoding loop. generate: transformers' generate. static: the same "
+        "with a KV cache of fixed size, compiled on CUDA unless the base is quantized. continuous: transformers' "
+        "continuous batching. vllm: vLLM, on its own copy of the base. Log-probabilities always come from our forward.",
     )
     vllm_gpu_memory_utilization: float = _option(
         0.3,
@@ -105,7 +126,7 @@ class PPOConfig(TrainingArguments):
     )
     vllm_enable_sleep_mode: bool = _option(
         True,
-        "Put vLLM's weights into the CPU's memory and free its KV cache while nothing is sampled. [TRL; its False]",
+        "Put vLLM's weights into the CPU's memory and free its KV cache while nothing is sampled. [TRL: off]",
     )
 
     # Reward
@@ -114,14 +135,17 @@ class PPOConfig(TrainingArguments):
     )
     ensemble_aggregation: Literal["mean", "worst_case", "uncertainty"] = _option(
         "mean",
-        "What an ensemble of reward adapters says: the members' mean, their minimum, or the mean less "
-        "uncertainty_coef times their variance. [arXiv:2310.02743, equations 2 to 4]",
+        "How the scores of an ensemble of reward adapters become one: their mean; their minimum (worst_case); or their "
+        "mean less uncertainty_coef times their variance (uncertainty). [arXiv:2310.02743, equations 2 to 4]",
     )
-    uncertainty_coef: float = _option(0.1, "See ensemble_aggregation. [arXiv:2310.02743]")
+    uncertainty_coef: float = _option(
+        0.1, "Weight of the members' variance in ensemble_aggregation=uncertainty. [arXiv:2310.02743]"
+    )
     reward_normalization: Literal["none", "running", "sft"] = _option(
         "none",
-        "Bring each source to mean 0 and variance 1: by all samples so far, or by those of the first rollout, when "
-        "the policy is the SFT model. [running: arXiv:2005.12729; sft: arXiv:1909.08593, section 2.2]",
+        "Shift and scale the scores of each source to mean 0 and variance 1 over all samples so far (running), or over "
+        "those of the first rollout, when the policy is still the SFT model (sft). "
+        "[running: arXiv:2005.12729; sft: arXiv:1909.08593, section 2.2]",
     )
     reward_clip: float | None = _option(
         None, "Clip the score to plus or minus this, before penalties. [arXiv:2005.12729]"
@@ -131,7 +155,7 @@ class PPOConfig(TrainingArguments):
     )
     length_penalty: float = _option(0.0, "Subtracted from the score for each response token. [arXiv:2310.03716]")
     whiten_rewards: bool = _option(
-        False, "Scale the token rewards to unit variance; of gae and reinforce++. [TRL, arXiv:1909.08593's code]"
+        False, "Scale the token rewards to unit variance, for gae and reinforce++ alone. [TRL, arXiv:1909.08593's code]"
     )
 
     # KL penalty
@@ -158,8 +182,8 @@ class PPOConfig(TrainingArguments):
         "gae learns a critic; the others have none. [gae: arXiv:1506.02438; rloo: arXiv:2402.14740; "
         "grpo: arXiv:2402.03300; reinforce++: arXiv:2501.03262]",
     )
-    gamma: float = _option(1.0, "Discount, of gae and reinforce++. [InstructGPT, N+]")
-    lam: float = _option(0.95, "GAE's lambda. [N+]")
+    gamma: float = _option(1.0, "Discount of later rewards, for gae and reinforce++. [InstructGPT, N+]")
+    lam: float = _option(0.95, "GAE's lambda: 0 trusts the critic, 1 the sampled rewards. [N+]")
     cliprange: float = _option(0.2, "Clip range of the policy ratio. [InstructGPT, N+]")
 
     # Critic
@@ -236,6 +260,8 @@ class PPOConfig(TrainingArguments):
             if getattr(self, name) not in known:
                 words = ", ".join(map(str, known))
                 raise ValueError(f"ppo.{name} must be one of {words}, not {getattr(self, name)!r}.")
+        if self.total_episodes is not None and self.max_steps > 0:
+            raise ValueError("ppo.total_episodes and ppo.max_steps both say how long PPO trains: set one of them.")
         estimator = self.advantage_estimator
         if estimator in ("rloo", "grpo") and self.num_generations < 2:
             raise ValueError(
@@ -307,8 +333,11 @@ class PPOConfig(TrainingArguments):
 class DPOConfig(trl.DPOConfig):
     """Arguments of `DPOTrainer`, beside TRL's and transformers' own.
 
-    The last two are of the comparison of the models after training, in batches of per_device_eval_batch_size.
+    `response_length` and `temperature` are for the samples by which the models are compared after training, in batches
+    of per_device_eval_batch_size.
     """
+
+    max_length: int | None = _max_length(1024)
 
     learning_rate: float = _option(1e-5, "Learning rate of the adapter. [TRL's 1e-6, times the 10 that LoRA wants]")
     response_length: int = _option(53, "Sample at most so many tokens to a held-out prompt. [as ppo]")

@@ -1,11 +1,27 @@
 """The `sft` stage: supervised fine-tuning on demonstrations with TRL's SFTTrainer, loss on the completion only."""
 
+from typing import Any
+
+import trl
+from datasets import Dataset
 from peft import PeftModel, TaskType
-from trl import SFTTrainer
 
 from ..model.base import load_base, write_fingerprint
 from ..model.shared import lora_config
 from .job import Job
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """TRL's trainer on rows that are tokenized already (columns input_ids, labels).
+
+    With `packing` a row holds several of them, which do not attend to each other: their positions begin anew.
+    """
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: trl.SFTConfig, packing: bool, *rest: Any
+    ) -> Dataset:
+        assert args.max_length is not None or not packing
+        return trl.pack_dataset(dataset, args.max_length) if packing else dataset
 
 
 def train_sft(job: Job) -> dict[str, float]:

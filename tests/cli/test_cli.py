@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from pathlib import Path
 import pytest
 from support.command_line import error_of
 from support.paths import ROOT
+from support.tiny_models import save_model
 
 from rlhf_recipes import __version__, load
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.cli.run import main
+from rlhf_recipes.recipe.arguments import objection
 from rlhf_recipes.recipe.lookup import recipe_names
 from rlhf_recipes.recipe.overrides import to_dict
-from rlhf_recipes.stages.options import DPOConfig, PPOConfig, RewardConfig
+from rlhf_recipes.stages.configure import CONFIGS
 
 
 def command(*words: str, cwd: Path = ROOT, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -31,9 +34,15 @@ def test_the_page_of_options_is_what_the_code_says(capsys: pytest.CaptureFixture
     main_cli(["options"])
     printed = capsys.readouterr().out
     assert printed == (ROOT / "recipes" / "OPTIONS.md").read_text(), "rlhf-recipes options > recipes/OPTIONS.md"
-    for config in (PPOConfig, RewardConfig, DPOConfig):
-        own = set(config.__annotations__)
-        assert own and all(f"| `{name}` |" in printed for name in own)
+    listed, section = {}, ""
+    for line in printed.splitlines():
+        section = line.split("`")[1] if line.startswith("## `") else section
+        if line.startswith("| `"):
+            listed.setdefault(section, set()).add(line.split("`")[1])
+    for stage, config in CONFIGS.items():
+        mine = {name for name in config.__annotations__ if objection(stage, name) is None}
+        assert mine and mine <= listed[stage]
+        assert not [name for name in listed[stage] if objection(stage, name)], "a refused option is not listed"
     main_cli(["options", "reward", "lora"])
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("## ")][1] == "## `lora`"
     assert "Did you mean reward?" in error_of(capsys, ["options", "rewards"])
@@ -132,6 +141,27 @@ def test_what_needs_no_torch_imports_none(words: list[str]) -> None:
     assert ran.returncode == 0 and "rlhf_recipes.recipe" in imported
     assert not imported & {"torch", "trl", "transformers", "numpy"}
     assert seconds < 2  # measured 0.05 s; the margin is for a busy machine
+
+
+def test_a_whole_run_prints_nothing_on_standard_error_but_its_bars(tmp_path: Path) -> None:
+    # All four stages, with the settings of tiny-rloo and tiny-dpo, on a random model, which knows not a word of their
+    # world: what it learns is not looked at.
+    (tmp_path / "whole.py").write_text(
+        "from rlhf_recipes import load, replace\n"
+        "small = {'limit': 200, 'response_length': 8, 'heldout_limit': 8}\n"
+        "ppo = {**small, 'total_episodes': 128, 'eval_on_start': False}\n"
+        "recipe = replace(load('tiny-rloo'), name='whole', tracker='none', reward={'limit': 128}, ppo=ppo,\n"
+        "    sft={'limit': 64, 'num_train_epochs': 1}, dpo=replace(load('tiny-dpo'), dpo=small).dpo)\n"
+    )
+    base, folder = save_model(tmp_path / "base"), tmp_path / "run"
+    words = ["run", str(tmp_path / "whole.py"), f"base.model={base}", "--run-dir", str(folder)]
+    ran = command("-m", "rlhf_recipes.cli", *words)
+    assert ran.returncode == 0, ran.stderr
+    lines = [line for line in re.split(r"[\r\n]+", ran.stderr) if line.strip()]
+    assert [line for line in lines if not re.match(r"[\w ]+: +\d+%\|", line)] == []
+    assert {line.partition(":")[0] for line in lines} >= {"sft", "reward", "ppo", "dpo"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["gold_score"]) == {"base", "sft", "ppo", "dpo"} and summary["win_rate_vs_sft"]["prompts"] == 8
 
 
 def test_an_installed_wheel_has_the_command_and_the_recipes(tmp_path: Path) -> None:

@@ -59,16 +59,16 @@ def test_overrides_reach_their_places(recipe: Recipe) -> None:
     words = [
         "ppo.kl_coef=0.1",
         "ppo.limit=10",
-        "sft.label_names=['a']",
+        "ppo.reward_weights=[1.0]",
         "seed=3",
         "ppo.kl_coef=0.2",
-        "sft.eos_token=a=b",
+        "sft.optim_args=a=b",
     ]
     changed = replace(recipe, **parse_overrides(words))
     assert changed.ppo is not None and changed.sft is not None
     assert (changed.ppo.args["kl_coef"], changed.ppo.limit, changed.seed) == (0.2, 10, 3)
-    assert changed.sft.args["eos_token"] == "a=b", "only the first equals sign divides"
-    assert changed.sft.args["label_names"] == ["a"], "a list stays one where the trainer wants a list"
+    assert changed.sft.args["optim_args"] == "a=b", "only the first equals sign divides"
+    assert changed.ppo.args["reward_weights"] == [1.0], "a list stays one where the trainer wants a list"
     assert changed.ppo.args["lam"] == 0.95, "what is not named is kept"
 
 
@@ -110,6 +110,10 @@ def test_a_stage_is_added_and_left_out(recipe: Recipe) -> None:
         ("sft=5", ["sft must be"]),
         ("ppo.output_dir=x", ["ppo.output_dir", "--run-dir"]),
         ("sft.seed=1", ["sft.seed", "`seed` of the recipe"]),
+        ("sft.dataset_text_field=foo", ["sft.dataset_text_field cannot be set", "map columns with sft.columns"]),
+        ("dpo.padding_free=true", ["dpo.padding_free cannot be set", "TRL has switched it off"]),
+        ("ppo.per_device_eval_batch_size=8", ["ppo.per_device_eval_batch_size", "set ppo.rollout_micro_batch_size"]),
+        ("ppo.dataloader_drop_last=false", ["ppo.dataloader_drop_last cannot be set", "a whole rollout's prompts"]),
         ("reward.learning_rate=1", ["no section 'reward'", "reward.data"]),
     ],
 )
@@ -160,7 +164,7 @@ class Config:
     """Stands where TRL's configs do."""
 
     learning_rate: float = 1e-5
-    label_names: list[str] | None = None
+    loss_weights: list[float] | None = None
     output_dir: str | None = None
 
 
@@ -170,14 +174,16 @@ class Config:
         ({"learning_rat": 1}, "no key sft.learning_rat. Did you mean learning_rate?"),
         ({"limt": 1}, "no key sft.limt. Did you mean limit?"),
         ({"learning_rate": "fast"}, "sft.learning_rate must be float, not 'fast'"),
-        ({"label_names": 3}, "sft.label_names must be"),
+        ({"loss_weights": 3}, "sft.loss_weights must be"),
         ({"output_dir": "x"}, "sft.output_dir is set by the runner"),
+        ({"fsdp": True}, "sft.fsdp cannot be set: a run is one process"),
+        ({"packing_strategy": "wrapped"}, "sft.packing_strategy cannot be set: packing keeps rows whole"),
     ],
 )
 def test_args_are_checked_against_the_config(args: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_args("sft", Stage("data.jsonl", args=args), Config)
-    check_args("sft", Stage("data.jsonl", args={"learning_rate": 1, "label_names": ["a"]}), Config)
+    check_args("sft", Stage("data.jsonl", args={"learning_rate": 1, "loss_weights": [1.0]}), Config)
 
 
 def test_load_takes_dashes_underscores_and_paths(tmp_path: Path) -> None:

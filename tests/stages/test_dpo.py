@@ -391,21 +391,6 @@ def test_the_recipes_have_no_mistake(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["tiny-dpo", "tiny-rloo"])
-def test_the_tiny_recipes_run_whole(name: str, tmp_path: Path) -> None:
-    # On a random model, which knows not a word of the tiny world: what it learns is not looked at.
-    model = str(save_model(tmp_path / "base"))
-    recipe = replace(load(name), tracker="none", base={"model": model}, sft={"limit": 64, "num_train_epochs": 1})
-    if recipe.dpo is not None:
-        recipe = replace(recipe, dpo={"limit": 200, "response_length": 8, "heldout_limit": 8})
-    else:
-        ppo = {"limit": 200, "total_episodes": 128, "response_length": 8, "heldout_limit": 8, "eval_on_start": False}
-        recipe = replace(recipe, reward={"limit": 128}, ppo=ppo)
-    summary = run(recipe, tmp_path / "run")
-    assert set(summary["gold_score"]) == {"base", "sft", name.removeprefix("tiny-").replace("rloo", "ppo")}
-    assert summary["win_rate_vs_sft"]["prompts"] == 8
-
-
 @pytest.mark.skipif(not (STORIES.is_dir() and HH.is_file()), reason="model and data are not beside the repository")
 def test_the_hh_recipe_runs_whole_on_real_comparisons(tmp_path: Path) -> None:
     small = {"data": str(HH), "limit": 60, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
