@@ -4,8 +4,9 @@
     rlhf-recipes check recipes/my_data/comparisons.jsonl
 
 The files in `my_data/` are 30 answers of a bicycle workshop, 30 choices between two, and 40 questions: enough to see
-the format, and far too few to learn from (a reward model wants thousands of comparisons). Copy this file, and replace
-the four lines that are marked. Any of TRL's formats will do, as JSONL, JSON, CSV, Parquet or a dataset of the Hub.
+the format, and far too few to learn from (a reward model wants thousands of comparisons). `check` shows what else is
+wrong with them: the longer answer wins 26 times of 30. Copy this file, and replace the four lines that are marked.
+Any of TRL's formats will do, as JSONL, JSON, CSV, Parquet or a dataset of the Hub.
 
 Hardware: one GPU; `rlhf-recipes plan my-data` says how much of its memory. It was run whole with a model of a million
 parameters in the base's place. What to expect of data of your own is in `qwen3_0_6b_hh.py`; of these rows, that the SFT
