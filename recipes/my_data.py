@@ -10,7 +10,7 @@ Any of TRL's formats will do, as JSONL, JSON, CSV, Parquet or a dataset of the H
 
 Hardware: one GPU; `rlhf-recipes plan my-data` says how much of its memory. It was run whole with a model of a million
 parameters in the base's place. What to expect of data of your own is in `qwen3_0_6b_hh.py`; of these rows, that the SFT
-loss falls, and nothing else: an accuracy on three held-out pairs, and eight updates of PPO, say nothing.
+loss falls, and nothing else: an accuracy on a few held-out pairs, and eight updates of PPO, say nothing.
 
 Sources: [Q] as `qwen3_0_6b_hh.py`. [D] for so few rows. [M] what fits in memory; it changes no result.
 """

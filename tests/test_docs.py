@@ -58,7 +58,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each shell command in a page's blocks and, where it is one of ours, in its text."""
+    """The words of each shell command in a page's blocks and, where it is one of these, in its text."""
     lines = [
         line
         for block in blocks(page)
@@ -66,7 +66,7 @@ def commands(page: Path) -> Iterator[list[str]]:
         for line in block.text.replace("\\\n", " ").splitlines()
     ]
     inline = [re.sub(r"\s+", " ", text) for text in re.findall(r"`([^`]+)`", prose(page))]
-    lines += [text for text in inline if re.match(r"(rlhf-recipes|python) \S", text)]
+    lines += [text for text in inline if re.match(r"(rlhf-recipes|python|make) \S", text)]
     yield from map(words_of, lines)
 
 
@@ -87,6 +87,8 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
         if words[1].startswith("recipes/"):
             check_words("run", [Path(words[1]).stem, *words[2:]])
+    elif program == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), "no such target"
 
 
 def check_words(name: str, words: list[str]) -> None:
