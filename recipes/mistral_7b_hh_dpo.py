@@ -1,4 +1,4 @@
-"""Mistral-7B on Anthropic's helpful and harmless comparisons by DPO: no reward model, no sampling while it trains.
+"""Never run at its own size: Mistral-7B on Anthropic's HH comparisons by DPO: no reward model, no sampling in training.
 
     rlhf-recipes run mistral-7b-hh-dpo
     python recipes/mistral_7b_hh_dpo.py dpo.beta=0.3

@@ -176,7 +176,7 @@ def test_an_installed_wheel_has_the_command_and_the_recipes(tmp_path: Path) -> N
     assert wheel.name == f"rlhf_recipes-{__version__}-py3-none-any.whl"
 
     sources = {str(path.relative_to(clone)) for path in (clone / "rlhf_recipes").rglob("*") if path.is_file()}
-    sources |= {f"rlhf_recipes/recipes/{path.name}" for path in (clone / "recipes").iterdir()}
+    sources |= {f"rlhf_recipes/{path.relative_to(clone)}" for path in (clone / "recipes").rglob("*") if path.is_file()}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == sources
 
     pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]

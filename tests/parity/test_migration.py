@@ -1,4 +1,4 @@
-"""The README's migration guide: its own snippets run, on a tiny model and a few rows."""
+"""The migration guide of `stages/ppo/README.md`: its own snippets run, on a tiny model and a few rows."""
 
 import json
 import random
@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
+from support.paths import ROOT
 from support.tiny_models import save_model
 from transformers import AutoModelForCausalLM
 
 from rlhf_recipes import Base, Lora, SharedBase
 from rlhf_recipes.model.base import load_base
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-GUIDE = README[README.index("## Coming from TRL 1.12's `PPOTrainer`") :]
+PAGE = (ROOT / "rlhf_recipes" / "stages" / "ppo" / "README.md").read_text()
+GUIDE = PAGE[PAGE.index("## Coming from TRL 1.12's `PPOTrainer`") :]
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 
 

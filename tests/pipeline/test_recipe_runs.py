@@ -41,6 +41,24 @@ def test_the_recipe_of_rounds_labels_its_own_answers(tmp_path: Path) -> None:
     assert all(origin["model"] == "ppo" for row in labels for origin in row["origins"])
 
 
+def test_the_recipe_of_own_data_runs_whole_on_the_files_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the recipe names its files by its own place
+    recipe = replace(small("my-data", tmp_path / "base", reward=30, episodes=32), base={"chat_template": None})
+    summary = run(recipe, tmp_path / "run")
+    assert set(summary["reward_score"]) == {"base", "sft", "ppo"} and summary["win_rate_vs_sft"] is None
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    data = {stage: manifest["stages"][stage]["data"] for stage in ("sft", "reward", "ppo")}
+    assert {stage: (said["rows"], said["used"]) for stage, said in data.items()} == {
+        "sft": (30, 30),
+        "reward": (30, 30),
+        "ppo": (40, 40),
+    }
+    logged = {name for row in rows(tmp_path / "run", "metrics.jsonl") for name in row}
+    assert {"rewards/is_short/mean", "rewards/reward_model/mean"} <= logged
+
+
 @on_stories
 def test_the_stories_recipe_raises_its_python_reward_on_a_real_model(tmp_path: Path) -> None:
     recipe = replace(
