@@ -20,8 +20,10 @@ class SFTTrainer(trl.SFTTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: trl.SFTConfig, packing: bool, *rest: Any
     ) -> Dataset:
-        assert args.max_length is not None or not packing
-        return trl.pack_dataset(dataset, args.max_length) if packing else dataset
+        if not packing:
+            return dataset
+        assert args.max_length is not None, "the settings were checked"
+        return trl.pack_dataset(dataset, args.max_length)
 
 
 def train_sft(job: Job) -> dict[str, float]:
