@@ -7,8 +7,7 @@ from typing import Any
 import nbclient
 import nbformat
 import pytest
-
-from rlhf_recipes.worlds.tiny import build_base
+from support.small import small_base
 
 NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))}
 SMALL = {
@@ -22,9 +21,8 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder beside which the notebooks' runs go, with a base that took seconds."""
+    """A folder beside which the notebooks' runs go, that share a base."""
     folder = tmp_path_factory.mktemp("notebooks")
-    build_base(folder / "base", steps=20)
     (folder / "notebooks").mkdir()
     return folder
 
@@ -34,7 +32,7 @@ def executed(name: str, place: Path) -> tuple[list[Any], str]:
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
-    small = f'replace(load("tiny"), base={{"model": {str(place / "base")!r}}}, ppo={{"response_length": 12}})'
+    small = f'replace(load("tiny"), base={{"model": {small_base()!r}}}, ppo={{"response_length": 12}})'
     for cell in cells:
         for full, less in {'load("tiny")': small, **SMALL}.items():
             cell.source = cell.source.replace(full, less)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from transformers import (
     AutoConfig,
@@ -61,11 +62,12 @@ def model_path(base: Base) -> str:
     files = sorted(file.parent.glob("*.py")) if (file.parent / "__init__.py").is_file() else [file]
     version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     folder = cache_folder() / f"{build.__name__}-{version}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            build(Path(scratch) / "base")
-            os.replace(Path(scratch) / "base", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # a process that wants the same base waits for it
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                build(Path(scratch) / "base")
+                os.replace(Path(scratch) / "base", folder)
     return str(folder)
 
 

@@ -782,7 +782,7 @@ def test_a_base_that_a_function_builds_is_built_once(
     monkeypatch.setenv("RLHF_RECIPES_CACHE", str(tmp_path / "cache"))
     builder = tmp_path / "tiny_builder.py"
     builder.write_text(
-        "from pathlib import Path\nfrom tiny_models import save_model\n\n"
+        "from pathlib import Path\nfrom support.tiny_models import save_model\n\n"
         "def build(folder):\n"
         f"    with Path({str(tmp_path / 'calls')!r}).open('a') as stream:\n        stream.write('x')\n"
         "    save_model(folder)\n"

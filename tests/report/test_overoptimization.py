@@ -129,7 +129,7 @@ def test_the_shipped_experiment_varies_three_things_with_two_seeds() -> None:
 def test_the_experiment_runs_whole_and_draws_its_curves(tmp_path: Path) -> None:
     quick = {"num_mini_batches": 1, "per_device_train_batch_size": 32, "eval_on_start": True, "eval_steps": 1}
     recipe: Recipe = replace(
-        small("overoptimization", tmp_path / "base", reward=64, episodes=128),
+        small("overoptimization", reward=64, episodes=128),
         variants={"free": {}, "two": {"reward": {"ensemble_size": 2}}},
         reward={"max_steps": 2},
         ppo=quick,
