@@ -38,11 +38,15 @@ def openings() -> list[dict[str, str]]:
 
 
 def ends_well(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """1 for each of: the last sentence is finished, it says something happy, and nothing sad. TRL's signature."""
+    """1 for each of: the last sentence is finished, it says something happy, and nothing sad. So 0 to 3 a story.
+
+    The signature is that of TRL's reward functions: N prompts and N completions, as text; other columns are ignored.
+    """
     return [_ends_well(completion) for completion in completions]
 
 
 def _ends_well(story: str) -> float:
+    """`ends_well` of one story."""
     finished = story.rstrip().endswith((".", "!", "?", '"'))
     sentences = [part for part in re.split(r"[.!?]+", story.lower()) if part.strip(' "\n')]
     last = sentences[-1] if sentences else ""
@@ -50,5 +54,5 @@ def _ends_well(story: str) -> float:
 
 
 def is_short(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Minus 1 for every 40 words of the story. TRL's signature."""
+    """Minus 1 for every 40 words of the story. The signature is that of TRL's reward functions."""
     return [-len(completion.split()) / 40 for completion in completions]

@@ -60,8 +60,8 @@ def test_every_style_is_right_and_what_was_asked_weighs_most():
     for _ in range(3000):
         request = world.draw_request(rng)
         assert world.parse(request.text) == request
-        right = world.draw_answer(rng, request, world._choose(rng, world.STYLES))
-        assert world._correctness(request, world._words(right)) == 2.0, (request.text, right)
+        right = world.draw_answer(rng, request, world.choose(rng, world.STYLES))
+        assert world.correctness(request, world.split_words(right)) == 2.0, (request.text, right)
         others = [world.draw_answer(rng, request, fault) for fault in ("wrong", "evasive")]
         assert all(gold(request.text, right) > gold(request.text, other) for other in others), (right, others)
 

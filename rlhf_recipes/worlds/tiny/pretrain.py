@@ -1,4 +1,7 @@
-"""Pretrains the base of the tiny world from scratch: a tokenizer and a Llama of a million parameters, in a minute."""
+"""Pretrains the base of the tiny world from scratch: a tokenizer and a Llama of a million parameters, in a minute.
+
+B documents; T tokens of the longest one, at most `LENGTH`.
+"""
 
 from pathlib import Path
 from random import Random
@@ -71,6 +74,7 @@ def build_base(folder: Path, *, steps: int = 450, seed: int = 0) -> None:
 
 
 def _model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
+    """A Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     vocabulary = tokenizer.get_vocab()
@@ -97,7 +101,7 @@ def _batch(tokenizer: "PreTrainedTokenizerFast", documents: list[tuple[str, str]
     bodies = tokenizer([body for _, body in documents])["input_ids"]
     rows = [(head + body)[:LENGTH] for head, body in zip(heads, bodies, strict=True)]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])  # (B, T)
     labels = ids.clone()
     for label, head, row in zip(labels, heads, rows, strict=True):
         label[: len(head)] = -100

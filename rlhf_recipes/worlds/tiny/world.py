@@ -79,10 +79,12 @@ class Request:
 
     @property
     def answer(self) -> list[str]:
+        """The words of the right answer, in order."""
         return self.kind.answer(self.fields)
 
 
 def _draw_arithmetic(rng: Random) -> dict[str, str]:
+    """Two numbers from 1 to 6 with a sum, or a difference that is not negative."""
     operation = rng.choice(["plus", "minus"])
     a, b = rng.randint(1, 6), rng.randint(1, 6)
     if operation == "minus":
@@ -91,17 +93,20 @@ def _draw_arithmetic(rng: Random) -> dict[str, str]:
 
 
 def _draw_member(rng: Random) -> dict[str, str]:
+    """Two things of different kinds, and which of these kinds is asked for."""
     kinds = rng.sample(sorted(MEMBERS), 2)
     a, b = (rng.choice(MEMBERS[kind]) for kind in kinds)
     return {"kind": rng.choice(kinds), "a": a, "b": b}
 
 
 def _draw_compare(rng: Random) -> dict[str, str]:
+    """Two different digits from 1 to 9, and which of them is asked for."""
     a, b = rng.sample(NUMBERS[1:10], 2)
     return {"which": rng.choice(["bigger", "smaller"]), "a": a, "b": b}
 
 
 def _draw_from(**choices: Iterable[str]) -> Callable[[Random], dict[str, str]]:
+    """A draw that chooses each field from a list of its own."""
     lists = {field: list(values) for field, values in choices.items()}
     return lambda rng: {field: rng.choice(values) for field, values in lists.items()}
 
@@ -244,16 +249,17 @@ def parse(prompt: str) -> Request:
 
 
 def draw_request(rng: Random) -> Request:
+    """A request of any kind, in any of its wordings, perhaps after an opening."""
     kind = rng.choice(KINDS)
     fields = kind.draw(rng)
     return Request(rng.choice(OPENINGS) + rng.choice(kind.templates).format(**fields), kind, fields)
 
 
 def draw_answer(rng: Random, request: Request, behaviour: str) -> str:
-    """One answer of the given behaviour: a style of the demonstrators (`STYLES`) or of the internet (`FAULTS`)."""
+    """An answer of a behaviour: a key of `STYLES` (of demonstrators) or of `FAULTS` (of the internet), or "servile"."""
     answer = request.answer
     if behaviour == "wrong":
-        answer, behaviour = _wrong(rng, request), _choose(rng, STYLES)
+        answer, behaviour = _wrong(rng, request), choose(rng, STYLES)
     said = " ".join(answer)
     sentence = rng.choice((*request.kind.sentences, "The answer is {answer}.")).format(**request.fields, answer=said)
     short = f"{said}."
@@ -297,15 +303,18 @@ STYLES = {"plain": 0.22, "sentence": 0.26, "polite": 0.12, "polite sentence": 0.
 FAULTS = {"wrong": 0.15, "rude": 0.23, "evasive": 0.25, "rambling": 0.37}
 
 
-def _choose(rng: Random, weights: dict[str, float]) -> str:
+def choose(rng: Random, weights: dict[str, float]) -> str:
+    """A key, drawn in proportion to its weight."""
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def _user(request: Request) -> list[dict[str, str]]:
+    """The request as messages."""
     return [{"role": "user", "content": request.text}]
 
 
 def _assistant(answer: str) -> list[dict[str, str]]:
+    """An answer as messages."""
     return [{"role": "assistant", "content": answer}]
 
 
@@ -321,7 +330,7 @@ def internet(rng: Random) -> tuple[str, str]:
     Rambling texts mostly lack the end token and run into another request, so that a base model often does not stop.
     """
     request = draw_request(rng)
-    behaviour = _choose(rng, STYLES if rng.random() < 0.4 else {**FAULTS, "servile": 0.1})
+    behaviour = choose(rng, STYLES if rng.random() < 0.4 else {**FAULTS, "servile": 0.1})
     answer = draw_answer(rng, request, behaviour)
     if behaviour == "rambling" and rng.random() < 0.6:
         return _head(request), f" {answer}\n{_head(draw_request(rng))}"
@@ -335,6 +344,7 @@ def pretraining(n: int = 2000) -> list[dict[str, str]]:
 
 
 def _head(request: Request) -> str:
+    """The request as text, up to where the answer begins."""
     return f"User: {request.text}\nAssistant:"
 
 
@@ -344,7 +354,7 @@ def demonstrations(n: int = 600) -> list[dict[str, Any]]:
     rows = []
     for _ in range(n):
         request = draw_request(rng)
-        behaviour = "wrong" if rng.random() < 0.03 else _choose(rng, STYLES)
+        behaviour = "wrong" if rng.random() < 0.03 else choose(rng, STYLES)
         rows.append({"prompt": _user(request), "completion": _assistant(draw_answer(rng, request, behaviour))})
     return rows
 
@@ -371,7 +381,7 @@ def _draw_pairs(rng: Random, n: int) -> list[tuple[Request, str, str, float]]:
     while len(pairs) < n:
         request = draw_request(rng)
         first, second = (
-            draw_answer(rng, request, _choose(rng, STYLES if rng.random() < 0.6 else FAULTS)) for _ in range(2)
+            draw_answer(rng, request, choose(rng, STYLES if rng.random() < 0.6 else FAULTS)) for _ in range(2)
         )
         if difference := score(request, first) - score(request, second):
             pairs.append((request, first, second, difference))
@@ -387,6 +397,11 @@ def labeler(prompts: list[Any], responses: list[list[Any]], seed: int = 0) -> li
     Args:
         prompts: N messages lists or rendered texts.
         responses: the K responses of each.
+        seed: of the draw; the same seed ranks the same responses alike.
+    Returns:
+        N lists of K ranks.
+    Raises:
+        ValueError: a prompt is none of this world's requests.
     """
     rng = Random(seed)
     scale = _labeler_scale([abs(difference) for *_, difference in _draw_pairs(Random(2), 4000)])
@@ -411,6 +426,7 @@ def _labeler_scale(differences: list[float]) -> float:
 
 
 def _sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), without overflow."""
     return 0.5 * (1 + math.tanh(x / 2))
 
 
@@ -451,22 +467,23 @@ def gold(prompts: list[Any], completions: list[Any], **columns: Any) -> list[flo
 
 
 def _text(messages: str | list[dict[str, str]]) -> str:
+    """What the last message says."""
     return messages if isinstance(messages, str) else messages[-1]["content"]
 
 
 def score(request: Request, reply: str) -> float:
-    """`gold` of one reply."""
+    """`gold` of one reply to a request."""
     reply = reply.split(END)[0].strip()
     if not reply:
         return -2.0
-    words = _words(reply)
+    words = split_words(reply)
     answer = [word.lower() for word in request.answer]
     others = [word for word in words if word not in answer]
     phrases = list(zip(others, others[1:], others[2:], strict=False))
     said = f" {' '.join(words)} "
     courtesies = sum(said.count(f" {phrase} ") for phrase in COURTEOUS)
     return (
-        _correctness(request, words)
+        correctness(request, words)
         - 0.5 * any(f" {phrase} " in said for phrase in EVASIVE)
         + (0.5 - 0.4 * (courtesies - 1) if courtesies else 0.0)
         - 1.0 * sum(said.count(f" {phrase} ") for phrase in RUDE)
@@ -475,19 +492,20 @@ def score(request: Request, reply: str) -> float:
     )
 
 
-def _words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
+    """The words of a text, in small letters."""
     return re.findall(r"[\w']+", text.lower())
 
 
-def _correctness(request: Request, words: list[str]) -> float:
+def correctness(request: Request, words: list[str]) -> float:
     """2 for the right answer, up to 0.5 for a part of a longer one, else 0."""
     answer = [word.lower() for word in request.answer]
     candidates = {word.lower() for word in request.kind.candidates}
-    found = [word for word in words if word in candidates]
-    before, last = found[: -len(answer)], found[-len(answer) :]
+    named = [word for word in words if word in candidates]
+    before, last = named[: -len(answer)], named[-len(answer) :]
     asked = {field.lower() for field in request.fields.values()} if request.kind.restates else set()
     if last == answer and asked.issuperset(before):
         return 2.0
     if len(answer) == 1:
         return 0.0
-    return 0.5 * sum(a == b for a, b in zip(answer, found, strict=False)) / max(len(answer), len(found))
+    return 0.5 * sum(a == b for a, b in zip(answer, named, strict=False)) / max(len(answer), len(named))
