@@ -7,6 +7,8 @@ tokens       chat templates, and the one tokenization that all stages share
 prepare      all of it for a stage
 sources      public data sets by name, with their conversions
 check        what a stage will do with some data, in small memory
-check_page   the same, for the terminal
+check_rows   its pass over the rows: counts, lengths, first rows
+check_index  its database: duplicates, contradictions, shared prompts
+check_page   its report, for the terminal
 text         texts of models and data as people read them
 """

@@ -13,7 +13,10 @@ from .text import printable
 
 
 def escape(text: str, longest: int = 600) -> str:
-    """A text that can do nothing to a terminal: control characters are escaped, the middle of a long one is cut out."""
+    """A text that can do nothing to a terminal: control characters are escaped, the middle of a long one is cut out.
+
+    `longest` counts the characters that stay of a long one, before they are escaped.
+    """
     if len(text) > longest:
         half = longest // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
@@ -21,7 +24,7 @@ def escape(text: str, longest: int = 600) -> str:
 
 
 def lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The report in words, without lengths and first rows: headings, and what is to be said under each."""
+    """The report of `check.examine` in words, without lengths and first rows: headings, and what to say under each."""
     others = [stage for stage in report["stages"] if stage != report["stage"]]
     yield "stage", report["stage"] + (f" ({', '.join(others)} can take it too)" if others else "")
     if report["named"]:
@@ -45,9 +48,12 @@ def lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "memory", report["read_whole"]
     yield from _comparisons(report)
     if report["special_tokens"]["rows"]:
-        found = report["special_tokens"]
-        rows = ", ".join(map(str, found["examples"]))
-        yield "special tokens", f"rows whose own text spells one, which the model gets: {found['rows']:,} (rows {rows})"
+        special = report["special_tokens"]
+        rows = ", ".join(map(str, special["examples"]))
+        yield (
+            "special tokens",
+            f"rows whose own text spells one, which the model gets: {special['rows']:,} (rows {rows})",
+        )
     if "other" in report:
         other = report["other"]
         both = f"{other['prompts_in_both']:,}, in {other['rows_here']:,} rows here{_examples(other, 'there')}"
@@ -70,18 +76,19 @@ def _comparisons(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         longer, shorter, same = (report["pairs"].get(name, 0) for name in ("longer", "shorter", "same"))
         share = f"{longer / (longer + shorter):.1%} of {longer + shorter:,} pairs" if longer + shorter else "no pair"
         yield "longer wins", f"{share} of different length in {report['unit']} ({same:,} of the same)"
-        found = report["contradictions"]
-        several = f"of {found['repeated_pairs']:,} that are judged several times"
-        yield "contradictions", f"pairs that are judged both ways: {found['pairs']:,} {several}{_examples(found)}"
+        twice = report["contradictions"]
+        several = f"of {twice['repeated_pairs']:,} that are judged several times"
+        yield "contradictions", f"pairs that are judged both ways: {twice['pairs']:,} {several}{_examples(twice)}"
 
 
-def _examples(found: dict[str, Any], there: str = "") -> str:
-    pairs = ", ".join(f"{one} and {other} {there}".rstrip() for one, other in found["examples"])
+def _examples(part: dict[str, Any], there: str = "") -> str:
+    """The pairs of row numbers that a part of the report names; `there` says where the second of each pair is."""
+    pairs = ", ".join(f"{first} and {second} {there}".rstrip() for first, second in part["examples"])
     return f" (rows {pairs})" if pairs else ""
 
 
 def show_check(report: dict[str, Any], console: Console) -> None:
-    """Print the report."""
+    """Print the report of `check.examine`."""
     console.print(Line(escape(report["source"]), style="bold"))
     for heading, said in lines(report):
         console.print(Line(f"  {heading:<15}", style="bold"), Line(escape(said, 2000)), sep="", soft_wrap=True)
@@ -102,14 +109,15 @@ def show_check(report: dict[str, Any], console: Console) -> None:
 
 
 def _lengths_table(report: dict[str, Any]) -> Table:
+    """Quantiles of the lengths of prompts, completions and both."""
     table = Table(title=f"length in {report['unit']}", title_justify="left")
     names = ["shortest", *QUANTILES, "longest", "mean"]
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
-    for part, found in report["lengths"].items():
+    for part, quantiles in report["lengths"].items():
         part = {"whole": "prompt and longest completion"}.get(part, part)
-        table.add_row(part, *(f"{found[name]:,}" for name in names))
+        table.add_row(part, *(f"{quantiles[name]:,}" for name in names))
     return table
 
 

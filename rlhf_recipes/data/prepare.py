@@ -28,6 +28,7 @@ No row can be judged before all have been seen, because the format is that of mo
 `check` a few at a time.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -51,7 +52,6 @@ from .rows import (
     check_length,
     check_number,
     check_side,
-    count_conversational,
     normalize_row,
     report_bad,
     sift,
@@ -73,13 +73,24 @@ RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # argumen
 class Prepared:
     """A stage's tokenized data. Every list of ids has its row's own length; nothing is padded.
 
-    sft: input_ids, labels (-100 on the prompt). reward: chosen_ids, rejected_ids, or responses_ids (K lists) and
-    ranking (K ranks); prompt_length, and margin, weight (of mean 1 on the training side), source and, of rankings,
-    preferences (C(K, 2) numbers or None) where given.
-    dpo: prompt_ids, chosen_ids and rejected_ids, without the prompt in the last two.
-    ppo: prompt_ids, prompt, and every other column of the source, for reward functions. ptx: input_ids.
-    `report` holds source, rows, used, train, heldout, heldout_prompts (numbers of), dropped (reason -> number) and
-    examples (the first bad rows).
+    The columns of `train` and `heldout`, by stage:
+
+    sft     input_ids, and labels: the same with -100 on the prompt
+    reward  responses_ids (K lists, each prompt + response), ranking (K ranks, 1 for the best) and prompt_length in
+            tokens; where the source has them margin, weight (of mean 1 on the training side), source and, of rankings,
+            preferences (C(K, 2) probabilities or None). A chosen and a rejected response are K = 2 with ranks [1, 2].
+    dpo     prompt_ids, chosen_ids and rejected_ids, the last two without the prompt. Not the form of `reward`, because
+            these are the columns that TRL's collator takes.
+    ppo     prompt_ids, prompt, and every other column of the source, for reward functions
+    ptx     input_ids
+
+    Attributes:
+        train: the rows to train on, in the order of the source.
+        heldout: the rows to evaluate on, of other prompts.
+        conversational: whether they are of messages, or of plain text.
+        stop_token_id: what every response ends with.
+        report: source, rows, used, train, heldout, heldout_prompts (numbers of), dropped (reason -> number) and
+            examples (the first bad rows).
     """
 
     train: datasets.Dataset
@@ -90,74 +101,74 @@ class Prepared:
 
 
 def prepare(
-    name: StageName, stage: Source, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int = 0
+    stage: StageName, source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int = 0
 ) -> Prepared:
     """Read, check, tokenize and split the data of a stage.
 
     Args:
-        name: which stage's columns to make; also the first word of the keys that messages name.
-        stage: its source, columns, limits and held-out share.
+        stage: whose columns to make; also the first word of the keys that messages name.
+        source: where its rows are, with columns, limits and held-out share.
         tokenizer: with its chat template set (`set_chat_template`).
         max_length: longest row in tokens: prompt + completion, or for ppo the prompt alone. None: any.
         seed: of the held-out split. The same prompt falls on the same side in every stage with this seed, save that a
             split never leaves either side empty.
     Raises:
         ValueError: the source cannot be read or understood, a column is mapped wrongly, no usable row is left, or
-            `stage.bad_rows` is "refuse" and there are bad rows.
+            `source.bad_rows` is "refuse" and there are bad rows.
     """
-    check_shares(name, stage)
-    rows, bad, survey = load_rows(name, stage)
-    total, conversational = survey.total, bool(rows) and not isinstance(rows[0].prompt, str)
-    numbers = [column for column in survey.numbers(name) if any(column in row.columns for row in rows)]
-    rows = encode(name, rows, numbers, tokenizer, conversational, bad)
+    check_shares(stage, source)
+    rows, bad, survey = load_rows(stage, source)
+    total, conversational = survey.total, bool(rows) and rows[0].conversational
+    numbers = [column for column in survey.numbers(stage) if any(column in row.columns for row in rows)]
+    rows = encode(stage, rows, numbers, tokenizer, conversational, bad)
     rows = sift(rows, lambda row: check_length(row, max_length), bad)
-    report = {"source": stage.data, "rows": total, "used": len(rows)}
-    dropped = report_bad(name, stage, bad, total)
+    report = {"source": source.data, "rows": total, "used": len(rows)}
+    dropped = report_bad(stage, source, bad, total)
 
-    train, heldout = split_rows(rows, stage.heldout, seed)
-    if name == "ppo":
+    train, heldout = split_rows(rows, source.heldout, seed)
+    if stage == "ppo":
         heldout = list({prompt_position(row.prompt, seed): row for row in reversed(heldout)}.values())
-    heldout = sorted(heldout, key=lambda row: prompt_position(row.prompt, seed))[: stage.heldout_limit]
+    heldout = sorted(heldout, key=lambda row: prompt_position(row.prompt, seed))[: source.heldout_limit]
     prompts = len({prompt_position(row.prompt, seed) for row in heldout})
     report |= {"train": len(train), "heldout": len(heldout), "heldout_prompts": prompts, **dropped}
-    if name == "reward" and "weight" in train[0].columns:
+    if stage == "reward" and "weight" in train[0].columns:
         mean = math.fsum(row.columns["weight"] for row in train) / len(train)
         for row in rows:
             row.columns["weight"] /= mean
-    # One table for both sides gives them the same types. Held-out rows, which may be none, come first, because an
-    # empty range must still begin inside the table.
-    table = _table(name, stage, [*heldout, *train])
-    kept, trained = range(len(heldout)), range(len(heldout), len(table))
-    stop = stop_token_id(tokenizer, conversational)
-    return Prepared(table.select(trained), table.select(kept), conversational, stop, report)
+    heldout_rows, train_rows = _cut(_table(stage, source, [*heldout, *train]), len(heldout))
+    return Prepared(train_rows, heldout_rows, conversational, stop_token_id(tokenizer, conversational), report)
 
 
-def check_shares(name: str, stage: Source) -> None:
-    """Raises ValueError for a share or a limit that is none."""
-    if not 0 <= stage.heldout <= 0.9:
-        raise ValueError(f"{name}.heldout must be between 0 and 0.9, not {stage.heldout}.")
+def check_shares(stage: str, source: Source) -> None:
+    """Raises ValueError, naming the stage's setting, for a share or a limit out of range."""
+    if not 0 <= source.heldout <= 0.9:
+        raise ValueError(f"{stage}.heldout must be between 0 and 0.9, not {source.heldout}.")
     for key in ("limit", "heldout_limit"):
-        if (getattr(stage, key) or 0) < 0:
-            raise ValueError(f"{name}.{key} must not be negative, but is {getattr(stage, key)}.")
+        if (getattr(source, key) or 0) < 0:
+            raise ValueError(f"{stage}.{key} must not be negative, but is {getattr(source, key)}.")
 
 
-def load_rows(name: str, stage: Source) -> tuple[list[Row], list[tuple[int, BadRow]], Survey]:
-    """The usable rows of a source, all text or all messages, and the bad ones."""
-    survey, bad = Survey(stage), []
-    rows = [Row(number, survey.add(row)) for number, row in read(name, stage)]
-    survey.check(name)
-    rows = normalize(name, rows, survey.format(name), bad)
-    conversational = bool(rows) and count_conversational(rows).most_common(1)[0][0]
+def load_rows(stage: str, source: Source) -> tuple[list[Row], list[tuple[int, BadRow]], Survey]:
+    """The usable rows of a source, all text or all messages; the bad ones with their numbers; the survey of both.
+
+    Raises ValueError where the source cannot be read, is empty, or has no format that the stage takes.
+    """
+    survey, bad = Survey(source), []
+    rows = [Row(number, survey.add(row)) for number, row in read(stage, source)]
+    survey.check_columns(stage)
+    rows = normalize(stage, rows, survey.format(stage), bad)
+    # Text and messages cannot be mixed; of equally many the kind of the first row is taken.
+    conversational = bool(rows) and Counter(row.conversational for row in rows).most_common(1)[0][0]
     return sift(rows, lambda row: check_side(row, conversational), bad), bad, survey
 
 
-def normalize(name: str, rows: list[Row], columns: tuple[str, ...], bad: list[tuple[int, BadRow]]) -> list[Row]:
+def normalize(stage: str, rows: list[Row], columns: tuple[str, ...], bad: list[tuple[int, BadRow]]) -> list[Row]:
     """The rows with their prompt and completions, from the columns of a format; the others go to `bad`."""
-    return sift(rows, lambda row: normalize_row(row, columns, name), bad)
+    return sift(rows, lambda row: normalize_row(row, columns, stage), bad)
 
 
 def encode(
-    name: str,
+    stage: str,
     rows: list[Row],
     numbers: Iterable[str],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -167,6 +178,7 @@ def encode(
     """The rows with their texts and tokens (without a tokenizer, only their numbers are checked); others go to `bad`.
 
     Args:
+        stage: what they are for. The texts of `ptx` end in the stop token here; of others the completions do.
         rows: what `normalize` returned; all of messages (`conversational`) or all of text.
         numbers: columns of numbers that every row must have, because some have them.
     """
@@ -177,13 +189,13 @@ def encode(
     end, stop = response_end(tokenizer, conversational)
     rows = sift(rows, lambda row: _render_row(tokenizer, row, end), bad)
     _tokenize(tokenizer, rows, conversational, stop)
-    if name == "ptx":
+    if stage == "ptx":
         for row in rows:
             row.prompt_ids = np.append(row.prompt_ids, np.int32(stop))
     return rows
 
 
-def read_judged(kind: Literal["rank", "label"], path: Path) -> list[dict[str, Any]]:
+def read_judged(stage: Literal["rank", "label"], path: Path) -> list[dict[str, Any]]:
     """The rows of a file of samples (`rank`) or of labels: dicts of prompt, responses, ranking and its other columns.
 
     Raises ValueError where a row is not usable, naming file, row and field: what people or judges work through, and
@@ -191,42 +203,46 @@ def read_judged(kind: Literal["rank", "label"], path: Path) -> list[dict[str, An
     """
     source = Source(str(path), bad_rows="refuse")
     try:
-        rows, bad, survey = load_rows(kind, source)
-        report_bad(kind, source, bad, survey.total)
+        rows, bad, survey = load_rows(stage, source)
+        report_bad(stage, source, bad, survey.total)
     except ValueError as error:
-        message = str(error).removeprefix(f"{kind}.data: ").replace(f" or set {kind}.bad_rows=drop", "")
+        message = str(error).removeprefix(f"{stage}.data: ").replace(f" or set {stage}.bad_rows=drop", "")
         raise ValueError(message) from error
     return [{**row.columns, "prompt": row.prompt, "responses": list(row.completions.values())} for row in rows]
 
 
 def merge_comparisons(parts: list[Prepared]) -> Prepared:
-    """Several prepared sources of the `reward` stage as one, all in the columns of rankings."""
-    names = {column for part in parts for column in part.train.column_names} & {"margin", "weight", "source"}
-    soft = any("preferences" in part.train.column_names for part in parts)
-    sides = []
-    for side in ("heldout", "train"):
-        rows = [row for part in parts for row in getattr(part, side).to_list()]
-        columns: dict[str, list[Any]] = {
-            "responses_ids": [row.get("responses_ids") or [row["chosen_ids"], row["rejected_ids"]] for row in rows],
-            "ranking": [row.get("ranking") or [1, 2] for row in rows],
-            "prompt_length": [row["prompt_length"] for row in rows],
-        }
-        missing = {"margin": 0.0, "weight": 1.0, "source": None}
-        columns |= {name: [row.get(name, missing[name]) for row in rows] for name in sorted(names)}
-        if soft:
-            columns["preferences"] = [row.get("preferences") for row in rows]
-        sides.append(columns)
-    table = datasets.Dataset.from_dict({name: sides[0][name] + sides[1][name] for name in sides[0]})
-    kept, trained = range(len(sides[0]["ranking"])), range(len(sides[0]["ranking"]), len(table))
+    """Several prepared sources of the `reward` stage as one, the rows of each after those of the one before.
+
+    Where only some have a column, the rows of the others get a margin of 0, a weight of 1, no source, no preferences.
+    """
+    sides = [part.heldout for part in parts] + [part.train for part in parts]
+    tables = [table for table in sides if len(table) > 0]  # no column can be added to one without rows
+    for column, default in (("margin", 0.0), ("weight", 1.0)):
+        if any(column in table.column_names for table in tables):
+            tables = [
+                table if column in table.column_names else table.add_column(column, [default] * len(table))
+                for table in tables
+            ]
+    heldout, train = _cut(datasets.concatenate_datasets(tables), sum(len(part.heldout) for part in parts))
     counts = ("rows", "used", "train", "heldout", "heldout_prompts")
     report: dict[str, Any] = {name: sum(part.report[name] for part in parts) for name in counts}
     report["source"] = ", ".join(part.report["source"] for part in parts)
     report["dropped"] = dict(sum((Counter(part.report["dropped"]) for part in parts), Counter()))
-    report["examples"] = [example for part in parts for example in part.report["examples"]]
-    return Prepared(table.select(trained), table.select(kept), parts[0].conversational, parts[0].stop_token_id, report)
+    report["examples"] = [line for part in parts for line in part.report["examples"]]
+    return dataclasses.replace(parts[0], train=train, heldout=heldout, report=report)
+
+
+def _cut(table: datasets.Dataset, heldout: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The held-out rows, which come first, and the training rows of a table. In one table both have the same types.
+
+    The held-out rows may be none, and an empty range must still begin inside the table.
+    """
+    return table.select(range(heldout)), table.select(range(heldout, len(table)))
 
 
 def _render_row(tokenizer: PreTrainedTokenizerBase, row: Row, end: str) -> None:
+    """Fill in the texts of the row as the chat template writes them. Raises BadRow where it refuses the row."""
     try:
         row.prompt_text = render_prompt(tokenizer, row.prompt)
         for column, completion in row.completions.items():
@@ -236,6 +252,7 @@ def _render_row(tokenizer: PreTrainedTokenizerBase, row: Row, end: str) -> None:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[Row], conversational: bool, stop: int) -> None:
+    """Fill in the token ids of the rows' rendered prompts and completions, each column in one batch."""
     prompt_texts = [row.prompt_text for row in rows]
     prompt_ids = prompt_token_ids(tokenizer, prompt_texts, conversational)
     for row, ids in zip(rows, prompt_ids, strict=True):
@@ -249,55 +266,77 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[Row], conversationa
             row.ids[column] = ids
 
 
-def trained_on(name: StageName, stage: Source, seed: int) -> set[int]:
-    """The hashes of the prompts that a stage trains on (see `prompt_hash`). Raises ValueError as `load` does."""
-    rows, _, _ = load_rows(name, stage)
-    return {prompt_hash(row.prompt, seed) for row in split_rows(rows, stage.heldout, seed)[0]}
+def trained_on(stage: StageName, source: Source, seed: int) -> set[int]:
+    """The hashes of the prompts that a stage trains on (see `prompt_hash`). Raises ValueError as `load_rows` does."""
+    rows, _, _ = load_rows(stage, source)
+    return {prompt_hash(row.prompt, seed) for row in split_rows(rows, source.heldout, seed)[0]}
 
 
-def _table(name: str, stage: Source, rows: list[Row]) -> datasets.Dataset:
-    """The rows in the columns that the stage's trainer takes as they are."""
-    columns: dict[str, list[Any]]
-    if name == "sft":
-        pairs = [(row.prompt_ids, ids) for row in rows for ids in row.ids.values()]
-        columns = {
-            "input_ids": [np.append(prompt, ids) for prompt, ids in pairs],
-            "labels": [np.append(np.full_like(prompt, -100), ids) for prompt, ids in pairs],
-        }
-    elif name == "reward":
-        wholes = [{key: np.append(row.prompt_ids, ids) for key, ids in row.ids.items()} for row in rows]
-        if "chosen" in rows[0].ids:
-            columns = {f"{side}_ids": [whole[side] for whole in wholes] for side in ("chosen", "rejected")}
-        else:
-            columns = {"responses_ids": [list(whole.values()) for whole in wholes]}
-            columns["ranking"] = [row.columns["ranking"] for row in rows]
-        columns["prompt_length"] = [len(row.prompt_ids) for row in rows]
-        for column in ("margin", "weight"):
-            if column in rows[0].columns:
-                columns[column] = [row.columns[column] for row in rows]
-        if any(row.columns.get("source") is not None for row in rows):
-            sources = [row.columns.get("source") for row in rows]
-            columns["source"] = [None if source is None else str(source) for source in sources]
-        if "chosen" not in rows[0].ids and any(row.columns.get("preferences") is not None for row in rows):
-            columns["preferences"] = [row.columns.get("preferences") for row in rows]
-    elif name == "ptx":
-        columns = {"input_ids": [row.prompt_ids for row in rows]}
-    elif name == "dpo":
-        columns = {f"{side}_ids": [row.ids[side] for row in rows] for side in ("chosen", "rejected")}
-        columns["prompt_ids"] = [row.prompt_ids for row in rows]
-    else:
-        others = dict.fromkeys(column for row in rows for column in row.columns if column != "prompt")
-        for clash in sorted(set(others) & set(RESERVED)):
-            raise ValueError(
-                f"{name}.data: rename the column {clash!r} of {stage.data}: reward functions have an "
-                "argument of that name."
-            )
-        columns = {"prompt_ids": [row.prompt_ids for row in rows], "prompt": [row.prompt for row in rows]}
-        columns |= {column: [row.columns.get(column) for row in rows] for column in others}
+def _table(stage: str, source: Source, rows: list[Row]) -> datasets.Dataset:
+    """The rows in the columns that the stage's trainer takes as they are (see `Prepared`).
+
+    Raises ValueError where a column mixes types, or has a name that reward functions have for something else.
+    """
+    match stage:
+        case "sft":
+            columns = _demonstration_columns(rows)
+        case "reward":
+            columns = _comparison_columns(rows)
+        case "dpo":
+            columns = {f"{side}_ids": [row.ids[side] for row in rows] for side in ("chosen", "rejected")}
+            columns["prompt_ids"] = [row.prompt_ids for row in rows]
+        case "ptx":
+            columns = {"input_ids": [row.prompt_ids for row in rows]}
+        case _:
+            columns = _prompt_columns(stage, source, rows)
     tables = []
     for column, values in columns.items():
         try:
             tables.append(datasets.Dataset.from_dict({column: values}))
         except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"{name}.data: the column {column!r} of {stage.data} mixes types: {error}") from error
+            raise ValueError(f"{stage}.data: the column {column!r} of {source.data} mixes types: {error}") from error
     return datasets.concatenate_datasets(tables, axis=1)
+
+
+def _demonstration_columns(rows: list[Row]) -> dict[str, list[Any]]:
+    """Ids of prompt and completion together, and labels that leave the prompt out of the loss."""
+    pairs = [(row.prompt_ids, ids) for row in rows for ids in row.ids.values()]
+    return {
+        "input_ids": [np.append(prompt, ids) for prompt, ids in pairs],
+        "labels": [np.append(np.full_like(prompt, -100), ids) for prompt, ids in pairs],
+    }
+
+
+def _comparison_columns(rows: list[Row]) -> dict[str, list[Any]]:
+    """Each row's responses, each after its prompt, with their ranks, and what else the reward model's loss uses."""
+    are_pairs = "chosen" in rows[0].ids
+    columns: dict[str, list[Any]] = {
+        "responses_ids": [[np.append(row.prompt_ids, ids) for ids in row.ids.values()] for row in rows],
+        "ranking": [[1, 2] if are_pairs else row.columns["ranking"] for row in rows],
+        "prompt_length": [len(row.prompt_ids) for row in rows],
+    }
+    for column in ("margin", "weight"):
+        if column in rows[0].columns:
+            columns[column] = [row.columns[column] for row in rows]
+    sources = [row.columns.get("source") for row in rows]
+    if any(source is not None for source in sources):
+        columns["source"] = [None if source is None else str(source) for source in sources]
+    preferences = [row.columns.get("preferences") for row in rows]
+    if not are_pairs and any(soft is not None for soft in preferences):
+        columns["preferences"] = preferences
+    return columns
+
+
+def _prompt_columns(stage: str, source: Source, rows: list[Row]) -> dict[str, list[Any]]:
+    """Each row's prompt, and all other columns of the source, which reward functions get."""
+    others = dict.fromkeys(column for row in rows for column in row.columns if column != "prompt")
+    for clash in sorted(set(others) & set(RESERVED)):
+        raise ValueError(
+            f"{stage}.data: rename the column {clash!r} of {source.data}: reward functions have an argument of that "
+            "name."
+        )
+    columns: dict[str, list[Any]] = {
+        "prompt_ids": [row.prompt_ids for row in rows],
+        "prompt": [row.prompt for row in rows],
+    }
+    return columns | {column: [row.columns.get(column) for row in rows] for column in others}

@@ -23,34 +23,38 @@ from ..recipe.values import Source
 from .sources import conversion, resolve_source
 
 
-def read(name: str, stage: Source) -> Iterator[tuple[int, Any]]:
-    """The first `stage.limit` rows of a stage's source, with their numbers.
+def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
+    """The first `source.limit` rows of a stage's source, with their numbers.
 
-    These count from 1: lines of a JSONL file, data rows of all others, and what a conversion has made.
+    These count from 1: lines of a JSONL file, data rows of all others, and what a conversion has made. Raises
+    ValueError, naming the stage's setting, where the source is not there or cannot be read.
     """
-    stage = resolve_source(stage)
-    numbered = _read_source(name, stage)
-    if stage.convert is not None:
-        convert = conversion(f"{name}.convert", stage.convert)
+    source = resolve_source(source)
+    numbered = _read_source(stage, source)
+    if source.convert is not None:
+        convert = conversion(f"{stage}.convert", source.convert)
         numbered = enumerate(convert(row for _, row in numbered), 1)
-    return islice(numbered, stage.limit)
+    return islice(numbered, source.limit)
 
 
-def _read_source(name: str, stage: Source) -> Iterator[tuple[int, Any]]:
-    path = Path(stage.data)
-    if is_function(stage.data):
-        yield from enumerate(function(stage.data)(), 1)
+def _read_source(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
+    """All rows of a function, a file or a Hub dataset, before any conversion."""
+    path = Path(source.data)
+    if is_function(source.data):
+        yield from enumerate(function(source.data)(), 1)
     elif path.is_file() or file_kind(path) in READERS or path.suffix == ".gz":
-        yield from _read_file(f"{name}.data", path)
+        yield from _read_file(f"{stage}.data", path)
     else:
-        yield from enumerate(_read_hub(name, stage), 1)
+        yield from enumerate(_read_hub(stage, source), 1)
 
 
 def file_kind(path: Path) -> str:
+    """The suffix that says how a file is read, a key of `READERS` if it is known; without .gz."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def _read_file(key: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a file, whatever it is. Raises ValueError, naming the setting `key`, file and line."""
     if not path.is_file():
         raise ValueError(f"{key}: there is no file {path}.")
     if file_kind(path) not in READERS:
@@ -65,6 +69,7 @@ def _read_file(key: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """JSON lines."""
     return _json_lines(io.TextIOWrapper(file, encoding="utf-8-sig"))
 
 
@@ -78,6 +83,7 @@ def _read_json(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """A row of each line that is not blank. Raises JSONDecodeError with the number of the line in the file."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -89,6 +95,7 @@ def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _read_csv(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """A table with a header. All cells are text, but for messages."""
     # Read by the standard library, not pyarrow, which fails a whole column for one cell of another type.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     for number, row in enumerate(csv.DictReader(text), 1):
@@ -96,6 +103,7 @@ def _read_csv(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """A table with types."""
     with tempfile.TemporaryFile() as whole:
         if isinstance(file, gzip.GzipFile):  # in which nothing can be sought
             shutil.copyfileobj(file, whole)
@@ -125,13 +133,14 @@ def _decode(cell: Any) -> Any:
     return cell
 
 
-def _read_hub(name: str, stage: Source) -> Iterable[Any]:
+def _read_hub(stage: str, source: Source) -> Iterable[Any]:
+    """A dataset of the Hub, or a local folder that `datasets` can read. Raises ValueError where it is neither."""
     try:
-        dataset = datasets.load_dataset(stage.data, name=stage.subset, split=stage.split)
+        dataset = datasets.load_dataset(source.data, name=source.subset, split=source.split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
-            f"{name}.data: {stage.data!r} is no local file or function, and cannot be loaded as a dataset of the Hub "
-            f"(subset {stage.subset!r}, split {stage.split!r}): {error}"
+            f"{stage}.data: {source.data!r} is no local file or function, and cannot be loaded as a dataset of the Hub "
+            f"(subset {source.subset!r}, split {source.split!r}): {error}"
         ) from error
     assert isinstance(dataset, datasets.Dataset)
     return dataset

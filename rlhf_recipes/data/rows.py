@@ -55,19 +55,26 @@ class BadRow(Exception):
 
 @dataclass
 class Row:
-    number: int  # in its source
-    columns: dict[str, Any]  # under TRL's names
+    """A row on its way from the source to the columns of a stage: what each step finds out is written into it."""
+
+    number: int  # in its source, from 1
+    columns: dict[str, Any]  # the source's, under TRL's names
     prompt: Text = ""
-    completions: dict[str, Text] = field(default_factory=dict)
-    prompt_text: str = ""
+    completions: dict[str, Text] = field(default_factory=dict)  # by column; a ranking's are responses[0], ...
+    prompt_text: str = ""  # the prompt rendered
     texts: dict[str, str] = field(default_factory=dict)  # the completions rendered, without the end of the turn
     prompt_ids: Ids = field(default_factory=lambda: np.empty(0, np.int32))
     ids: dict[str, Ids] = field(default_factory=dict)  # the completions tokenized, with the stop token
 
+    @property
+    def conversational(self) -> bool:
+        """Whether the prompt is of messages, or plain text."""
+        return not isinstance(self.prompt, str)
 
-def accepted(name: str) -> str:
+
+def accepted(stage: str) -> str:
     """The formats that a stage takes, in words."""
-    return ", or ".join(" + ".join(columns) for columns in FORMATS[name])
+    return ", or ".join(" + ".join(columns) for columns in FORMATS[stage])
 
 
 @dataclass
@@ -75,14 +82,14 @@ class Survey:
     """What a pass over all rows of a source finds out. Before it no row can be judged.
 
     Attributes:
-        stage: the source.
+        source: the source.
         total: how many rows it has.
         theirs: its columns, in their order.
         ours: the columns under TRL's names.
         having: which of COLUMNS a row has -> number of such rows.
     """
 
-    stage: Source
+    source: Source
     total: int = 0
     theirs: dict[str, None] = field(default_factory=dict)
     ours: dict[str, None] = field(default_factory=dict)
@@ -100,69 +107,71 @@ class Survey:
         return row
 
     def rename(self, row: Any) -> Any:
-        """The row with `stage.columns` applied."""
-        names = self.stage.columns
+        """The row with `source.columns` applied."""
+        names = self.source.columns
         if not names or not isinstance(row, dict):
             return row
         renamed = {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
         return {key: cell for key, cell in row.items() if key not in names.values()} | renamed
 
-    def check(self, name: str) -> None:
+    def check_columns(self, stage: str) -> None:
         """Raises ValueError for a source without rows, or a name that TRL or the source does not have."""
         if not self.total:
-            raise ValueError(f"{name}.data: {self.stage.data} holds no rows.")
-        for ours, theirs in self.stage.columns.items():
+            raise ValueError(f"{stage}.data: {self.source.data} holds no rows.")
+        for ours, theirs in self.source.columns.items():
             if ours not in COLUMNS:
-                raise ValueError(f"{name}.columns: TRL has no column {ours!r}.{suggestion(ours, COLUMNS)}")
+                raise ValueError(f"{stage}.columns: TRL has no column {ours!r}.{suggestion(ours, COLUMNS)}")
             if theirs not in self.theirs:
-                found = suggestion(theirs, self.theirs)
-                raise ValueError(f"{name}.columns: {self.stage.data} has no column {theirs!r}.{found}")
+                hint = suggestion(theirs, self.theirs)
+                raise ValueError(f"{stage}.columns: {self.source.data} has no column {theirs!r}.{hint}")
 
-    def counts(self, name: str) -> dict[tuple[str, ...], int]:
+    def counts(self, stage: str) -> dict[tuple[str, ...], int]:
         """Each format that a stage takes, and how many rows have it."""
         return {
             columns: sum(count for having, count in self.having.items() if having.issuperset(columns))
-            for columns in FORMATS[name]
+            for columns in FORMATS[stage]
         }
 
-    def format(self, name: str) -> tuple[str, ...]:
+    def format(self, stage: str) -> tuple[str, ...]:
         """The format that a stage reads: the first that half as many rows have as have the most frequent one.
 
         A few rows without a prompt must not make all of them rows with an implicit one, nor a stray column decide for
         all. Raises ValueError where no row has one of the stage's formats.
         """
-        counts = self.counts(name)
+        counts = self.counts(stage)
         if not any(counts.values()):
-            found = ", ".join(self.ours) or "none"
-            example = f"{name}.columns={{'{FORMATS[name][-1][0]}': 'its name in the source'}}"
+            there = ", ".join(self.ours) or "none"
+            example = f"{stage}.columns={{'{FORMATS[stage][-1][0]}': 'its name in the source'}}"
             raise ValueError(
-                f"{name}.data: {self.stage.data} has the columns: {found}. This stage takes {accepted(name)}. If they "
-                f"have other names there, map them: {example}."
+                f"{stage}.data: {self.source.data} has the columns: {there}. This stage takes {accepted(stage)}. If "
+                f"they have other names there, map them: {example}."
             )
-        return next(columns for columns in FORMATS[name] if 2 * counts[columns] >= max(counts.values()))
+        return next(columns for columns in FORMATS[stage] if 2 * counts[columns] >= max(counts.values()))
 
-    def numbers(self, name: str) -> tuple[str, ...]:
+    def numbers(self, stage: str) -> tuple[str, ...]:
         """The columns of numbers that every row of this stage must have if a usable one has them, as some row has."""
-        return tuple(column for column in ("margin", "weight") if name == "reward" and column in self.ours)
+        return tuple(column for column in ("margin", "weight") if stage == "reward" and column in self.ours)
 
 
-def _check_text(name: str, value: Any) -> None:
+def _check_text(column: str, value: Any) -> None:
+    """Raises BadRow where a value is neither text nor a list of messages."""
     if value is None:
-        raise BadRow("missing field", name)
+        raise BadRow("missing field", column)
     if isinstance(value, str):
         texts = [value]
     elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
         texts = [message.get(key) for message in value for key in ("role", "content")]
     else:
-        raise BadRow("wrong type", name, f"{type(value).__name__}, not text or a list of messages")
+        raise BadRow("wrong type", column, f"{type(value).__name__}, not text or a list of messages")
     for text in texts:
         if not isinstance(text, str):
-            raise BadRow("wrong type", name, "a message's role and content must be text")
+            raise BadRow("wrong type", column, "a message's role and content must be text")
         if re.search("[\ud800-\udfff]", text):
-            raise BadRow("not Unicode", name, "half of a surrogate pair")
+            raise BadRow("not Unicode", column, "half of a surrogate pair")
 
 
 def _is_empty(value: Text) -> bool:
+    """Whether a text, or the last of some messages, says nothing."""
     text = value if isinstance(value, str) else value[-1]["content"] if value else ""
     return not text.strip()
 
@@ -178,8 +187,8 @@ def _transcript(text: Any) -> Messages | None:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def normalize_row(row: Row, columns: tuple[str, ...], name: str) -> None:
-    """Fill in the row's prompt and completions. Raises BadRow."""
+def normalize_row(row: Row, columns: tuple[str, ...], stage: str) -> None:
+    """Fill in the row's prompt and completions from the columns of a format, as a stage needs them. Raises BadRow."""
     if not isinstance(row.columns, dict):
         raise BadRow("wrong type", "row", f"{type(row.columns).__name__}, not an object")
     if None in row.columns:  # the csv module's key for what has no column
@@ -190,9 +199,9 @@ def normalize_row(row: Row, columns: tuple[str, ...], name: str) -> None:
     for column, value in values.items():
         _check_text(column, value)
     if "messages" in values:
-        prompt, completions = _split_messages(values["messages"], name)
+        prompt, completions = _split_messages(values["messages"], stage)
     elif "chosen" in values:
-        prompt, completions = _split_preference(values, name)
+        prompt, completions = _split_preference(values, stage)
     elif "text" in values:
         if not isinstance(values["text"], str):
             raise BadRow("wrong type", "text", "messages, not text")
@@ -204,31 +213,32 @@ def normalize_row(row: Row, columns: tuple[str, ...], name: str) -> None:
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         raise BadRow("no answer can follow", "prompt", "it ends with an assistant's message")
     row.prompt = prompt
-    if name != "ppo":
-        row.completions = {key: value for key, value in completions.items() if (name, key) != ("sft", "rejected")}
+    if stage != "ppo":
+        row.completions = {key: value for key, value in completions.items() if (stage, key) != ("sft", "rejected")}
     for column, value in row.completions.items():
         _check_completion(prompt, column, value)
     if "ranking" in columns:
         _check_ranking(list(row.completions.values()), row.columns["ranking"])
         _check_preferences(row)
-        if name == "reward" and len(set(row.columns["ranking"])) == 1:
+        if stage == "reward" and len(set(row.columns["ranking"])) == 1:
             _rank_softly(row)
 
 
 def _rank_softly(row: Row) -> None:
     """Rank what is all tied by its soft labels: by how often a response is expected to win. Raises BadRow."""
     wins = [0.0] * len(row.completions)
-    soft = row.columns.get("preferences") or [0.5] * math.comb(len(wins), 2)
-    for (one, other), preference in zip(combinations(range(len(wins)), 2), soft, strict=True):
-        wins[one] += preference
-        wins[other] += 1 - preference
-    wins = [round(win, 9) for win in wins]
+    soft_labels = row.columns.get("preferences") or [0.5] * math.comb(len(wins), 2)
+    for (first, second), preference in zip(combinations(range(len(wins)), 2), soft_labels, strict=True):
+        wins[first] += preference
+        wins[second] += 1 - preference
+    wins = [round(win, 9) for win in wins]  # sums in another order differ in their last digits
     if len(set(wins)) == 1:
         raise BadRow("all tied", "ranking", f"{row.columns['ranking']} prefers nothing")
     row.columns["ranking"] = [1 + sum(other > win for other in wins) for win in wins]
 
 
 def _check_completion(prompt: Text, column: str, value: Text) -> None:
+    """Raises BadRow where a completion cannot follow the prompt: text after messages, nothing, several messages."""
     if isinstance(value, str) != isinstance(prompt, str):
         kinds = ("text", "messages") if isinstance(value, str) else ("messages", "text")
         raise BadRow("wrong type", column, "{} after a prompt of {}".format(*kinds))
@@ -274,31 +284,34 @@ def _check_preferences(row: Row) -> None:
     """Soft labels, where the row has them, are a probability for each pair. Raises BadRow."""
     if row.columns.get("preferences") is None:
         return
-    found, pairs = _list("preferences", row.columns["preferences"]), math.comb(len(row.completions), 2)
-    if len(found) != pairs:
-        raise BadRow("lengths differ", "preferences", f"{len(found)} for {pairs} pairs of responses")
-    if not all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in found):
-        raise BadRow("not a probability", "preferences", f"{found}, not numbers from 0 to 1")
-    row.columns["preferences"] = [float(p) for p in found]
+    given, pairs = _list("preferences", row.columns["preferences"]), math.comb(len(row.completions), 2)
+    if len(given) != pairs:
+        raise BadRow("lengths differ", "preferences", f"{len(given)} for {pairs} pairs of responses")
+    if not all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in given):
+        raise BadRow("not a probability", "preferences", f"{given}, not numbers from 0 to 1")
+    row.columns["preferences"] = [float(p) for p in given]
 
 
 def _check_ranking(responses: list[Text], ranking: list[int]) -> None:
-    for (one, above), (other, below) in combinations(zip(responses, ranking, strict=True), 2):
-        if one == other and above != below:
-            raise BadRow("equal texts ranked differently", "responses", f"ranks {above} and {below}")
+    """Raises BadRow where two responses of the same text have different ranks."""
+    for (first, first_rank), (second, second_rank) in combinations(zip(responses, ranking, strict=True), 2):
+        if first == second and first_rank != second_rank:
+            raise BadRow("equal texts ranked differently", "responses", f"ranks {first_rank} and {second_rank}")
 
 
-def _split_messages(messages: Messages, name: str) -> tuple[Text, dict[str, Text]]:
+def _split_messages(messages: Messages, stage: str) -> tuple[Text, dict[str, Text]]:
+    """All before the last assistant message, and that message; for PPO all messages if there is none. Raises BadRow."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if answers:
         return messages[: answers[-1]], {"completion": messages[answers[-1] : answers[-1] + 1]}
-    if name != "ppo":
+    if stage != "ppo":
         raise BadRow("missing field", "messages", "there is no assistant message")
     return messages, {}
 
 
-def _split_preference(values: dict[str, Any], name: str) -> tuple[Text, dict[str, Text]]:
-    if name in ("reward", "dpo") and values["chosen"] == values["rejected"]:
+def _split_preference(values: dict[str, Any], stage: str) -> tuple[Text, dict[str, Text]]:
+    """The prompt, given or what both responses begin with, and the two responses. Raises BadRow."""
+    if stage in ("reward", "dpo") and values["chosen"] == values["rejected"]:
         raise BadRow("chosen equals rejected", "chosen")
     pair: dict[str, Any] = {column: _transcript(values[column]) or values[column] for column in ("chosen", "rejected")}
     # Whole conversations hold their prompt, and win over a prompt beside them (which is often its text alone).
@@ -343,17 +356,15 @@ def sift(rows: list[Row], check: Callable[[Row], None], bad: list[tuple[int, Bad
     return kept
 
 
-def count_conversational(rows: list[Row]) -> Counter[bool]:
-    return Counter(not isinstance(row.prompt, str) for row in rows)
-
-
 def check_side(row: Row, conversational: bool) -> None:
-    if isinstance(row.prompt, str) == conversational:
+    """Raises BadRow for a row of text among messages (`conversational`), or of messages among text."""
+    if row.conversational != conversational:
         kinds = ("text", "messages") if conversational else ("messages", "text")
         raise BadRow(MIXED, "prompt", "this row is {}, most are {}".format(*kinds))
 
 
 def check_number(row: Row, column: str) -> None:
+    """Make a cell a number. Raises BadRow where it is none, is not finite, or is a weight that is not above 0."""
     cell = row.columns.get(column)
     if cell is None:
         raise BadRow("missing field", column)
@@ -368,26 +379,30 @@ def check_number(row: Row, column: str) -> None:
 
 
 def check_length(row: Row, limit: int | None) -> None:
+    """Raises BadRow where a tokenized row, prompt and completion together, is longer than `limit` tokens."""
     for column, ids in row.ids.items() or (("prompt", ()),):
         length = len(row.prompt_ids) + len(ids)
         if limit is not None and length > limit:
             raise BadRow("too long", column, f"{length} tokens, limit {limit}")
 
 
-def report_bad(name: str, stage: Source, bad: list[tuple[int, BadRow]], total: int) -> dict[str, Any]:
-    """What the report says of bad rows. Raises ValueError if they are refused, or are all there is."""
+def report_bad(stage: str, source: Source, bad: list[tuple[int, BadRow]], total: int) -> dict[str, Any]:
+    """What the report says of bad rows: `dropped`, reason -> number, and `examples`, the first 20 of them in words.
+
+    Raises ValueError if `source.bad_rows` refuses them, or if they are all `total` rows.
+    """
     bad = sorted(bad, key=lambda item: item[0])
     dropped = dict(Counter(error.reason for _, error in bad).most_common())
-    examples = [example(stage, number, error) for number, error in bad[:20]]
-    if bad and (stage.bad_rows == "refuse" or len(bad) == total):
+    examples = [example(source, number, error) for number, error in bad[:20]]
+    if bad and (source.bad_rows == "refuse" or len(bad) == total):
         counts = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
-        fix = f"Correct them or set {name}.bad_rows=drop." if len(bad) < total else "No usable row is left."
+        fix = f"Correct them or set {stage}.bad_rows=drop." if len(bad) < total else "No usable row is left."
         first = "".join(f"\n  {line}" for line in examples[:5])
-        raise ValueError(f"{name}.data: {len(bad)} of {total} rows cannot be used ({counts}). {fix} The first:{first}")
+        raise ValueError(f"{stage}.data: {len(bad)} of {total} rows cannot be used ({counts}). {fix} The first:{first}")
     return {"dropped": dropped, "examples": examples}
 
 
-def example(stage: Source, number: int, error: BadRow | str) -> str:
-    """A bad row, as messages name it."""
-    unit = "data row" if file_kind(Path(stage.data)) == ".csv" else "row"
-    return f"{stage.data}, {unit} {number}, {error}"
+def example(source: Source, number: int, error: BadRow | str) -> str:
+    """A bad row, as messages name it: source, number and what is wrong."""
+    unit = "data row" if file_kind(Path(source.data)) == ".csv" else "row"
+    return f"{source.data}, {unit} {number}, {error}"

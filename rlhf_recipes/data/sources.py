@@ -36,7 +36,10 @@ class Named:
 
 
 def resolve_source(source: Source) -> Source:
-    """A source whose `data` is a name, as the Hub dataset that it stands for. What the user has set stays."""
+    """A source whose `data` is a name, as the Hub dataset that it stands for; any other as it is.
+
+    A file of that name comes first, and what the user has set (subset, split, convert) stays.
+    """
     named = SOURCES.get(source.data)
     if named is None or Path(source.data).exists():
         return source
@@ -142,13 +145,13 @@ def _oasst1(rows: Iterable[Row]) -> Iterator[Row]:
 
 def _conversation(messages: dict[str, Row], last: str) -> list[dict[str, str]] | None:
     """The messages from the root to that one; None where one of them is missing or deleted."""
-    roles, found, at = {"prompter": "user", "assistant": "assistant"}, [], last
-    while at is not None:
-        if at not in messages:
+    roles, upwards, id = {"prompter": "user", "assistant": "assistant"}, [], last
+    while id is not None:
+        if id not in messages:
             return None
-        found.append({"role": roles[messages[at]["role"]], "content": messages[at]["text"]})
-        at = messages[at].get("parent_id")
-    return found[::-1]
+        upwards.append({"role": roles[messages[id]["role"]], "content": messages[id]["text"]})
+        id = messages[id].get("parent_id")
+    return upwards[::-1]
 
 
 SOURCES: dict[str, Named] = {

@@ -16,7 +16,7 @@ def prompt_hash(prompt: Text, seed: int) -> int:
 
 
 def prompt_position(prompt: Text, seed: int) -> float:
-    """Where a prompt lies in [0, 1): below `Stage.heldout` it is held out, in whatever stage, order or file."""
+    """Where a prompt lies in [0, 1): below `Source.heldout` it is held out, in whatever stage, order or file."""
     return (prompt_hash(prompt, seed) >> 16) / 2**48
 
 
@@ -31,20 +31,24 @@ def heldout_below(share: float, second: float, last: float) -> float:
 
 
 def split_rows(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows in their order, and held-out rows. With two prompts or more neither side is empty."""
+    """Training rows and held-out rows of about a `share` of the prompts, each in their order.
+
+    With two prompts or more neither side is empty, unless the share is 0.
+    """
     train, heldout = _sides_by_position([prompt_position(row.prompt, seed) for row in rows], share)
     return [rows[index] for index in train], [rows[index] for index in heldout]
 
 
 def set_aside(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Rows of the `reward` stage without a share of their prompts, and the rows of that share.
+    """Prepared rows of the `reward` stage without a share of their prompts, and the rows of that share.
 
-    It is independent of the held-out split. Raises ValueError where there are fewer than two prompts to share out.
+    It is independent of the held-out split, because prompts are told apart here by their token ids. Raises ValueError
+    where there are fewer than two prompts to share out.
     """
     if share == 0:
         return rows, rows.select([])
-    wholes = rows["chosen_ids"] if "chosen_ids" in rows.column_names else (of[0] for of in rows["responses_ids"])
-    prompts = [whole[:length] for whole, length in zip(wholes, rows["prompt_length"], strict=True)]
+    columns = zip(rows["responses_ids"], rows["prompt_length"], strict=True)
+    prompts = [responses[0][:length] for responses, length in columns]  # each response begins with the prompt
     rest, aside = _sides_by_position([prompt_position(json.dumps(ids), seed) for ids in prompts], share)
     if not aside:
         raise ValueError("reward.judge_share shares out the training prompts, and there is only one.")

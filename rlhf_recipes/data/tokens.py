@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..recipe.overrides import suggestion
 
-Messages = list[dict[str, Any]]
+Messages = list[dict[str, Any]]  # each with role and content, as TRL's
 
-Text = str | Messages
+Text = str | Messages  # a prompt or a completion
 
 Ids = np.ndarray  # int32, (tokens,): a list takes eight times the memory
 
@@ -126,14 +126,15 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     after = _render(tokenizer, probe).rpartition("answer")[2]
     special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = [token for token in special if token in after]
-    if not found:
+    written = [token for token in special if token in after]
+    if not written:
         return "", stop_token_id(tokenizer, False)
-    stop = max(found, key=lambda token: (after.rfind(token) + len(token), len(token)))
+    stop = max(written, key=lambda token: (after.rfind(token) + len(token), len(token)))
     return after[after.rfind(stop) :], special[stop]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """Messages as the chat template writes them."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     assert isinstance(text, str)
     return text
@@ -147,7 +148,14 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> str:
 def render_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, prompt_text: str, completion: Text, end: str
 ) -> str:
-    """The completion as the template renders it after the prompt, without the end of the turn."""
+    """The completion as the template renders it after the prompt, without the end of the turn.
+
+    Args:
+        prompt_text: the prompt, by `render_prompt`.
+        end: what the template writes after an answer, by `response_end`.
+    Raises:
+        ValueError: the template writes the prompt differently once an answer follows it.
+    """
     if isinstance(prompt, str) or isinstance(completion, str):
         assert isinstance(prompt, str) and isinstance(completion, str), "prompt and completion have different formats"
         return completion
@@ -162,6 +170,7 @@ def render_completion(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool) -> list[Ids]:
+    """The ids of each text, with the special tokens that the tokenizer puts around a text or without."""
     result = []
     # In pieces, because a fast tokenizer holds some hundred bytes a token until a batch is done.
     for start in range(0, len(texts), 1000):
@@ -173,7 +182,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: b
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], conversational: bool) -> list[Ids]:
-    """`tokenize_prompt` of many rendered prompts."""
+    """`tokenize_prompt` of many rendered prompts, N arrays of their own lengths."""
     # A template writes its special tokens itself.
     batch = _ids(tokenizer, texts, special_tokens=not conversational)
     ends_in_eos = [not conversational and ids[-1:].tolist() == [tokenizer.eos_token_id] for ids in batch]
@@ -188,7 +197,15 @@ def completion_token_ids(
     conversational: bool,
     stop: int,
 ) -> list[Ids]:
-    """The ids of many rendered responses, each ending in exactly one stop token (see `tokenize_pair`)."""
+    """The ids of many rendered responses, each ending in exactly one stop token (see `tokenize_pair`).
+
+    Args:
+        prompt_texts, prompt_ids: the prompt of each, by `render_prompt` and `prompt_token_ids`.
+        texts: the responses, by `render_completion`.
+        stop: the id of the stop token, by `response_end`.
+    Returns:
+        N arrays of their own lengths.
+    """
     wholes = [prompt + text for prompt, text in zip(prompt_texts, texts, strict=True)]
     batch = _ids(tokenizer, wholes, special_tokens=not conversational)
     spans = [not np.array_equal(ids[: len(prompt)], prompt) for ids, prompt in zip(batch, prompt_ids, strict=True)]

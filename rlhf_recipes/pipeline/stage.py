@@ -68,7 +68,7 @@ def plan_for_rows(job: Job) -> StagePlan:
         for table in part.select_columns(names).with_format("arrow").iter(batch_size=10_000):
             for name in names:
                 column = table[name].combine_chunks()
-                if pyarrow.types.is_nested(column.type.value_type):  # rankings have a list of responses
+                if pyarrow.types.is_nested(column.type.value_type):  # the reward stage's rows have K responses each
                     column = column.flatten()
                 longest = pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py()
                 if name == "prompt_ids":

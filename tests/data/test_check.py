@@ -87,9 +87,10 @@ def test_the_report_is_that_of_prepare(stage: Any, seed: int, tmp_path: Path, mo
     assert {key: found[key] for key in SAME} == {key: wanted.report[key] for key in SAME}
     assert found["conversational"] == wanted.conversational
     lengths = found["lengths"]["prompt" if stage == "ppo" else "whole"]
-    column = {"sft": "input_ids", "reward": "chosen_ids", "ppo": "prompt_ids", "dpo": "chosen_ids"}[stage]
-    if column in wanted.train.column_names:
-        assert max(map(len, wanted.train[column]), default=0) <= min(60, lengths["longest"])
+    column = {"sft": "input_ids", "reward": "responses_ids", "ppo": "prompt_ids", "dpo": "chosen_ids"}[stage]
+    cells = wanted.train[column]
+    rows = [ids for responses in cells for ids in responses] if stage == "reward" else cells
+    assert max(map(len, rows), default=0) <= min(60, lengths["longest"])
 
 
 def test_what_is_shown_is_what_the_trainer_gets(tmp_path: Path) -> None:
@@ -105,10 +106,9 @@ def test_what_is_shown_is_what_the_trainer_gets(tmp_path: Path) -> None:
         "rejected": "Oh<|im_end|>",
     }
     prepared = prepare("reward", Stage(path, heldout=0.0), tokenizer, None)
-    for side in ("chosen", "rejected"):
-        assert tokenizer.decode(prepared.train[1][f"{side}_ids"]) == texts["prompt"] + texts[side]
-        length = row["parts"]["prompt"]["length"] + row["parts"][side]["length"]
-        assert len(prepared.train[1][f"{side}_ids"]) == length
+    for side, ids in zip(("chosen", "rejected"), prepared.train[1]["responses_ids"], strict=True):
+        assert tokenizer.decode(ids) == texts["prompt"] + texts[side]
+        assert len(ids) == row["parts"]["prompt"]["length"] + row["parts"][side]["length"]
 
 
 # --- Findings ---------------------------------------------------------------------------------------------------------

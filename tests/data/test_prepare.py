@@ -14,14 +14,14 @@ from support.paths import SHARED
 from support.rows import assistant, make_tokenizer, user, write
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers import PreTrainedTokenizerFast as FastTokenizer
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.data.tokens import set_chat_template, stop_token_id, tokenize_pair, tokenize_prompt
 from rlhf_recipes.recipe.values import Stage
+from rlhf_recipes.stages.options import RewardConfig
+from rlhf_recipes.stages.reward.trainer import RewardTrainer
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -196,8 +196,8 @@ def test_every_kind_of_file_gives_the_same_rows(
     write_source(tmp_path / f"data.{kind}{zipped}", rows)
     result = unsplit(tokenizer, "reward", str(tmp_path / f"data.{kind}{zipped}"))
     for row, expected in zip(result, rows, strict=True):
-        for side in ("chosen", "rejected"):
-            assert row[f"{side}_ids"] == whole(tokenizer, expected["prompt"], expected[side])
+        sides = (expected["chosen"], expected["rejected"])
+        assert row["responses_ids"] == [whole(tokenizer, expected["prompt"], side) for side in sides]
 
 
 def test_json_suffix_with_lines(tokenizer: FastTokenizer, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_columns_are_mapped(tokenizer: FastTokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", [{"question": "Why?", "chosen": "no", "winner": " so.", "loser": " no."}])
     columns = {"prompt": "question", "chosen": "winner", "rejected": "loser"}
     (row,) = unsplit(tokenizer, "reward", path, columns=columns)
-    assert tokenizer.decode(row["chosen_ids"]) == "<s>Why? so.</s>"
+    assert tokenizer.decode(row["responses_ids"][0]) == "<s>Why? so.</s>"
 
 
 @pytest.mark.parametrize(
@@ -324,8 +324,8 @@ def test_all_stages_see_the_same_tokens_of_a_conversation(
     (sft,), (reward,), (ppo,) = (unsplit(tokenizer, name, path) for name in STAGES)
     assert sft == {"input_ids": prompt + chosen, "labels": [-100] * len(prompt) + chosen}
     assert reward == {
-        "chosen_ids": prompt + chosen,
-        "rejected_ids": prompt + tokenize_pair(tokenizer, DIALOGUE, [assistant("no")])[1],
+        "responses_ids": [prompt + chosen, prompt + tokenize_pair(tokenizer, DIALOGUE, [assistant("no")])[1]],
+        "ranking": [1, 2],
         "prompt_length": len(prompt),
     }
     assert ppo["prompt_ids"] == prompt == tokenize_prompt(tokenizer, DIALOGUE)
@@ -345,7 +345,7 @@ def test_all_stages_see_the_same_tokens_of_a_text(
     path = write(tmp_path / "data.jsonl", [row])
     prompt, chosen = tokenize_pair(tokenizer, "The sky is", " blue.")
     (sft,), (reward,), (ppo,) = (unsplit(tokenizer, name, path) for name in STAGES)
-    assert sft["input_ids"] == reward["chosen_ids"] == prompt + chosen
+    assert sft["input_ids"] == reward["responses_ids"][0] == prompt + chosen
     assert (ppo["prompt_ids"], ppo["prompt"]) == (prompt, "The sky is")
 
 
@@ -509,7 +509,8 @@ def test_a_row_without_prompt_is_not_taken_for_an_implicit_one(tokenizer: FastTo
 
 def prompts(rows: list[dict[str, Any]], key: str, tokenizer: FastTokenizer) -> set[str]:
     """The questions that the rows hold, each `Question N?`."""
-    return {str(tokenizer.decode(row[key])).removeprefix("<s>").partition("?")[0] for row in rows}
+    ids = [row[key][0] if key == "responses_ids" else row[key] for row in rows]
+    return {str(tokenizer.decode(one)).removeprefix("<s>").partition("?")[0] for one in ids}
 
 
 def test_the_same_prompts_are_held_out_in_every_stage(tokenizer: FastTokenizer, tmp_path: Path) -> None:
@@ -517,7 +518,7 @@ def test_the_same_prompts_are_held_out_in_every_stage(tokenizer: FastTokenizer, 
     stage = Stage(data=write(tmp_path / "data.jsonl", rows), heldout=0.2)
     shuffled = Stage(data=write(tmp_path / "shuffled.jsonl", rows[::-1] + rows[:50]), heldout=0.2)
     sides = []
-    for name, key in (("sft", "input_ids"), ("reward", "chosen_ids"), ("ppo", "prompt_ids")):
+    for name, key in (("sft", "input_ids"), ("reward", "responses_ids"), ("ppo", "prompt_ids")):
         for source in (stage, shuffled):
             result = prepare(name, source, tokenizer, None)  # type: ignore[arg-type]
             train = prompts(result.train.to_list(), key, tokenizer)
@@ -599,7 +600,9 @@ def test_reward_trainer_takes_the_columns_as_they_are(tokenizer: FastTokenizer, 
     rows = result.train.to_list()[:2]
     batch = trainer.data_collator(rows)
     assert batch["margin"].tolist() == [1.0, 1.0]
-    assert batch["input_ids"][0].tolist()[: len(rows[0]["chosen_ids"])] == rows[0]["chosen_ids"]
+    assert batch["ranking"].tolist() == [[1, 2], [1, 2]]
+    first = rows[0]["responses_ids"][0]
+    assert batch["input_ids"][0].tolist()[: len(first)] == first
     assert trainer.evaluate()["eval_loss"] > 0
 
 
@@ -614,9 +617,10 @@ def test_real_hh_rows(name: Any) -> None:
     assert result.report["used"] == 439 and not result.report["dropped"]
     row = json.loads(gzip.decompress(source.read_bytes()).splitlines()[0])
     text = row["prompt"] + ("" if name == "ppo" else row["chosen"].rstrip() + "</s>")
-    key = {"sft": "input_ids", "reward": "chosen_ids", "ppo": "prompt_ids"}[name]
-    assert any("".join(tokenizer.decode(ids).split()) == "<s>" + "".join(text.split()) for ids in result.train[key])
-    assert all(ids[0] == tokenizer.bos_token_id for ids in result.train[key])
+    key = {"sft": "input_ids", "reward": "responses_ids", "ppo": "prompt_ids"}[name]
+    rows = [cell[0] if name == "reward" else cell for cell in result.train[key]]
+    assert any("".join(tokenizer.decode(ids).split()) == "<s>" + "".join(text.split()) for ids in rows)
+    assert all(ids[0] == tokenizer.bos_token_id for ids in rows)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the sample data and model in ../shared are absent")
@@ -626,4 +630,4 @@ def test_real_hh_rows_over_the_limit_are_counted() -> None:
     stage = Stage(data=str(SHARED / "data" / "hh_base_eval10.jsonl.gz"))
     result = prepare("reward", stage, tokenizer, 512)
     assert result.report["rows"] == 439 == result.report["used"] + result.report["dropped"]["too long"]
-    assert max(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in result.train[side]) <= 512
+    assert max(len(ids) for responses in result.train["responses_ids"] for ids in responses) <= 512

@@ -33,13 +33,11 @@ def test_a_name_is_enough(name: str, stage: Any, tmp_path: Path, monkeypatch: py
         assert text in (" It is 1.</s>", " The cat 0.</s>", " Good.</s>")
     elif stage == "ppo":
         assert tokenizer.decode(row["prompt_ids"]).endswith(("Assistant:", "TL;DR:"))
-    elif "responses_ids" in row:
+    else:
         first, second = (tokenizer.decode(ids) for ids in row["responses_ids"][:2])
         assert row["ranking"][:2] == [1, 2] and first != second
-        assert first.endswith((" It is 1.</s>", " Good.</s>"))
-    else:
-        assert tokenizer.decode(row["chosen_ids"]).endswith((" It is 1.</s>", " The cat 0.</s>"))
-        assert tokenizer.decode(row["rejected_ids"]).endswith((" I do not know.</s>", " A.</s>"))
+        assert first.endswith((" It is 1.</s>", " The cat 0.</s>", " Good.</s>"))
+        assert name == "oasst1" or second.endswith((" I do not know.</s>", " A.</s>"))
 
 
 def test_dpo_takes_what_the_sources_say(tmp_path: Path) -> None:

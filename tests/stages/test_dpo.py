@@ -221,8 +221,8 @@ def test_dpo_sees_the_tokens_of_the_other_stages(recipe: Recipe, conversational:
     )
     assert found.keys() == {"prompt_ids", "chosen_ids", "rejected_ids"}
     assert found["prompt_ids"] == ppo["prompt_ids"]
-    assert found["prompt_ids"] + found["chosen_ids"] == sft["input_ids"] == reward["chosen_ids"]
-    assert found["prompt_ids"] + found["rejected_ids"] == reward["rejected_ids"]
+    assert found["prompt_ids"] + found["chosen_ids"] == sft["input_ids"] == reward["responses_ids"][0]
+    assert found["prompt_ids"] + found["rejected_ids"] == reward["responses_ids"][1]
     for side in ("chosen_ids", "rejected_ids"):
         assert found[side].count(tokenizer.eos_token_id) == 1 and found[side][-1] == tokenizer.eos_token_id
 

@@ -24,7 +24,7 @@ from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import BIAS, SharedBase
 from rlhf_recipes.stages.options import RewardConfig
 from rlhf_recipes.stages.reward.adapters import add_reward_roles, check_probes, judge_folder, member_folders, score_rows
-from rlhf_recipes.stages.reward.loss import fold, preferences_of, ranking_loss, responses_of, untied
+from rlhf_recipes.stages.reward.loss import fold, ranking_loss, stack_preferences, untied
 from rlhf_recipes.stages.reward.stage import count_pairs
 from rlhf_recipes.stages.reward.trainer import RewardTrainer
 
@@ -71,7 +71,7 @@ def test_certain_soft_labels_are_hard_ones() -> None:
     torch.manual_seed(0)
     scores, ranking = torch.randn(6, 4), torch.stack([torch.randint(1, 5, (4,)) for _ in range(6)])
     rows = [{"ranking": ranks, "preferences": certain(ranks)} for ranks in ranking.tolist()]
-    soft = ranking_loss(scores, ranking, preferences=preferences_of(rows))
+    soft = ranking_loss(scores, ranking, preferences=stack_preferences(rows))
     torch.testing.assert_close(soft, ranking_loss(scores, ranking))
 
 
@@ -81,7 +81,7 @@ def certain(ranks: list[int]) -> list[float]:
 
 def test_soft_labels_stand_at_their_pairs_whatever_else_is_in_the_batch() -> None:
     rows = [{"ranking": [1, 2], "preferences": [0.9]}, {"ranking": [1, 2, 3], "preferences": [0.8, 0.7, 0.6]}]
-    found = preferences_of([*rows, {"ranking": [2, 1], "preferences": None}])
+    found = stack_preferences([*rows, {"ranking": [2, 1], "preferences": None}])
     assert found.shape == (3, 3, 3) and int(found.isnan().sum()) == 27 - 4
     assert found[0, 0, 1] == 0.9 and [found[1, i, j] for i, j in ((0, 1), (0, 2), (1, 2))] == [0.8, 0.7, 0.6]
 
@@ -128,16 +128,23 @@ def test_comparisons_and_rankings_are_merged(tmp_path: Path) -> None:
     assert len(whole.train) == sum(len(part.train) for part in parts) == whole.report["train"]
     assert len(whole.heldout) == sum(len(part.heldout) for part in parts) == whole.report["heldout"]
     assert whole.report["rows"] == 20 and whole.report["dropped"] == {}
-    rows = whole.train.to_list()
-    old = parts[0].train.to_list()
+    rows: Any = whole.train.to_list()
+    old: Any = parts[0].train.to_list()
     for row, pair in zip(rows, old, strict=False):
-        assert row["responses_ids"] == [pair["chosen_ids"], pair["rejected_ids"]] and row["ranking"] == [1, 2]
-        assert row["preferences"] is None and row["source"] == "old" and row["prompt_length"] == pair["prompt_length"]
+        assert row == {**pair, "preferences": None} and row["ranking"] == [1, 2] and row["source"] == "old"
     assert rows[-1]["preferences"] == [0.1, 0.5, 0.9] and rows[-1]["source"] is None
-    starts = [
-        {tuple(row["responses_ids"][0][: row["prompt_length"]]) for row in side} for side in (rows, whole.heldout)
-    ]
-    assert not starts[0] & starts[1], "no prompt is on both sides"
+    assert not set(starts(rows)) & set(starts(whole.heldout)), "no prompt is on both sides"
+
+
+def test_merged_rows_without_margin_or_weight_get_none_of_them(tmp_path: Path) -> None:
+    plain = {"prompt": "w4", "chosen": "w6", "rejected": "w7"}
+    rows = [{**plain, "weight": 2, "margin": 0.5, "source": "web"}, {**plain, "weight": 4, "margin": 1}]
+    paths = [write(tmp_path / "weighted.jsonl", rows), write(tmp_path / "plain.jsonl", [plain])]
+    whole = merge_comparisons([read(path) for path in paths])
+    columns = ("weight", "margin", "source", "ranking")
+    found = [tuple(row[column] for column in columns) for row in whole.train.to_list()]
+    assert found == [(2 / 3, 0.5, "web", [1, 2]), (4 / 3, 1.0, None, [1, 2]), (1.0, 0.0, None, [1, 2])]
+    assert len(whole.heldout) == 0 and whole.heldout.column_names == whole.train.column_names
 
 
 def test_the_order_of_the_responses_does_not_matter() -> None:
@@ -184,6 +191,11 @@ def loss_and_gradient(trainer: Any, rows: list[dict[str, Any]]) -> tuple[float, 
     return loss.item(), [p.grad for p in trainer.model.parameters()]
 
 
+def ranked_pair(chosen_ids: list[int], rejected_ids: list[int], **others: Any) -> dict[str, Any]:
+    """A row of TRL's columns in ours."""
+    return {"responses_ids": [chosen_ids, rejected_ids], "ranking": [1, 2], **others}
+
+
 def sequence(rng: random.Random) -> list[int]:
     return [rng.randrange(4, 64) for _ in range(rng.randint(3, 12))]
 
@@ -192,12 +204,14 @@ def sequence(rng: random.Random) -> list[int]:
 @pytest.mark.parametrize("margin", [False, True])
 def test_two_responses_are_trls_loss_and_metrics(folder: Path, margin: bool, center: float | None) -> None:
     rng = random.Random(0)
-    rows = [{"chosen_ids": sequence(rng), "rejected_ids": sequence(rng)} for _ in range(6)]
-    rows = [{**row, "margin": rng.random()} for row in rows] if margin else rows
+    pairs: list[dict[str, Any]] = [{"chosen_ids": sequence(rng), "rejected_ids": sequence(rng)} for _ in range(6)]
+    pairs = [{**pair, "margin": rng.random()} for pair in pairs] if margin else pairs
+    rows = [ranked_pair(**pair) for pair in pairs]
     trainers = [
-        trainer_of(kind, folder, rows, center_rewards_coefficient=center) for kind in (RewardTrainer, trl.RewardTrainer)
+        trainer_of(kind, folder, given, center_rewards_coefficient=center)
+        for kind, given in ((RewardTrainer, rows), (trl.RewardTrainer, pairs))
     ]
-    (ours, gradient), (theirs, wanted) = (loss_and_gradient(trainer, rows) for trainer in trainers)
+    (ours, gradient), (theirs, wanted) = map(loss_and_gradient, trainers, (rows, pairs))
     assert ours == pytest.approx(theirs, rel=1e-6)
     for one, other in zip(gradient, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -242,8 +256,8 @@ def test_weights_multiply_rows_and_equal_micro_batches_change_nothing(folder: Pa
 
 def test_smoothing_takes_a_share_of_the_labels_for_wrong(folder: Path) -> None:
     rng = random.Random(4)
-    right = {"chosen_ids": sequence(rng), "rejected_ids": sequence(rng)}
-    wrong = {"chosen_ids": right["rejected_ids"], "rejected_ids": right["chosen_ids"]}
+    right = ranked_pair(sequence(rng), sequence(rng))
+    wrong = ranked_pair(*reversed(right["responses_ids"]))
     smooth, plain = (trainer_of(RewardTrainer, folder, [right], label_smoothing=share) for share in (0.2, 0.0))
     (found, _), (one, _), (other, _) = (
         loss_and_gradient(*each) for each in ((smooth, [right]), (plain, [right]), (plain, [wrong]))
@@ -342,9 +356,9 @@ def test_weights_have_mean_1_over_the_training_rows(tmp_path: Path) -> None:
     result = read(write(tmp_path / "rows.jsonl", rows), heldout=0.3)
     assert len(result.heldout) > 0
     assert sum(result.train["weight"]) / len(result.train) == pytest.approx(1)
-    scale = result.train[0]["weight"] / result.train[0]["chosen_ids"][0]
+    scale = result.train[0]["weight"] / result.train[0]["responses_ids"][0][0]
     for row in [*result.train, *result.heldout]:
-        assert row["weight"] == pytest.approx(scale * row["chosen_ids"][0])
+        assert row["weight"] == pytest.approx(scale * row["responses_ids"][0][0])
 
 
 # --- The whole stage --------------------------------------------------------------------------------------------------
@@ -478,7 +492,7 @@ def test_members_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 
 def starts(rows: Any) -> list[tuple[int, ...]]:
-    return [tuple(responses_of(row)[0][: row["prompt_length"]]) for row in rows]
+    return [tuple(row["responses_ids"][0][: row["prompt_length"]]) for row in rows]
 
 
 @pytest.mark.parametrize("ranked_rows", [False, True])

@@ -1,6 +1,6 @@
 """Finished reward adapters: their folders, their roles on a shared base, the probes that prove them, their scores.
 
-N rows.
+N rows; L tokens of the longest one, prompt and response.
 """
 
 import json
@@ -15,7 +15,6 @@ from ...data.prepare import Prepared
 from ...model.sampler import autocast_of, pad_right
 from ...model.shared import BIAS, SharedBase
 from ..job import Job
-from .loss import responses_of
 from .trainer import RewardTrainer
 
 PROBES = "probe.json"  # rows and their scores at the end of training; written last, so that it marks a finished adapter
@@ -38,7 +37,10 @@ def judge_folder(run_dir: Path) -> dict[str, Path]:
 
 
 def add_reward_roles(shared: SharedBase, folders: dict[str, Path]) -> None:
-    """Attach reward adapters by role, each with its head, and check that they score as in training."""
+    """Attach reward adapters by role, each with its head, and check that they score as in training.
+
+    Raises RuntimeError as `check_probes` does, and ValueError where an adapter is of another base.
+    """
     for role, folder in folders.items():
         shared.add_role(role, folder, head=True)
         check_probes(shared, folder, role)
@@ -59,10 +61,10 @@ def set_bias(shared: SharedBase, folder: Path, role: str, demonstrations: Prepar
 
 
 def write_probes(trainer: RewardTrainer, job: Job) -> None:
-    """Score a few held-out rows with the trained model and keep rows and scores beside the adapter."""
-    rows = [responses_of(row)[0] for row in job.data.heldout.to_list()[:PROBE_ROWS]]
+    """Score a few held-out responses with the trained model and keep their ids and scores beside the adapter."""
+    rows = [row["responses_ids"][0] for row in job.data.heldout.to_list()[:PROBE_ROWS]]
     model: Any = trainer.model
-    ids, kept = pad_right(rows, model.config.pad_token_id, trainer.args.device)
+    ids, kept = pad_right(rows, model.config.pad_token_id, trainer.args.device)  # (N, L) each
     model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         scores = model(input_ids=ids, attention_mask=kept).logits[:, 0].float().tolist()
@@ -74,8 +76,8 @@ def write_probes(trainer: RewardTrainer, job: Job) -> None:
 def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None:
     """Score the probe rows with a role. Raises RuntimeError where they differ from what training wrote."""
     probes = json.loads((folder / PROBES).read_text())
-    scores = score_rows(shared, probes["input_ids"], role) - shared.biases.get(role, 0.0)
-    trained = torch.tensor(probes["scores"])
+    scores = score_rows(shared, probes["input_ids"], role) - shared.biases.get(role, 0.0)  # (N,)
+    trained = torch.tensor(probes["scores"])  # (N,)
     error, scale = (scores - trained).abs().max().item(), 1 + trained.abs().max().item()
     # bfloat16 keeps 8 bits, and the classifier rounds its score to them.
     if not error < (0.05 if shared.causal.dtype == torch.bfloat16 else 1e-3) * scale:

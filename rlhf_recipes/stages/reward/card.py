@@ -1,7 +1,7 @@
 """The reward card: what a reward model gets right, what it may only seem to, and how far its scores can be trusted.
 
-Everything is measured on held-out comparisons. A pair's difference is r(chosen) - r(rejected); a length is in response
-tokens.
+Everything is measured on held-out comparisons. A pair's difference is r(chosen) - r(rejected); sigma of it is the
+probability that the model gives to the choice (Bradley and Terry). A length is in response tokens.
 """
 
 import json
@@ -23,9 +23,9 @@ FEW_PAIRS = 5_000
 LENGTH_SHARE = 0.9  # length alone explains the model if it reaches so much of the model's lift over 0.5,
 LENGTH_AGREEMENT = 0.85  # or if the model prefers the longer (or the shorter) response in more than so many pairs
 
-LENGTH_BINS = 5
+LENGTH_BINS = 5  # of about equally many pairs
 
-PROBABILITY_BINS = 10
+PROBABILITY_BINS = 10  # of equal width
 
 
 def write_card(folder: Path, rows: list[Row], demonstrations: list[float], train_pairs: int) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def write_card(folder: Path, rows: list[Row], demonstrations: list[float], train
 
 
 def measure(rows: list[Row], demonstrations: list[float], train_pairs: int) -> dict[str, Any]:
-    """All numbers of the card, and its warnings."""
+    """All numbers of the card, and its warnings. Arguments as of `write_card`."""
     sources = sorted({row["source"] for row in rows if row["source"] is not None})
     card = {
         "train_pairs": train_pairs,
@@ -65,10 +65,12 @@ def measure(rows: list[Row], demonstrations: list[float], train_pairs: int) -> d
 
 
 def _difference(row: Row) -> float:
+    """By how much the chosen response scores higher."""
     return row["chosen_score"] - row["rejected_score"]
 
 
 def _longer_by(row: Row) -> int:
+    """By how many tokens the chosen response is longer."""
     return row["chosen_length"] - row["rejected_length"]
 
 
@@ -111,8 +113,8 @@ def by_length(rows: list[Row]) -> list[dict[str, Any]]:
     for low, high in pairwise(edges) if len(edges) > 1 else [(-math.inf, math.inf)]:
         inside = [row for row in rows if low <= _longer_by(row) < high]
         if inside:
-            found = {"shortest": min(map(_longer_by, inside)), "longest": max(map(_longer_by, inside))}
-            bins.append({**found, "accuracy": accuracy(inside), "longer_wins": _share(inside, _longer_by)})
+            span = {"shortest": min(map(_longer_by, inside)), "longest": max(map(_longer_by, inside))}
+            bins.append({**span, "accuracy": accuracy(inside), "longer_wins": _share(inside, _longer_by)})
     return bins
 
 
@@ -121,6 +123,7 @@ def calibration(differences: list[float]) -> dict[str, Any]:
 
     Of every other pair the rejected response is taken as a: otherwise a would always be the chosen one. The expected
     calibration error is the mean over pairs of |predicted - observed| of their bin (Guo et al., arXiv:1706.04599).
+    `bins` are those of the PROBABILITY_BINS that hold a pair, from `low` to `high`.
     """
     oriented = [(difference, 1.0) if i % 2 == 0 else (-difference, 0.0) for i, difference in enumerate(differences)]
     predicted = [_sigmoid(difference) for difference, _ in oriented]
@@ -142,6 +145,7 @@ def calibration(differences: list[float]) -> dict[str, Any]:
 
 
 def _sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x))."""
     return 0.5 * (1 + math.tanh(x / 2))  # exp would overflow
 
 
@@ -155,37 +159,37 @@ def demonstration_scores(scores: list[float]) -> dict[str, float] | None:
 
 def warnings(card: dict[str, Any]) -> list[str]:
     """Sentences about what makes this reward model a doubtful one to train against."""
-    rate, pairs, found = card["accuracy"]["rate"], card["train_pairs"], []
+    rate, pairs, sentences = card["accuracy"]["rate"], card["train_pairs"], []
     if rate < LOW_ACCURACY:
-        found.append(
+        sentences.append(
             f"The held-out accuracy is {rate:.1%}; a coin gets 50 %. PPO against such a reward learns mostly noise: "
             "train on more comparisons, or from a better base."
         )
     if pairs < FEW_PAIRS:
-        found.append(f"It was trained on {pairs:,} comparisons. Under {FEW_PAIRS:,}, expect it to be gamed early.")
+        sentences.append(f"It was trained on {pairs:,} comparisons. Under {FEW_PAIRS:,}, expect it to be gamed early.")
     rule, agreement = card["length"]["longer_wins"], card["length"]["agreement"]
     word = "longer" if rule["rate"] >= 0.5 else "shorter"
     lift = abs(rule["rate"] - 0.5)
     beyond_chance = rule["low"] > 0.5 or rule["high"] < 0.5
     if beyond_chance and lift >= LENGTH_SHARE * (rate - 0.5):
-        found.append(
+        sentences.append(
             f"Preferring the {word} response is right in {0.5 + lift:.1%} of the pairs, the model in {rate:.1%}: "
             "length alone may be what it learned."
         )
     if agreement is not None and abs(agreement["rate"] - 0.5) > LENGTH_AGREEMENT - 0.5:
         followed, word = agreement["rate"], "longer" if agreement["rate"] > 0.5 else "shorter"
-        found.append(
+        sentences.append(
             f"The model prefers the {word} response in {max(followed, 1 - followed):.1%} of the pairs: it may score "
             "little but length."
         )
-    return found
+    return sentences
 
 
 def markdown(card: dict[str, Any]) -> str:
     """The card as a page of tables."""
     lines = ["# Reward card", "", *[f"> **Warning.** {text}\n" for text in card["warnings"]]]
     lines += ["| | held-out pairs | accuracy | 95 % interval |", "|---|---:|---:|---:|", _line("all", card["accuracy"])]
-    lines += [_line(source, found) for source, found in card["by_source"].items()]
+    lines += [_line(source, share) for source, share in card["by_source"].items()]
     lines += [_line("the rule: the longer response wins", card["length"]["longer_wins"]), ""]
     lines += [f"Trained on {card['train_pairs']:,} pairs.", "", "## Length", ""]
     agreement, correlation = card["length"]["agreement"], card["length"]["correlation"]
@@ -209,24 +213,26 @@ def markdown(card: dict[str, Any]) -> str:
     error = card["swap_error"]
     lines += ["", "## Scores", "", f"Largest error when the two answers of a pair swap places: {error:.2g}."]
     if card["demonstrations"] is not None:
-        found = card["demonstrations"]
+        scores = card["demonstrations"]
         lines += [
-            f"{found['count']} demonstrations score {found['mean']:.3f} on average (standard deviation "
-            f"{found['sd']:.3f}); the bias {found['bias']:+.3f} brings the mean to 0."
+            f"{scores['count']} demonstrations score {scores['mean']:.3f} on average (standard deviation "
+            f"{scores['sd']:.3f}); the bias {scores['bias']:+.3f} brings the mean to 0."
         ]
     return "\n".join(lines) + "\n"
 
 
-def _line(name: str, found: dict[str, float]) -> str:
-    return f"| {name} | {found['pairs']} | {found['rate']:.1%} | {found['low']:.1%} to {found['high']:.1%} |"
+def _line(name: str, share: dict[str, float]) -> str:
+    """A share of pairs with its interval, as a row of the first table."""
+    return f"| {name} | {share['pairs']} | {share['rate']:.1%} | {share['low']:.1%} to {share['high']:.1%} |"
 
 
-def _plot(found: dict[str, Any], path: Path) -> None:
+def _plot(calibrated: dict[str, Any], path: Path) -> None:
+    """Draw the reliability diagram: of each bin of `calibration` the observed share over the predicted one."""
     # Imported here because it costs half a second. The Figure alone draws with no display, and touches no global state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    bins = found["bins"]
+    bins = calibrated["bins"]
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.add_subplot(
         xlabel="predicted probability", ylabel="share chosen", xlim=(0, 1), ylim=(0, 1), aspect="equal"
@@ -235,6 +241,6 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     sizes = [200 * row["pairs"] / max(row["pairs"] for row in bins) for row in bins]
     axes.plot([row["predicted"] for row in bins], [row["observed"] for row in bins], color="C0")
     axes.scatter([row["predicted"] for row in bins], [row["observed"] for row in bins], s=sizes, color="C0", alpha=0.6)
-    axes.set_title(f"Calibration error {found['expected_calibration_error']:.3f}")
+    axes.set_title(f"Calibration error {calibrated['expected_calibration_error']:.3f}")
     with rc_context({"svg.hashsalt": "reward card"}):  # the same card gives the same file
         figure.savefig(path, format="svg", metadata={"Date": None})

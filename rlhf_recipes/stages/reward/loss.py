@@ -1,6 +1,7 @@
 """The loss over rankings, and comparisons as tensors.
 
-B prompts, K responses to each, R responses in all, C = K (K - 1) / 2 pairs.
+B prompts; K responses to each, or to the prompt that has most; R responses in all; C = K (K - 1) / 2 pairs of K
+responses; M pairs in all that are no ties. A chosen and a rejected response are the case K = 2 with ranks 1 and 2.
 """
 
 from collections.abc import Sequence
@@ -29,56 +30,52 @@ def ranking_loss(
     all is as in TRL.
 
     Args:
-        scores: (B, K).
-        ranking: (B, K), 1 for the best, equal for ties, 0 where a row has no such response.
-        margin: (B,).
+        scores: (B, K), what the reward model gives.
+        ranking: (B, K) whole numbers, 1 for the best, equal for ties, 0 where a row has no such response.
+        margin: (B,), by how much the better response of a pair should score higher.
+        label_smoothing: the share of judgements that is taken to be wrong, 0 to 0.5.
+        center_coefficient: how strongly scores are drawn to a mean of 0.
         preferences: (B, K, K), the probability that the first response is better than the second; NaN: as ranked.
     Returns:
-        (B,).
+        The losses (B,), in nats.
     """
     first, second = torch.triu_indices(*2 * ranking.shape[1:], offset=1, device=ranking.device)  # (C,), (C,)
     there = (ranking[:, first] > 0) & (ranking[:, second] > 0)  # (B, C)
     order = (ranking[:, second] - ranking[:, first]).sign()  # 1 where the first of the pair is the better, 0 in a tie
-    difference = (scores[:, first] - scores[:, second]) * torch.where(order < 0, -1, 1)
+    difference = (scores[:, first] - scores[:, second]) * torch.where(order < 0, -1, 1)  # (B, C), better less worse
     if margin is not None:
         difference = difference - margin[:, None] * order.abs()
-    right = torch.where(order == 0, 0.5, 1 - label_smoothing)
+    right = torch.where(order == 0, 0.5, 1 - label_smoothing)  # (B, C), the p of the docstring
     if preferences is not None:
         soft = preferences[:, first, second]  # (B, C)
         right = torch.where(soft.isnan(), right, torch.where(order < 0, 1 - soft, soft))
-    losses = -(right * logsigmoid(difference) + (1 - right) * logsigmoid(-difference))
+    losses = -(right * logsigmoid(difference) + (1 - right) * logsigmoid(-difference))  # (B, C)
     losses = losses + center_coefficient * (scores[:, first] + scores[:, second]) ** 2
     return (losses * there).sum(1) / there.sum(1)
 
 
 def untied(ranking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs of responses with different ranks: row, better and worse response of each, three (M,) of indices."""
+    """All pairs of different ranks in a `ranking` (B, K): row, better and worse response of each, (M,) indices each."""
     better = (ranking[:, :, None] < ranking[:, None, :]) & (ranking[:, :, None] > 0)  # (B, K, K)
     return better.nonzero(as_tuple=True)  # type: ignore[return-value]
 
 
 def fold(scores: Tensor, ranking: Tensor) -> Tensor:
-    """Scores (R,) of the responses of all rows, one after another, to (B, K), 0 where `ranking` is."""
+    """Scores (R,) of the responses of all rows, one after another, as (B, K), 0 where `ranking` (B, K) is 0."""
     return scores.new_zeros(ranking.shape).masked_scatter(ranking > 0, scores)
 
 
-def responses_of(row: dict[str, Any]) -> list[list[int]]:
-    """The token ids of a row's responses, each with the prompt."""
-    return row["responses_ids"] if "responses_ids" in row else [row["chosen_ids"], row["rejected_ids"]]
+def stack_rankings(rows: Sequence[dict[str, Any]]) -> Tensor:
+    """The `ranking` of B rows as (B, K), 0 where a row has fewer responses than another."""
+    return pad([torch.tensor(row["ranking"]) for row in rows], padding_value=0, padding_side="right")
 
 
-def ranking_of(rows: Sequence[dict[str, Any]]) -> Tensor:
-    """The rows' ranks (B, K), 0 where a row has fewer responses than another."""
-    ranks = [torch.tensor(row.get("ranking", [1, 2])) for row in rows]
-    return pad(ranks, padding_value=0, padding_side="right")
-
-
-def preferences_of(rows: Sequence[dict[str, Any]]) -> Tensor:
-    """The rows' soft labels as (B, K, K), NaN where there is none."""
+def stack_preferences(rows: Sequence[dict[str, Any]]) -> Tensor:
+    """The soft labels, `preferences`, of B rows as (B, K, K): above the diagonal, and NaN where a row has none."""
     most = max(len(row["ranking"]) for row in rows)
-    result = torch.full((len(rows), most, most), float("nan"))
+    stacked = torch.full((len(rows), most, most), float("nan"))  # (B, K, K)
     for index, row in enumerate(rows):
         if row["preferences"] is not None:
-            first, second = torch.triu_indices(len(row["ranking"]), len(row["ranking"]), offset=1)
-            result[index, first, second] = torch.tensor(row["preferences"])
-    return result
+            first, second = torch.triu_indices(len(row["ranking"]), len(row["ranking"]), offset=1)  # (C,), (C,)
+            stacked[index, first, second] = torch.tensor(row["preferences"])
+    return stacked

@@ -2,11 +2,14 @@
 
 A prompt's K responses are one element of a batch: each goes through the model once, and their C(K, 2) comparisons weigh
 1 / C(K, 2) each (InstructGPT, arXiv:2203.02155, equation 1). A chosen and a rejected response are the case K = 2.
+
+N held-out rows; K responses to each, or to the row that has most; R responses in all; M pairs that are no ties.
 """
 
 import dataclasses
 import gc
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from ...model.shared import HEAD, SharedBase, lora_config
 from ..job import Job
 from .adapters import JUDGE, PROBES, add_reward_roles, judge_folder, member_folders, score_rows, set_bias, write_probes
 from .card import write_card
-from .loss import fold, ranking_loss, ranking_of, responses_of, untied
+from .loss import fold, ranking_loss, stack_rankings, untied
 from .trainer import RewardTrainer
 
 JUDGE_SEED = 10_000  # beyond the recipe's; the members have the numbers from 0 on
@@ -32,7 +35,7 @@ JUDGE_SEED = 10_000  # beyond the recipe's; the members have the numbers from 0 
 def train_reward(job: Job) -> dict[str, Any]:
     """Train the reward adapter, or an ensemble of them, and the judge, each with its score head, into their folders.
 
-    An adapter that is finished is not trained again. Returns what `evaluate` measures.
+    An adapter that is finished is not trained again. Returns what `evaluate_adapters` measures.
     Raises RuntimeError if a saved adapter, loaded as PPO will load it, scores the probe rows differently.
     """
     jobs = adapter_jobs(job)
@@ -100,30 +103,36 @@ def evaluate_adapters(job: Job) -> dict[str, Any]:
     """
     shared = SharedBase(load_base(job.recipe.base), job.recipe.lora, job.fingerprint)
     heldout = job.data.heldout.to_list()
-    ranking = ranking_of(heldout)
-    row, better, worse = untied(ranking)
-    rows, results, accuracies = [ids for one in heldout for ids in responses_of(one)], {}, {}
+    ranking = stack_rankings(heldout)  # (N, K)
+    row_index, better, worse = untied(ranking)  # (M,) each
+    responses = [ids for row in heldout for ids in row["responses_ids"]]  # R lists
+    results, accuracies = {}, {}
     for role, folder in (member_folders(job.run_dir) | judge_folder(job.run_dir)).items():
         add_reward_roles(shared, {role: folder})
         demonstrations = set_bias(shared, folder, role, job.others.get("demonstrations"))
-        scores = fold(score_rows(shared, rows, role), ranking)  # (N, K)
+        scores = fold(score_rows(shared, responses, role), ranking)  # (N, K)
         # Not TRL's figure, which is a mean over batches of unequal size.
-        accuracies[role] = (scores[row, better] > scores[row, worse]).float().mean().item()
+        accuracies[role] = (scores[row_index, better] > scores[row_index, worse]).float().mean().item()
         if role == "reward":
             margin = torch.tensor(job.data.heldout["margin"]) if "margin" in heldout[0] else None
             results["heldout_loss"] = ranking_loss(scores, ranking, margin).mean().item()
             # The other way round in every batch: a score must not depend on what it is computed beside.
-            swapped = fold(score_rows(shared, rows[::-1], role).flip(0), ranking)
-            found = comparisons(heldout, ranking, scores, swapped)
-            results["card"] = write_card(folder, found, demonstrations, count_pairs(job.data.train))
+            swapped = fold(score_rows(shared, responses[::-1], role).flip(0), ranking)
+            pairs = comparisons(heldout, ranking, scores, swapped)
+            results["card"] = write_card(folder, pairs, demonstrations, count_pairs(job.data.train))
     if JUDGE in accuracies:
         results["judge_accuracy"] = accuracies.pop(JUDGE)
     return {"heldout_accuracy": accuracies["reward"], "members_accuracy": list(accuracies.values()), **results}
 
 
 def comparisons(rows: list[dict[str, Any]], ranking: Tensor, scores: Tensor, swapped: Tensor) -> list[dict[str, Any]]:
-    """The untied pairs of rows as the reward card wants them, from the scores (N, K) in two orders."""
-    lengths = [[len(ids) - row["prompt_length"] for ids in responses_of(row)] for row in rows]
+    """The M untied pairs of N rows as the reward card wants them (see `write_card`), from scores in two orders.
+
+    Args:
+        rows: prepared rows of the stage.
+        ranking, scores, swapped: (N, K) each, `scores` from rows in their order, `swapped` from the reverse.
+    """
+    lengths = [[len(ids) - row["prompt_length"] for ids in row["responses_ids"]] for row in rows]
     return [
         {
             "chosen_score": scores[row, better].item(),
@@ -139,6 +148,4 @@ def comparisons(rows: list[dict[str, Any]], ranking: Tensor, scores: Tensor, swa
 
 def count_pairs(rows: Dataset) -> int:
     """The number of untied pairs in a dataset of the stage."""
-    if "ranking" not in rows.column_names:
-        return len(rows)
-    return len(untied(ranking_of([{"ranking": ranks} for ranks in rows["ranking"]]))[0])
+    return sum(rank != other for ranking in rows["ranking"] for rank, other in combinations(ranking, 2))
