@@ -26,7 +26,7 @@ def _run(options: argparse.Namespace) -> None:
     """Print the plan of a recipe as a table or as JSON."""
     recipe = replace(load(options.recipe), **parse_overrides(options.settings))
     with notes_to_stderr():
-        from ..pipeline.sweep import checked_variants
+        from ..pipeline.variants import checked_variants
         from ..plan.advice import plan_as_dict, size_in_bytes
         from ..plan.plan import plan_memory
 

@@ -37,7 +37,7 @@ def _show(options: argparse.Namespace) -> None:
     if options.settings:
         # Whether a key of a stage's arguments exists is known only to trl, which takes seconds to import.
         with notes_to_stderr():
-            from ..pipeline.sweep import checked_variants
+            from ..pipeline.variants import checked_variants
 
             checked_variants(recipe)
     print(json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe)))

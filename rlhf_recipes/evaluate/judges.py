@@ -16,11 +16,12 @@ from ..feedback.ledger import Prices
 from ..feedback.rows import Row
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Recipe
+from ..records.digest import digest
 from ..records.files import read_rows
 from ..records.folder import newest_round_first
 from ..stages.reward.adapters import JUDGE, PROBES, judge_folder, member_folders
 from ..stages.scores import ExternalRewardModel, RewardFunc, aggregate_ensemble, call_reward_func
-from .models import Answer, Bench, adapter_digest, digest
+from .models import Answer, Bench, adapter_digest
 
 PROXY = "reward"  # what PPO was trained against, so that it says nothing of quality
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from ..data.tokens import stop_token_id, tokenize_prompt
 from ..model.base import longest_row
+from ..records.digest import digest
 from .behaviour import opinions
 from .judges import Pair, adapter_scores, compare_pairs, function_scores
-from .models import Answer, AnswerSettings, Bench, NamedModel, digest
+from .models import Answer, AnswerSettings, Bench, NamedModel
 from .plan import EvaluationPlan, EvaluationSettings
 
 

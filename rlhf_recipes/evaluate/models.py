@@ -8,7 +8,6 @@ Shapes: B rows of a batch, T tokens of the longest response in it.
 
 import gc
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,16 +22,12 @@ from ..model.base import fingerprint, load_base, load_tokenizer
 from ..model.sampler import Sampler
 from ..model.shared import BIAS, SharedBase
 from ..recipe.values import Recipe
+from ..records.digest import digest
 from ..records.files import Journal
 from ..records.folder import adapter_folder, read_recipe
 from ..stages.reward.adapters import check_probes, score_rows
 
 MODEL = "measured"  # the role of the model, or of the reward model, that is measured now
-
-
-def digest(*parts: Any) -> str:
-    """The key of what depends on these JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def adapter_digest(folder: Path) -> str:

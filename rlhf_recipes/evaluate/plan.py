@@ -13,7 +13,7 @@ from ..feedback.rows import Row
 from ..model.base import longest_row
 from ..recipe.values import Recipe, Source
 from ..records.folder import model_names
-from ..stages.inputs import prompts_to_compare_on
+from ..stages.inputs import prepare_comparison
 from .judges import PROXY, Asking, Judge, find_judge, reward_folders
 from .models import NamedModel, find_model
 from .tax import Tasks
@@ -76,12 +76,12 @@ class EvaluationPlan:
 
 def plan_evaluation(run_dir: Path, recipe: Recipe, tokenizer: Any, settings: EvaluationSettings) -> EvaluationPlan:
     """Find all that is named. Raises ValueError where something is not there."""
-    names = settings.models or tuple(model_names(run_dir, recipe))
+    names = settings.models or tuple(model_names(run_dir))
     against = settings.against or ("base" if recipe.sft is None else "sft",)
     models = [find_model(run_dir, recipe, name) for name in dict.fromkeys((*names, *against))]
     judges = [find_judge(name, run_dir, recipe, settings.asking) for name in _judge_names(run_dir, recipe, settings)]
     tasks = Tasks(settings.tasks, settings.task_dir, settings.task_limit) if settings.tasks else None
-    config, held_out = prompts_to_compare_on(recipe, run_dir, tokenizer)
+    config, held_out = prepare_comparison(recipe, run_dir, tokenizer)
     length = settings.response_length or getattr(config, "response_length", 256)
     rows, warnings = _find_prompts(recipe, tokenizer, settings, held_out["prompts"], length)
     stop = getattr(config, "stop_token_id", None)

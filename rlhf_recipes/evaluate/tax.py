@@ -13,7 +13,8 @@ from typing import Any
 
 from ..model.sampler import autocast_of
 from ..recipe.overrides import suggestion
-from .models import Bench, NamedModel, digest
+from ..records.digest import digest
+from .models import Bench, NamedModel
 
 TAX = ("truthfulqa_mc2", "hellaswag", "toxigen")  # what `tax` stands for: truth, common sense, toxicity
 SEED = 1234  # the harness's own, of examples that are shown and of bootstraps

@@ -3,8 +3,6 @@
 """
 
 import functools
-import hashlib
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,6 +17,7 @@ from ..data.rows import report_bad
 from ..data.text import text
 from ..data.tokens import Messages
 from ..recipe.values import Source
+from ..records.digest import row_id
 from ..records.files import Journal
 from .client import Client, Completion, final_text
 from .constitution import DEFAULT, Principle, draw_principle, read_constitution
@@ -83,7 +82,7 @@ def read_prompts(source: Source) -> tuple[list[Row], dict[str, int]]:
         prompt = row.prompt if not isinstance(row.prompt, str) else [{"role": "user", "content": row.prompt}]
         response = row.columns.get("completion") or row.columns.get("response")
         response = text(response).strip() if response else None
-        id = hashlib.sha256(json.dumps([prompt, response]).encode()).hexdigest()[:16]
+        id = row_id([prompt, response])
         prompts[id] = {"id": id, "prompt": prompt, "response": response}
     return list(prompts.values()), dropped
 

@@ -83,8 +83,10 @@ def share_with_interval(lines: pd.DataFrame, hits: Any) -> dict[str, float] | No
     rate = float(np.mean(hits))
     tables = sums_of_prompts(lines["prompt"], np.column_stack([hits, np.ones(len(lines))]))
     if len(tables) == len(lines) or rate in (0, 1):
-        return with_interval(rate, len(tables)) | {"pairs": len(lines)}
-    interval = bootstrap_interval(tables, lambda sums: sums[:, 0] / sums[:, 1])
+        wilson = with_interval(rate, len(tables))
+        interval = {"low": wilson["low"], "high": wilson["high"]}
+    else:
+        interval = bootstrap_interval(tables, lambda sums: sums[:, 0] / sums[:, 1])
     return {"rate": rate, **interval, "prompts": len(tables), "pairs": len(lines)}
 
 

@@ -1,13 +1,12 @@
 """Files of samples, which wait for a judgement, and of labels (their rows: see `rlhf_recipes.feedback`)."""
 
-import hashlib
-import json
 from collections.abc import Iterable
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..data.prepare import read_judged
+from ..records.digest import row_id
 
 Row = dict[str, Any]
 
@@ -84,4 +83,4 @@ def _id(row: Row) -> str:
     """The row's own id, or one made of what is judged."""
     if row.get("id") is not None:
         return str(row["id"])
-    return hashlib.sha256(json.dumps([row["prompt"], row["responses"]]).encode()).hexdigest()[:16]
+    return row_id([row["prompt"], row["responses"]])

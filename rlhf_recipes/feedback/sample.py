@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from ..model.open import open_models
 from ..model.sampler import Sampler
 from ..model.shared import SharedBase
 from ..recipe.values import Recipe, Source
+from ..records.digest import row_id
 from ..records.files import Journal, write_text
 from ..records.folder import adapter_folder, read_recipe
 from .rows import Row
@@ -150,7 +150,7 @@ def keep_sample_settings(out: Path, settings: SampleSettings) -> None:
 
 def prompt_id(prompt: Any) -> str:
     """The id of a prompt's samples: a hash of the prompt."""
-    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+    return row_id(prompt)
 
 
 def _responses(

@@ -22,6 +22,7 @@ from transformers import (
 from ..data.tokens import set_chat_template, stop_token_id
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Base
+from ..records.contents import Fingerprint
 
 FINGERPRINT = "base.json"  # beside each saved adapter
 
@@ -145,26 +146,27 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
     return model.requires_grad_(False)
 
 
-def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """What an adapter's scores and log-probs depend on beside its own weights, as plain JSON values.
 
     A local model is known by its configuration, and its weight files' names, sizes and first MiB, so that its folder
     may move; a Hub model by its id and commit.
     """
     path = model_path(base)
-    identity = {"model": base.model, "revision": base.revision}
+    model, revision = base.model, base.revision
     if Path(path).is_dir():
         digest = hashlib.sha256()
         for file in sorted([Path(path) / "config.json", *Path(path).glob("*.safetensors")]):
             with file.open("rb") as stream:
                 digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(2**20))
-        identity = {"model": f"sha256:{digest.hexdigest()[:16]}", "revision": None}
+        model, revision = f"sha256:{digest.hexdigest()[:16]}", None
     elif base.revision is None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
-        identity["revision"] = getattr(config, "_commit_hash", None)
+        revision = getattr(config, "_commit_hash", None)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {
-        **identity,
+        "model": model,
+        "revision": revision,
         "quantization": base.quantization,
         "dtype": str(precision(base)).removeprefix("torch."),
         "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
@@ -172,12 +174,12 @@ def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
     }
 
 
-def write_fingerprint(folder: Path, identity: dict[str, Any]) -> None:
+def write_fingerprint(folder: Path, identity: Fingerprint) -> None:
     """Record beside a saved adapter the base that it was trained on."""
     (folder / FINGERPRINT).write_text(json.dumps(identity, indent=2) + "\n")
 
 
-def check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
+def check_fingerprint(folder: Path, wanted: Fingerprint) -> None:
     """Raises ValueError if the adapter in `folder` was trained on another base than `wanted` describes."""
     path = folder / FINGERPRINT
     if not path.is_file():

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..recipe.values import Lora
+from ..records.contents import Fingerprint
 from .base import check_fingerprint, write_fingerprint
 from .decode import decode
 from .log_probs import token_log_probs
@@ -77,7 +78,7 @@ class SharedBase(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, lora: Lora | None = None, fingerprint: dict[str, Any] | None = None
+        self, model: PreTrainedModel, lora: Lora | None = None, fingerprint: Fingerprint | None = None
     ) -> None:
         """
         Args:

@@ -5,5 +5,6 @@ check    what is wrong with a recipe, before anything is loaded
 one_run  the run folder, the stages in order, the summary
 stage    one stage between two writes of the manifest
 rounds   more feedback after PPO: sampled, labelled, trained on
-sweep    the variants of a recipe, sharing what they need alike
+variants the recipes of a sweep
+sweep    the variants run, sharing what they need alike
 """

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import transformers
@@ -10,22 +9,24 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TrainerCallback
 
+from ..data.prepare import Prepared
 from ..model.base import fingerprint, load_tokenizer
 from ..model.quiet import quiet_libraries
+from ..plan.fit import check_memory
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
+from ..records.contents import Summary
 from ..records.files import write_json
-from ..records.folder import last_checkpoint, round_folder
-from ..records.manifest import open_run, read_manifest
+from ..records.folder import round_folder
+from ..records.manifest import Manifest, open_run
 from ..records.summary import footnote, summarize, table
 from ..report.write import write_report
 from ..stages.configure import stages_of
-from ..stages.inputs import check_same_format, prepare_beside, prepare_stage
-from ..stages.job import Job
+from ..stages.inputs import check_same_format, prepare_extras, prepare_stage
 from .check import check_recipe
-from .rounds import collect_labels, fresh_prompts, labelling_instructions, later_rounds, run_round, unfinished_rounds
-from .stage import announce_plan, train_stage
+from .rounds import fresh_prompts, later_rounds, run_rounds, unfinished_rounds
+from .stage import ActiveRun
 
 
 def run_one(
@@ -34,48 +35,57 @@ def run_one(
     stages: Sequence[str] | None,
     force: bool,
     callbacks: Sequence[TrainerCallback],
-) -> dict[str, Any]:
-    """What `run` does with a recipe without variants."""
+) -> Summary:
+    """What `run` does with a recipe without variants: check, open the folder, plan, prepare, train, conclude."""
     wanted = stages_of(recipe, stages)
     quiet_libraries()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     configs = check_recipe(recipe, run_dir)
     manifest = open_run(recipe, run_dir, wanted)
-    todo = [stage for stage in wanted if manifest["stages"].get(stage, {}).get("state") != "done"]
-    later = unfinished_rounds(recipe, run_dir) if "ppo" in wanted else []
+    todo = [stage for stage in wanted if not manifest.is_done(stage)]
+    rounds = unfinished_rounds(recipe, run_dir) if "ppo" in wanted else []
     console, waiting = Console(), None
-    if todo or later:
-        ahead = [stage for stage in configs if stage in todo or (later and stage in ("reward", "ppo"))]
-        planned = announce_plan(recipe, {stage: configs[stage] for stage in ahead}, force, console)
+    if todo or rounds:
+        ahead = {*todo, *(("reward", "ppo") if rounds else ())}
+        to_run = {stage: config for stage, config in configs.items() if stage in ahead}
+        is_planned = check_memory(recipe, to_run, force, console)
         tokenizer = load_tokenizer(recipe.base)
-        manifest["base"] = fingerprint(recipe.base, tokenizer)
-        prepared = {stage: prepare_stage(recipe, stage, configs[stage], tokenizer) for stage in todo}
-        others = {stage: prepare_beside(recipe, stage, configs, tokenizer, prepared) for stage in todo}
-        check_same_format(prepared, others)
-        prompts = fresh_prompts(recipe, tokenizer, configs["ppo"]) if later else []
+        base = fingerprint(recipe.base, tokenizer)
+        run = ActiveRun(recipe, run_dir, configs, tokenizer, base, is_planned, tuple(callbacks), console)
+        inputs = prepare_inputs(run, todo)
+        prompts = fresh_prompts(run) if rounds else []
         # Not before: a recipe whose data were refused may be corrected and run in the same folder.
         write_json(run_dir / "recipe.json", to_dict(recipe))
         for stage in todo:
-            resume = last_checkpoint(run_dir / stage)
-            of_stage = others[stage], prepared[stage], tokenizer, manifest["base"], resume
-            job = Job(recipe, stage, run_dir, configs[stage], *of_stage, callbacks=tuple(callbacks))
-            train_stage(job, manifest, bool(planned), console)
-        for number in later:
-            labels = collect_labels(recipe, run_dir, number, prompts[number - 2], tokenizer, configs["ppo"])
-            if labels is None:
-                waiting = labelling_instructions(recipe, run_dir, number)
-                break
-            run_round(recipe, run_dir, number, configs, tokenizer, bool(planned), console, tuple(callbacks))
-    manifests = [read_manifest(round_folder(run_dir, number)) for number in later_rounds(recipe)]
-    result = summarize(manifest, [of_round for of_round in manifests if of_round["stages"]])
-    write_json(run_dir / "summary.json", result)
-    written = write_report([run_dir], run_dir / "report.html")
-    if recipe.artifacts and (todo or later):
+            run.train(run.job(stage, *inputs[stage]), manifest)
+        waiting = run_rounds(run, rounds, prompts)
+    summary = conclude(recipe, run_dir, manifest, console)
+    if recipe.artifacts and (todo or rounds):
         tracking.upload_report(recipe, run_dir)
-    if result["models"]:
-        console.print(table(result))
-    console.print(Text(f"{footnote(result)}. Run folder: {run_dir}; report: {written.name}"))
     if waiting is not None:
         console.print(Text(waiting, style="bold"))
-    return result
+    return summary
+
+
+def prepare_inputs(run: ActiveRun, stages: Sequence[str]) -> dict[str, tuple[Prepared, dict[str, Prepared]]]:
+    """Each stage's data, and what it takes beside them.
+
+    All of them before the first stage trains, so that whatever is wrong with one is said at once. Raises ValueError.
+    """
+    data = {stage: prepare_stage(run.recipe, stage, run.configs[stage], run.tokenizer) for stage in stages}
+    extras = {stage: prepare_extras(run.recipe, stage, run.configs, run.tokenizer, data) for stage in stages}
+    check_same_format(data, extras)
+    return {stage: (data[stage], extras[stage]) for stage in stages}
+
+
+def conclude(recipe: Recipe, run_dir: Path, manifest: Manifest, console: Console) -> Summary:
+    """Write the summary and the report of all that is finished, and print the table."""
+    rounds = [Manifest.read(round_folder(run_dir, number)) for number in later_rounds(recipe)]
+    summary = summarize(manifest, [later for later in rounds if later.stages])
+    write_json(run_dir / "summary.json", summary)
+    page = write_report([run_dir], run_dir / "report.html")
+    if summary["models"]:
+        console.print(table(summary))
+    console.print(Text(f"{footnote(summary)}. Run folder: {run_dir}; report: {page.name}"))
+    return summary

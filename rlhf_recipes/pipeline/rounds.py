@@ -1,17 +1,15 @@
-"""What a round of feedback after the first begins with: fresh samples of the policy, and their labels."""
+"""Rounds of feedback after the first: fresh samples of the policy, their labels, and training on all labels so far."""
 
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import release_memory
-from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.prepare import Prepared, merge_comparisons, prepare
 from ..feedback.agreement import agreement_report
@@ -20,87 +18,38 @@ from ..feedback.connect import connect
 from ..feedback.judge import judge_samples
 from ..feedback.rows import read_judgements, read_samples
 from ..feedback.sample import SampleSettings, draw_samples, keep_sample_settings, prompt_id, prompts_to_rank
-from ..model.base import fingerprint, longest_row
+from ..model.base import longest_row
 from ..model.open import open_models
 from ..recipe.lookup import function, is_function
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records.files import read_rows, write_json, write_text
-from ..records.folder import adapter_folder, last_checkpoint, round_folder
-from ..records.manifest import read_manifest
-from ..stages.inputs import prepare_beside, prepare_stage
-from ..stages.job import Job
-from ..stages.options import PPOConfig
+from ..records.folder import adapter_folder, round_folder
+from ..records.manifest import Manifest
+from ..stages.inputs import prepare_extras, prepare_stage
 from .check import PEOPLE, judge_settings
-from .stage import train_stage
+from .stage import ActiveRun
 
 
 def later_rounds(recipe: Recipe) -> range:
+    """The numbers of a recipe's rounds after the first."""
     return range(2, 1 if recipe.rounds is None else recipe.rounds.count + 1)
 
 
 def unfinished_rounds(recipe: Recipe, run_dir: Path) -> list[int]:
-    found = {number: read_manifest(round_folder(run_dir, number))["stages"] for number in later_rounds(recipe)}
-    return [number for number, stages in found.items() if stages.get("ppo", {}).get("state") != "done"]
+    """The numbers of the rounds after the first whose policy is not trained to the end."""
+    return [n for n in later_rounds(recipe) if not Manifest.read(round_folder(run_dir, n)).is_done("ppo")]
 
 
-def run_round(
-    recipe: Recipe,
-    run_dir: Path,
-    number: int,
-    configs: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    planned: bool,
-    console: Console,
-    callbacks: tuple[TrainerCallback, ...],
-) -> None:
-    """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
-    folder = round_folder(run_dir, number)
-    manifest = read_manifest(folder)
-    manifest["base"] = fingerprint(recipe.base, tokenizer)
-    write_json(folder / "recipe.json", to_dict(recipe))
-    for stage in ("reward", "ppo"):
-        if manifest["stages"].get(stage, {}).get("state") == "done":
-            continue
-        config = copy.copy(configs[stage])
-        config.output_dir, config.run_name = str(folder / stage), f"{run_dir.name}-{folder.name}-{stage}"
-        config.data_seed = recipe.seed + number  # each round takes the rows in another order
-        prepared = prepare_stage(recipe, stage, config, tokenizer)
-        if stage == "reward":
-            prepared = merge_comparisons([prepared, *labelled_comparisons(recipe, run_dir, number, tokenizer, config)])
-        others = prepare_beside(recipe, stage, configs, tokenizer, {})
-        of_stage = others, prepared, tokenizer, manifest["base"], last_checkpoint(folder / stage)
-        job = Job(recipe, stage, folder, config, *of_stage, round=number, callbacks=callbacks)
-        console.print(Text(f"round {number}", style="bold"), end=", ")
-        train_stage(job, manifest, planned, console)
-
-
-def labelled_comparisons(
-    recipe: Recipe, run_dir: Path, number: int, tokenizer: PreTrainedTokenizerBase, config: Any
-) -> Iterator[Prepared]:
-    """The labels of each round up to this one, with the round as their source where they name none."""
-    for earlier in range(2, number + 1):
-        path = str(training_file(recipe, run_dir, earlier))
-        assert recipe.reward is not None
-        source = dataclasses.replace(recipe.reward, data=path, columns={}, convert=None, limit=None)
-        limit = longest_row(recipe.base, config.max_length)
-        part = prepare("reward", source, tokenizer, limit, recipe.seed)
-        if "source" not in part.train.column_names:  # the reward card then tells the rounds apart
-            named = {side: [f"round-{earlier}"] * len(getattr(part, side)) for side in ("train", "heldout")}
-            train, heldout = (getattr(part, side).add_column("source", named[side]) for side in named)
-            part = dataclasses.replace(part, train=train, heldout=heldout)
-        yield part
-
-
-def fresh_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> list[Prepared]:
+def fresh_prompts(run: ActiveRun) -> list[Prepared]:
     """The prompts of each round from the second on: different ones, in an order that the recipe's seed draws.
 
     Raises ValueError where the source has fewer prompts than the rounds want.
     """
-    rounds = recipe.rounds
+    recipe, config, rounds = run.recipe, run.configs["ppo"], run.recipe.rounds
     assert rounds is not None
     limit = longest_row(recipe.base, config.max_prompt_length, config.response_length, "ppo.response_length")
-    prepared = prepare("ppo", prompts_to_rank(recipe), tokenizer, limit, recipe.seed)
+    prepared = prepare("ppo", prompts_to_rank(recipe), run.tokenizer, limit, recipe.seed)
     rows = {prompt_id(prompt): index for index, prompt in reversed(list(enumerate(prepared.train["prompt"])))}
     wanted = rounds.size * (rounds.count - 1)
     if len(rows) < wanted:
@@ -111,42 +60,91 @@ def fresh_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PP
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     picked = [list(rows.values())[index] for index in order[:wanted]]
     parts = [picked[start : start + rounds.size] for start in range(0, wanted, rounds.size)]
-    return [
-        Prepared(prepared.train.select(part), prepared.heldout, prepared.conversational, prepared.stop_token_id, {})
-        for part in parts
-    ]
+    return [dataclasses.replace(prepared, train=prepared.train.select(part)) for part in parts]
 
 
-def collect_labels(
-    recipe: Recipe,
-    run_dir: Path,
-    number: int,
-    prompts: Prepared,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PPOConfig,
-) -> Path | None:
+def run_rounds(run: ActiveRun, numbers: Sequence[int], prompts: Sequence[Prepared]) -> str | None:
+    """Run rounds, as far as their labels go.
+
+    Args:
+        numbers: of the rounds that are left.
+        prompts: those of each round from the second on, as `fresh_prompts` returns them.
+    Returns:
+        what to tell the people who have to label before the next round can go on; None where nothing is left to do.
+    """
+    for number in numbers:
+        if not collect_labels(run, number, prompts[number - 2]):
+            return labelling_instructions(run.run_dir, number)
+        train_round(run, number)
+    return None
+
+
+def train_round(run: ActiveRun, number: int) -> None:
+    """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
+    folder = round_folder(run.run_dir, number)
+    manifest = Manifest.read(folder)
+    write_json(folder / "recipe.json", to_dict(run.recipe))
+    for stage in ("reward", "ppo"):
+        if manifest.is_done(stage):
+            continue
+        config = copy.copy(run.configs[stage])
+        config.output_dir, config.run_name = str(folder / stage), f"{run.run_dir.name}-{folder.name}-{stage}"
+        config.data_seed = run.recipe.seed + number  # each round takes the rows in another order
+        data = prepare_stage(run.recipe, stage, config, run.tokenizer)
+        if stage == "reward":
+            data = merge_comparisons([data, *labelled_comparisons(run, number)])
+        extras = prepare_extras(run.recipe, stage, run.configs, run.tokenizer, {})
+        run.console.print(Text(f"round {number}", style="bold"), end=", ")
+        run.train(run.job(stage, data, extras, config, number), manifest)
+
+
+def labelled_comparisons(run: ActiveRun, number: int) -> Iterator[Prepared]:
+    """The labels of each round up to this one, with the round as their source where they name none."""
+    recipe = run.recipe
+    assert recipe.reward is not None
+    limit = longest_row(recipe.base, run.configs["reward"].max_length)
+    for earlier in range(2, number + 1):
+        path = str(training_file(recipe, run.run_dir, earlier))
+        source = dataclasses.replace(recipe.reward, data=path, columns={}, convert=None, limit=None)
+        part = prepare("reward", source, run.tokenizer, limit, recipe.seed)
+        if "source" not in part.train.column_names:  # the reward card then tells the rounds apart
+            named = {side: [f"round-{earlier}"] * len(getattr(part, side)) for side in ("train", "heldout")}
+            train, heldout = (getattr(part, side).add_column("source", named[side]) for side in named)
+            part = dataclasses.replace(part, train=train, heldout=heldout)
+        yield part
+
+
+def collect_labels(run: ActiveRun, number: int, prompts: Prepared) -> bool:
     """Sample the policy of the round before on a round's prompts and have the samples ranked.
 
-    What is there already is not done again. Returns the file to train on, or None where people have to label first.
+    What is there already is not done again. Returns whether there is a file to train on: people may have to label
+    first.
     """
-    rounds = recipe.rounds
+    recipe, rounds = run.recipe, run.recipe.rounds
     assert rounds is not None
-    samples, labels = feedback_files(run_dir, number)
-    seed = recipe.seed + number
-    settings = SampleSettings(rounds.models, rounds.temperatures, rounds.responses, config.response_length, seed)
-    there = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in read_rows(path)}
-    if not there.issuperset(map(prompt_id, prompts.train["prompt"])):
-        keep_sample_settings(samples, settings)
-        before = round_folder(run_dir, number - 1)
-        shared = open_models(recipe, {name: adapter_folder(before, recipe, name) for name in rounds.models})
-        draw_samples(shared, tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
-        del shared
-        release_memory()
-    if not _have_labelled(recipe, samples, labels, seed):
-        return None
+    samples, labels = feedback_files(run.run_dir, number)
+    sampled = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in read_rows(path)}
+    if not sampled.issuperset(map(prompt_id, prompts.train["prompt"])):
+        sample_policies(run, number, prompts, samples)
+    if not _have_labelled(recipe, samples, labels, recipe.seed + number):
+        return False
     if rounds.weigh_labelers:
-        agreement_report(read_judgements([labels])).write(training_file(recipe, run_dir, number))
-    return training_file(recipe, run_dir, number)
+        agreement_report(read_judgements([labels])).write(training_file(recipe, run.run_dir, number))
+    return True
+
+
+def sample_policies(run: ActiveRun, number: int, prompts: Prepared, samples: Path) -> None:
+    """Write samples of the models of the round before, to each of the prompts that has none yet."""
+    rounds, config = run.recipe.rounds, run.configs["ppo"]
+    assert rounds is not None
+    seed = run.recipe.seed + number
+    settings = SampleSettings(rounds.models, rounds.temperatures, rounds.responses, config.response_length, seed)
+    keep_sample_settings(samples, settings)
+    before = round_folder(run.run_dir, number - 1)
+    shared = open_models(run.recipe, {name: adapter_folder(before, run.recipe, name) for name in rounds.models})
+    draw_samples(shared, run.tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
+    del shared
+    release_memory()
 
 
 def feedback_files(run_dir: Path, number: int) -> tuple[Path, Path]:
@@ -185,7 +183,7 @@ def labelling_progress(samples: Path, labels: Path) -> tuple[int, int]:
     return len(ids.intersection(judged)), len(ids)
 
 
-def labelling_instructions(recipe: Recipe, run_dir: Path, number: int) -> str:
+def labelling_instructions(run_dir: Path, number: int) -> str:
     """What to tell people who have to label before a round can go on."""
     samples, labels = feedback_files(run_dir, number)
     judged, wanted = labelling_progress(samples, labels)
@@ -197,10 +195,11 @@ def labelling_instructions(recipe: Recipe, run_dir: Path, number: int) -> str:
 
 
 def _label_by_function(labeler: str, samples: Path, labels: Path, seed: int) -> None:
+    """Have a function rank the samples. Raises ValueError where it returns ranks of other shapes."""
     rows = read_samples(samples)
     prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
     rankings: list[Any] = function(labeler)(prompts=prompts, responses=responses, seed=seed)
-    if [len(ranking) for ranking in rankings] != [len(of_row) for of_row in responses]:
+    if [len(ranking) for ranking in rankings] != [len(answers) for answers in responses]:
         raise ValueError(
             f"rounds.labeler={labeler} must return a rank for each response of each of the {len(rows)} prompts."
         )

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback
 
 from ..recipe.values import Recipe
+from ..records.contents import Summary
 from .one_run import run_one
-from .sweep import run_sweep
+from .sweep import SweepSummary, run_sweep
 
 
 def run(
@@ -18,8 +18,10 @@ def run(
     force: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     jobs: int = 1,
-) -> dict[str, Any]:
+) -> Summary | SweepSummary:
     """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
+
+    That of a recipe with variants is `{"variants": {name: summary}}`.
 
     Run again, it skips the stages that are finished and resumes an unfinished one from its last checkpoint.
 

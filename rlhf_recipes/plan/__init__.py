@@ -6,4 +6,5 @@ kept      what they said, kept on disk for the next plan
 meter     adds up what these tensors would allocate
 skeleton  the base on the meta device, and its weights in bytes
 advice    what to change where a stage does not fit
+fit       what a run asks of all this
 """

@@ -1,4 +1,4 @@
-"""What to change where a plan does not fit, or where memory ran out all the same: each change with what it buys."""
+"""What to change where a plan does not fit: each change with what it buys."""
 
 import dataclasses
 import re
@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.memory import peak_memory_mib
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
 from ..stages.configure import configure
-from .plan import MemoryPlan, StagePlan, for_device, gib, plan_memory, work_of_step
+from .plan import MemoryPlan, for_device, gib, plan_memory, work_of_step
 
 
 @dataclass(frozen=True)
@@ -71,38 +70,10 @@ def candidate_changes(recipe: Recipe, stage: str, config: Any, gpu: float | None
         yield "base.quantization=nf4", False
 
 
-def refuse_misfit(recipe: Recipe, configs: dict[str, Any], plan: MemoryPlan) -> None:
-    """Raises ValueError for the first stage that does not fit, with the three changes that help most."""
-    for stage, planned in plan.stages.items():
-        if not plan.fits_in(stage):
-            raise ValueError(
-                f"{stage} does not fit: it is planned to take {gib(planned.peak_mib)} GiB, or with the allocator's "
-                f"reserve {gib(planned.needed_mib)}, of {gib(plan.limit_mib)}. "
-                f"{best_changes(recipe, stage, configs)} To run it all the same: --force."
-            )
-
-
 def best_changes(recipe: Recipe, stage: str, configs: dict[str, Any], gpu: float | None = None) -> str:
     """The three single changes that help most, as a sentence."""
     best = helpful_changes(recipe, stage, configs, gpu)[:3]
     return f"What helps most: {'; '.join(map(str, best))}." if best else "No single setting helps."
-
-
-def out_of_memory(error: BaseException, recipe: Recipe, stage: str, config: Any, planned: StagePlan | None) -> str:
-    """What to tell a user whose stage ran out of memory.
-
-    Args:
-        error: the allocator's, with notes of what was being done.
-    """
-    doing = f" while {', '.join(error.__notes__)}" if getattr(error, "__notes__", None) else ""
-    asked = re.search(r"tried to allocate ([0-9.]+ ?\w+)", str(error), re.IGNORECASE)
-    wanted = f"{asked[1]} were asked for, and " if asked else ""
-    plan = "" if planned is None else f" The plan was {gib(planned.peak_mib)} GiB."
-    return (
-        f"{stage} ran out of memory{doing}: {wanted}{gib(peak_memory_mib())} GiB were in use at most.{plan} "
-        f"{best_changes(recipe, stage, {stage: config})} What was computed stays: the same command resumes, also with "
-        "other settings that give the same results."
-    )
 
 
 def size_in_bytes(text: str) -> float:

@@ -9,6 +9,12 @@ from typing import Any
 from .overrides import suggestion
 from .values import Recipe
 
+# Where modules that recipes name stand since 0.2.0: the recipes of older run folders name the old place.
+MOVED = {
+    "rlhf_recipes.stories": "rlhf_recipes.worlds.stories",
+    "rlhf_recipes.tiny": "rlhf_recipes.worlds.tiny",
+}
+
 
 def recipes_folder() -> Path:
     """The folder of the named recipes: inside the package when installed from a wheel, beside it in a clone."""
@@ -69,7 +75,7 @@ def function(name: str) -> Callable[..., Any]:
         module = load_module(Path(module_name))
     else:
         try:
-            module = importlib.import_module(module_name)
+            module = importlib.import_module(MOVED.get(module_name, module_name))
         except ModuleNotFoundError as error:
             raise ValueError(f"{name!r}: there is no module {error.name!r}.") from error
     if not hasattr(module, function_name):

@@ -1,6 +1,8 @@
 """The run folder: what is written in it, and what it holds. No torch.
 
+contents  what each file holds, with units
 files     writes that a kill leaves whole
+digest    hashes of JSON values: keys of caches, ids of rows
 folder    models, checkpoints and rounds of a run by name
 manifest  what was run, and which stages are done
 recorder  what a stage writes while it trains

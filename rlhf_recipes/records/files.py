@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]  # of a JSONL file: whoever writes it says which keys it has
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a torn one."""
@@ -24,7 +26,17 @@ def write_text(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is no file. Raises ValueError where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}). Delete it, or run what writes it again.") from error
+
+
+def read_rows(path: Path) -> list[Row]:
     """The whole rows of a JSONL file, none where there is no file. Another process may be writing it.
 
     Raises ValueError where a line is no JSON object.
@@ -32,7 +44,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return _rows(path)[0]
 
 
-def _rows(path: Path) -> tuple[list[dict[str, Any]], int | None]:
+def _rows(path: Path) -> tuple[list[Row], int | None]:
     """The rows of a JSONL file, and the bytes that they take; None where there are none."""
     rows, whole = [], 0
     if not path.is_file():
@@ -69,7 +81,7 @@ class Journal:
                 if whole and stream.read() != b"\n":  # an editor may leave out the last one
                     stream.write(b"\n")
 
-    def append(self, *rows: dict[str, Any]) -> None:
+    def append(self, *rows: Row) -> None:
         """Write rows, flushed and synced to disk. Where that fails (a full disk) the file stays as it was."""
         new, lines = not self.path.exists(), "".join(json.dumps(row) + "\n" for row in rows).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +98,7 @@ class Journal:
             _sync_folder(self.path.parent)
         self.rows += rows
 
-    def remove(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+    def remove(self, unwanted: Callable[[Row], bool]) -> None:
         """Take rows out again. The file is replaced in one step, so that no other row is ever at risk."""
         kept = [row for row in self.rows if not unwanted(row)]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -6,17 +6,18 @@ from pathlib import Path
 
 from ..recipe.overrides import from_dict, suggestion
 from ..recipe.values import Recipe
+from .files import read_json
 
 
 def read_recipe(run_dir: Path) -> Recipe:
     """The recipe of a run folder. Raises ValueError where that is none."""
-    path = run_dir / "recipe.json"
-    if not path.is_file():
+    values = read_json(run_dir / "recipe.json")
+    if values is None:
         raise ValueError(f"{run_dir} is no run folder: it has no recipe.json. `rlhf-recipes run` writes one.")
-    return from_dict(json.loads(path.read_text()))
+    return from_dict(values)
 
 
-def adapter_folder(run_dir: Path, of: Recipe, name: str) -> Path | None:
+def adapter_folder(run_dir: Path, recipe: Recipe, name: str) -> Path | None:
     """The folder of a model's adapter in a run; None for the bare base.
 
     Args:
@@ -24,12 +25,12 @@ def adapter_folder(run_dir: Path, of: Recipe, name: str) -> Path | None:
     Raises:
         ValueError: there is no such model, or it is not finished.
     """
-    if name == "base" or (name == "sft" and of.sft is None):
+    if name == "base" or (name == "sft" and recipe.sft is None):
         return None
     # A checkpoint has the moving average beside the policy, where that is the result. In the folder of a round the SFT
     # adapter is that of the run.
-    tried = [run_dir / name / "ema", run_dir / name / "policy", run_dir / name, run_dir.parent / name]
-    for folder in tried:
+    places = [run_dir / name / "ema", run_dir / name / "policy", run_dir / name, run_dir.parent / name]
+    for folder in places:
         if (folder / "adapter_config.json").is_file():
             return folder
     there = sorted(path.parent.relative_to(run_dir) for path in run_dir.rglob("adapter_config.json"))
@@ -38,24 +39,24 @@ def adapter_folder(run_dir: Path, of: Recipe, name: str) -> Path | None:
 
 
 def policy_checkpoints(run_dir: Path) -> list[str]:
-    """The names, as `adapter` takes them, of the policies in the checkpoints of a run's PPO, the oldest first."""
-    found = (run_dir / "ppo").glob("checkpoint-*/policy/adapter_config.json")
-    folders = sorted((path.parents[1] for path in found), key=lambda folder: checkpoint_step(folder.name))
+    """The policies in the checkpoints of a run's PPO, the oldest first, by the names that `adapter_folder` takes."""
+    adapters = (run_dir / "ppo").glob("checkpoint-*/policy/adapter_config.json")
+    folders = sorted((path.parents[1] for path in adapters), key=lambda folder: checkpoint_step(folder.name))
     return [f"ppo/{folder.name}" for folder in folders]
 
 
-def model_names(run_dir: Path, of: Recipe) -> list[str]:
+def model_names(run_dir: Path) -> list[str]:
     """The names of all models that a run has so far, in the order of training: base, sft, checkpoints, ppo, dpo.
 
     The policies of later rounds follow that of the first.
     """
     later = [f"{folder.name}/ppo" for folder in reversed(newest_round_first(run_dir)[:-1])]
-    found = ["base", *policy_checkpoints(run_dir)]
+    names = ["base", *policy_checkpoints(run_dir)]
     for name in ("sft", "ppo", *later, "dpo"):
         folders = (run_dir / name, run_dir / name / "policy")
         if any((folder / "adapter_config.json").is_file() for folder in folders):
-            found.insert(1 if name == "sft" else len(found), name)
-    return found
+            names.insert(1 if name == "sft" else len(names), name)
+    return names
 
 
 def checkpoint_step(name: str) -> int:
@@ -69,17 +70,20 @@ def newest_round_first(run_dir: Path) -> list[Path]:
     return [*rounds, run_dir]
 
 
-def last_model(run_dir: Path, of: Recipe) -> str:
+def last_model(run_dir: Path, recipe: Recipe) -> str:
     """The name of what a run has trained last: the policy of its newest finished round, or of PPO, DPO, SFT."""
     for folder in newest_round_first(run_dir)[:-1]:
         if (folder / "ppo" / "policy" / "adapter_config.json").is_file():
             return f"{folder.name}/ppo"
-    return next((name for name in ("ppo", "dpo", "sft") if getattr(of, name) is not None), "base")
+    return next((name for name in ("ppo", "dpo", "sft") if getattr(recipe, name) is not None), "base")
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint. The Trainer writes `trainer_state.json` last: a torn one has none that parses."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+    """The path of a stage folder's newest complete checkpoint; None where there is none.
+
+    The Trainer writes `trainer_state.json` last. A checkpoint that a kill has torn has none that parses: it is removed.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -checkpoint_step(path.name)):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):

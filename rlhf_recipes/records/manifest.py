@@ -5,48 +5,86 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..recipe.overrides import to_dict
 from ..recipe.values import STAGES, Recipe
+from .contents import DataReport, Fingerprint, StageRecord, StageResults
+from .files import read_json, write_json
 
 VERSIONS = ("rlhf_recipes", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "wandb")
 
 
-def open_run(recipe: Recipe, run_dir: Path, wanted: list[str]) -> dict[str, Any]:
-    """Make the run folder, or check that it is this recipe's and holds what the wanted stages build on."""
-    resolved = json.loads(json.dumps(to_dict(recipe)))
-    path = run_dir / "recipe.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        differences = _differences(before, resolved)
-        compared = _without_memory(before), _without_memory(resolved)
-        if not before.get("rounds"):  # rounds may follow a finished run
-            compared[1].pop("rounds")
-        if _differences(*compared):
-            raise ValueError(
-                f"{run_dir} holds a run of another recipe ({'; '.join(differences)}). "
-                "Set another --run-dir, or delete that folder."
-            )
-    manifest = read_manifest(run_dir)
+@dataclass
+class Manifest:
+    """`manifest.json` in the folder of a run or of one of its rounds."""
+
+    stages: dict[str, StageRecord] = field(default_factory=dict)  # those that have begun, in the order of training
+    versions: dict[str, str] = field(default_factory=dict)  # python and packages, when it was written last
+    base: Fingerprint | None = None  # None until the first stage begins
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """A folder's manifest; an empty one where it has none. Raises ValueError where the file is damaged."""
+        return cls(**(read_json(folder / "manifest.json") or {}))
+
+    def write(self, folder: Path) -> None:
+        """Write the file in one piece, with the versions of now."""
+        packages = {name: importlib.metadata.version(name) for name in VERSIONS}
+        self.versions = {"python": platform.python_version(), **packages}
+        base = {} if self.base is None else {"base": self.base}
+        write_json(folder / "manifest.json", {"stages": self.stages, "versions": self.versions, **base})
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is finished."""
+        return stage in self.stages and self.stages[stage]["state"] == "done"
+
+    def results(self, stage: str) -> StageResults:
+        """What a stage found; nothing of one that is not finished."""
+        return self.stages[stage].get("results", {}) if stage in self.stages else {}
+
+    def begin(self, stage: str, data: DataReport) -> StageRecord:
+        """The record of a stage that begins, or goes on after an interruption: time and memory are counted on."""
+        fresh: StageRecord = {"state": "running", "seconds": 0.0, "peak_memory_mib": 0.0, "data": data}
+        record = self.stages.setdefault(stage, fresh)
+        record["state"], record["data"] = "running", data
+        return record
+
+
+def open_run(recipe: Recipe, run_dir: Path, wanted: list[str]) -> Manifest:
+    """Make the run folder, or check that it is this recipe's and holds what the wanted stages build on.
+
+    Raises ValueError where it holds a run of another recipe, or lacks a finished stage that a wanted one builds on.
+    """
+    check_same_recipe(recipe, run_dir)
+    manifest = Manifest.read(run_dir)
     for stage in wanted:
         # DPO takes the place of PPO, and builds on the reward model no more than on PPO.
         before = [earlier for earlier in STAGES[: STAGES.index(stage)] if stage != "dpo" or earlier == "sft"]
         for earlier in (earlier for earlier in before if getattr(recipe, earlier) is not None):
-            if earlier not in wanted and manifest["stages"].get(earlier, {}).get("state") != "done":
+            if earlier not in wanted and not manifest.is_done(earlier):
                 raise ValueError(f"Stage {stage!r} builds on {earlier!r}, which is not finished in {run_dir}.")
     run_dir.mkdir(parents=True, exist_ok=True)
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest, or a new one, with the versions of now."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.is_file() else {"stages": {}}
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    manifest["versions"] = {"python": platform.python_version(), **versions}
-    return manifest
+def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """Raises ValueError where a folder holds a run of another recipe, of which no stage could be gone on with."""
+    there = read_json(run_dir / "recipe.json")
+    if there is None:
+        return
+    here = json.loads(json.dumps(to_dict(recipe)))
+    differences = _differences(there, here)
+    compared = _without_memory(there), _without_memory(here)
+    if not there.get("rounds"):  # rounds may follow a finished run
+        compared[1].pop("rounds")
+    if _differences(*compared):
+        raise ValueError(
+            f"{run_dir} holds a run of another recipe ({'; '.join(differences)}). "
+            "Set another --run-dir, or delete that folder."
+        )
 
 
 def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:

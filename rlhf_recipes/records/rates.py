@@ -2,8 +2,10 @@
 
 import math
 
+from .contents import WinRate
 
-def win_rate(ours: list[float], theirs: list[float]) -> dict[str, float]:
+
+def win_rate(ours: list[float], theirs: list[float]) -> WinRate:
     """Share of prompts where ours is higher, ties counting half, with Wilson's 95 % interval.
 
     Wilson, "Probable inference", JASA 1927. Ties make the true interval a little narrower than this one.
@@ -12,7 +14,7 @@ def win_rate(ours: list[float], theirs: list[float]) -> dict[str, float]:
     return with_interval(rate, len(ours))
 
 
-def with_interval(rate: float, n: int) -> dict[str, float]:
+def with_interval(rate: float, n: int) -> WinRate:
     """A rate over n prompts with Wilson's 95 % interval."""
     z = 1.959964
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .contents import Sample
 from .files import write_text
 from .tracking import Tracker
 
@@ -30,7 +31,7 @@ class Recorder:
         if "train_runtime" not in logs:  # the totals at the end are no points of a curve
             self.tracker.point(logs, step)
 
-    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Record held-out prompts with their responses and scores, a row each with its `model`."""
         self._append(SAMPLES, samples, step)
         self.tracker.table("completions", samples, step)

@@ -41,10 +41,10 @@ class Session:
     group: str
     job: str  # the stage, or `report`
     name: str
-    config: dict[str, Any]
-    id: str
-    step: int | None = None  # the checkpoint's, where an earlier attempt is gone on with
-    beside: bool = False  # another run goes on in the meantime
+    config: dict[str, Any]  # recipe, base, args (of the trainer) and round
+    id: str  # of the run in the tracker
+    step: int | None = None  # of the checkpoint from which an earlier attempt goes on; None: it begins anew
+    beside: bool = False  # another run of the tracker is open meanwhile, and stays open
 
 
 class Tracker:
@@ -76,10 +76,10 @@ class Tracker:
 
 
 class _Library(Tracker):
-    """What wandb and trackio, which has its interface, share."""
+    """What wandb and trackio share, because trackio has wandb's interface."""
 
     library: Any  # the module
-    run: Any
+    run: Any  # what its `init` returned
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         columns = list(rows[0])
@@ -134,13 +134,21 @@ class WandbTracker(_Library):
 
 
 def wandb_mode() -> Any:
-    """WANDB_MODE where it is set, else offline where no key is found: a run must never stop to ask for one."""
+    """`mode` of `wandb.init`: WANDB_MODE where it is set, else offline where no key is found.
+
+    A run must never stop to ask for one.
+    """
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host)
     except FileNotFoundError:
         key = None
     return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+
+
+def _remarks_to_stderr() -> redirect_stdout:
+    """A block in which trackio may say where it keeps a run: standard output is for results."""
+    return redirect_stdout(sys.stderr)
 
 
 class TrackioTracker(_Library):
@@ -162,7 +170,7 @@ class TrackioTracker(_Library):
             resume="never" if session.step is None else "allow",  # by the name
             embed=False,  # no dashboard in a notebook for each stage
         )
-        with redirect_stdout(sys.stderr):
+        with _remarks_to_stderr():
             self.run = context.run(start) if session.beside else start()
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
@@ -172,7 +180,7 @@ class TrackioTracker(_Library):
         self.log(values, self.step)  # trackio has no summary but a run's last values
 
     def finish(self, failed: bool = False) -> None:
-        with redirect_stdout(sys.stderr):
+        with _remarks_to_stderr():
             self.run.finish()
 
 
@@ -220,7 +228,7 @@ def _cell(value: Any) -> str:
     """A value as Markdown that shows it as it is, in one line: nothing that a model says is markup or HTML."""
     if isinstance(value, bool | int | float):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[!-/:-@\[-`{-~]", lambda found: f"&#{ord(found[0])};", " ".join(str(value).split()))
+    return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", " ".join(str(value).split()))
 
 
 TRACKERS: dict[str, type[Tracker]] = {
@@ -236,7 +244,7 @@ def check_tracker(recipe: Recipe) -> None:
     if recipe.tracker != "none" and importlib.util.find_spec(recipe.tracker) is None:
         raise ValueError(f"tracker={recipe.tracker} needs a package: pip install 'rlhf_recipes[trackers]'.")
     if recipe.artifacts and not issubclass(TRACKERS[recipe.tracker], _Library):
-        raise ValueError(f"artifacts needs a tracker that keeps files, wandb or trackio: tracker={recipe.tracker} not.")
+        raise ValueError(f"artifacts needs a tracker that keeps files, wandb or trackio, and not {recipe.tracker}.")
 
 
 def session_id(folder: Path, tracker: str, resumed: bool) -> tuple[str, bool]:
@@ -248,11 +256,11 @@ def session_id(folder: Path, tracker: str, resumed: bool) -> tuple[str, bool]:
     """
     mark = folder / MARK
     goes_on = resumed and mark.is_file()
-    known = json.loads(mark.read_text())["id"] if goes_on else secrets.token_hex(4)
+    run_id = json.loads(mark.read_text())["id"] if goes_on else secrets.token_hex(4)
     if tracker != "none":
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"id": known})
-    return known, goes_on
+        write_json(mark, {"id": run_id})
+    return run_id, goes_on
 
 
 @contextmanager
@@ -274,14 +282,14 @@ def grouped(name: str) -> str:
     return name if "/" in name else f"train/{name}"
 
 
-def result_numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a stage's results, by names like `results/models/ppo/gold`."""
-    named = flat_values({"results": {key: value for key, value in found.items() if key != "card"}})
+def result_numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in a stage's results, by names like `results/models/ppo/gold`, without those of the reward card."""
+    named = flat_values({"results": {key: value for key, value in results.items() if key != "card"}})
     return {name: value for name, value in named.items() if isinstance(value, int | float)}
 
 
 def flat_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a/b": 1}`"""
+    """Nested dicts as one: `{"a": {"b": 1}}` becomes `{"a/b": 1}`. `prefix` goes before each key."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         leaves |= flat_values(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from ..records.contents import Calibration
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -113,7 +115,7 @@ def lines(
     return Chart(title, "" if unit == "share" else unit, _inline(figure, _said(title, unit, drawn)), shown, note)
 
 
-def reliability(cards: Sequence[tuple[str, int, dict[str, Any]]]) -> Chart:
+def reliability(cards: Sequence[tuple[str, int, Calibration]]) -> Chart:
     """The reliability plot of reward cards.
 
     Args:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..recipe.values import STAGES
+from ..records.contents import RewardCard
 from . import charts, overoptimization
 from .blocks import Grid, Interval, Intervals, Picture, Table, TableRow, Words, duration, memory, percent
 from .charts import FAINT, Chart, Curve
@@ -95,7 +96,7 @@ def sft_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
     entries = [
         (index, "SFT", [f"{results['heldout_loss']:.3f}", percent(results["heldout_token_accuracy"])])
         for index, run in enumerate(runs)
-        if (results := run.stage("sft").get("results"))
+        if (results := run.manifest.results("sft"))
     ]
     rows = [TableRow(label, cells, colour) for label, colour, cells in shared_by_runs(runs, entries)]
     yield from _grid(_drawn(runs, SFT_PANELS, lambda run, key: run.parts[0].series("sft", key), "step"), runs)
@@ -163,11 +164,11 @@ def _adapters(run: RunContents) -> list[Chart]:
     return [chart for chart in drawn if chart is not None]
 
 
-def _accuracies(runs: Sequence[RunContents], cards: list[tuple[int, PartContents, dict[str, Any]]]) -> Intervals:
+def _accuracies(runs: Sequence[RunContents], cards: list[tuple[int, PartContents, RewardCard]]) -> Intervals:
     """Shares of held-out pairs that the reward models rank right, of all pairs and of each source of them."""
     entries = []
     for index, part, card in cards:
-        results = part.manifest["stages"]["reward"]["results"]
+        results = part.manifest.results("reward")
         members = results.get("members_accuracy", ())
         details = [f"members {', '.join(map(percent, members))}"] if len(members) > 1 else []
         details += [f"the judge {percent(results['judge_accuracy'])}"] if "judge_accuracy" in results else []
@@ -184,7 +185,7 @@ def _accuracies(runs: Sequence[RunContents], cards: list[tuple[int, PartContents
     return Intervals("Accuracy on held-out comparisons", rows)
 
 
-def _by_length(card: dict[str, Any], runs: str) -> Table:
+def _by_length(card: RewardCard, runs: str) -> Table:
     """A card's accuracy by the difference in length. `runs` names those that have it, and is empty for all."""
     rows = [
         TableRow(
@@ -251,10 +252,10 @@ def resources(runs: Sequence[RunContents]) -> Iterator[Any]:
     entries = []
     for index, run in enumerate(runs):
         records = [
-            (part.label(stage), part.manifest["stages"][stage])
+            (part.label(stage), part.manifest.stages[stage])
             for part in run.parts
             for stage in STAGES
-            if stage in part.manifest["stages"]
+            if stage in part.manifest.stages
         ]
         total = sum(record["seconds"] for _, record in records) or 1
         for label, record in records:
@@ -282,7 +283,7 @@ def resources(runs: Sequence[RunContents]) -> Iterator[Any]:
 
 def _phases(run: RunContents) -> dict[str, float]:
     """The seconds of PPO's phases over all updates and rounds; the rest is loading, saving and comparing at the end."""
-    total = sum(part.manifest["stages"].get("ppo", {}).get("seconds", 0) for part in run.parts)
+    total = sum(part.manifest.stages["ppo"]["seconds"] for part in run.parts if "ppo" in part.manifest.stages)
     seconds = {
         words: sum(chain.from_iterable(part.series("ppo", f"time/{phase}")[1] for part in run.parts))
         for phase, words in PHASES.items()

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe.values import Recipe
-from ..records.files import read_rows
+from ..records.contents import MetricsRow, RewardCard, Summary
+from ..records.files import Row, read_json, read_rows
 from ..records.folder import newest_round_first, read_recipe
+from ..records.manifest import Manifest
 from ..records.summary import summarize
-
-Row = dict[str, Any]
 
 SCORES = {"gold": "gold", "judge": "judge", "reward": "score"}  # judge -> the key of its scores in samples and means
 TITLES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
@@ -26,8 +26,8 @@ class PartContents:
 
     folder: Path
     number: int  # of the round
-    manifest: dict[str, Any]
-    metrics: list[Row]
+    manifest: Manifest
+    metrics: list[MetricsRow]
     samples: list[Row]
 
     def label(self, stage: str) -> str:
@@ -52,22 +52,18 @@ class RunContents:
     folder: Path
     recipe: Recipe
     parts: list[PartContents]  # the run's own, then a round each
-    summary: dict[str, Any]
+    summary: Summary
     evaluation: dict[str, Any] | None  # what `rlhf-recipes evaluate` wrote
     answers: list[Row]  # id, prompt, model, completion, tokens, ended, kl, scores {judge: number}
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """The manifest of the run's own folder."""
         return self.parts[0].manifest
 
-    def stage(self, name: str) -> dict[str, Any]:
-        """What the manifest says of a stage; nothing of one that has not begun."""
-        return self.manifest["stages"].get(name, {})
-
-    def card(self, part: PartContents) -> dict[str, Any] | None:
+    def card(self, part: PartContents) -> RewardCard | None:
         """The reward card of a part."""
-        return part.manifest["stages"].get("reward", {}).get("results", {}).get("card")
+        return part.manifest.results("reward").get("card")
 
     def ppo(self, key: str) -> tuple[list[float], list[float]]:
         """A metric of PPO over the updates of all rounds, with a gap (NaN) where a round begins."""
@@ -138,23 +134,12 @@ def _read_run(folder: Path, name: str) -> RunContents:
     recipe = read_recipe(folder)
     parts = []
     for number, path in enumerate(reversed(newest_round_first(folder)), 1):
-        manifest = _json(path / "manifest.json") or {"stages": {}}
-        parts.append(
-            PartContents(path, number, manifest, read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl"))
-        )
-    summary = summarize(parts[0].manifest, [part.manifest for part in parts[1:] if part.manifest["stages"]])
+        metrics, samples = read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl")
+        parts.append(PartContents(path, number, Manifest.read(path), metrics, samples))
+    summary = summarize(parts[0].manifest, [part.manifest for part in parts[1:] if part.manifest.stages])
     answers = read_rows(folder / "evaluation" / "answers.jsonl") or list(_answers(parts))
-    return RunContents(name, folder, recipe, parts, summary, _json(folder / "evaluation" / "evaluation.json"), answers)
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """What a file holds, None where there is none. Raises ValueError where it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}). Delete it, or run what writes it again.") from error
+    evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    return RunContents(name, folder, recipe, parts, summary, evaluation, answers)
 
 
 def _answers(parts: Iterable[PartContents]) -> Iterator[Row]:

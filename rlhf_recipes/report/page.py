@@ -70,7 +70,7 @@ def _json(value: Any) -> Markup:
 def _head(run: RunContents) -> dict[str, Any]:
     """What stands at the top of the page of a run."""
     summary, best = run.summary, best_win(run)
-    stages = [TITLES[stage] for stage in STAGES if stage in run.manifest["stages"]]
+    stages = [TITLES[stage] for stage in STAGES if stage in run.manifest.stages]
     rounds = f", {len(run.parts)} rounds" if len(run.parts) > 1 else ""
     facts = [f"base {run.recipe.base.model}", f"{' → '.join(stages)}{rounds}", f"seed {run.recipe.seed}"]
     if summary["seconds"]:

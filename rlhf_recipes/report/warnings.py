@@ -32,7 +32,7 @@ def warnings_of_run(run: RunContents) -> Iterator[RunWarning]:
     """All warnings of a run: what its stages found, then what its curves say, then what its results cannot carry."""
     for part in run.parts:
         later = f", round {part.number}" if part.number > 1 else ""
-        for name, record in part.manifest["stages"].items():
+        for name, record in part.manifest.stages.items():
             if record["state"] != "done":
                 text = "This stage is not finished: shown is what it has logged so far. Run it again to go on."
                 yield RunWarning(f"{TITLES[name]}{later}", text)

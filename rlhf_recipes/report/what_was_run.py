@@ -102,7 +102,7 @@ def _data(runs: Sequence[RunContents]) -> Table:
     entries = []
     for index, run in enumerate(runs):
         for part in run.parts:
-            for stage, record in part.manifest["stages"].items():
+            for stage, record in part.manifest.stages.items():
                 data = record["data"]
                 dropped = ", ".join(f"{count:,} {reason}" for reason, count in data["dropped"].items()) or "none"
                 counts = [f"{data[key]:,}" for key in ("rows", "train", "heldout")]
@@ -115,9 +115,9 @@ def _versions(runs: Sequence[RunContents]) -> Table:
     """Base, seed and versions of all runs, in a column each."""
     facts = []
     for run in runs:
-        base = run.manifest.get("base", {})
+        base = run.manifest.base or {}
         fingerprint = {f"base {key}": str(value) for key, value in base.items() if value is not None}
-        facts.append({"seed": str(run.recipe.seed), **fingerprint, **run.manifest.get("versions", {})})
+        facts.append({"seed": str(run.recipe.seed), **fingerprint, **run.manifest.versions})
     rows = [
         TableRow(key, [values.get(key, "") for values in facts]) for key in dict.fromkeys(chain.from_iterable(facts))
     ]

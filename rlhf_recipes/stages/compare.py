@@ -5,18 +5,20 @@ B rows.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..data.prepare import Prepared
 from ..model.sampler import Sampler
+from ..records.contents import Means, MeasureName, Sample, StageResults
+from ..records.files import Row
 from ..records.rates import win_rate
 from ..records.summary import WINS
 from .scores import RewardFunc, Rewards
 
 # What samples are measured by, as far as it is known; `Evaluator` says what each is.
-MEASURED = ("score", "ensemble_std", "gold", "judge", "kl", "response_length")
+MEASURED: tuple[MeasureName, ...] = ("score", "ensemble_std", "gold", "judge", "kl", "response_length")
 
 
 class Evaluator:
@@ -38,12 +40,11 @@ class Evaluator:
         """
         self.sampler, self.rewards, self.gold, self.seed, self.texts = sampler, rewards, gold, seed, list(texts)
 
-    def __call__(self, role: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Sample one response to each row's prompt from a role.
+    def __call__(self, role: str, rows: list[Row]) -> list[Sample]:
+        """Sample one response to each row's prompt from a role, and measure it.
 
-        Returns a dict a row: prompt, completion, response_length (tokens), ended, kl (nats, to the reference, summed
-        over the response) and, where they are known, score (the sources' weighted sum), ensemble_std (the spread of an
-        ensemble's members), judge (the score of that reward role) and gold.
+        Args:
+            rows: B held-out rows of the `ppo` stage's data: `prompt`, `prompt_ids` and the source's other columns.
         """
         model = self.sampler.model
         devices = [model.device] if model.device.type == "cuda" else []
@@ -64,9 +65,10 @@ class Evaluator:
             columns["judge"] = self.sampler.reward_scores(samples, "judge").tolist()
         if self.gold is not None:
             columns["gold"] = self.rewards.judge(self.gold, rows, samples).tolist()
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        samples_rows = zip(*columns.values(), strict=True)
+        return [cast(Sample, dict(zip(columns, row, strict=True))) for row in samples_rows]
 
-    def means(self, role: str, samples: list[dict[str, Any]]) -> dict[str, float]:
+    def means(self, role: str, samples: list[Sample]) -> Means:
         """Means of a role's samples, and its perplexity on `texts`."""
         result = means(samples)
         if self.texts:
@@ -79,9 +81,7 @@ def held_out_texts(ptx: Prepared | None, max_length: int) -> list[list[int]]:
     return [] if ptx is None else [ids[:max_length] for ids in ptx.heldout["input_ids"]]
 
 
-def compare(
-    evaluate: Evaluator, rows: list[dict[str, Any]], models: dict[str, str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def compare(evaluate: Evaluator, rows: list[Row], models: dict[str, str]) -> tuple[StageResults, list[Sample]]:
     """Sample every held-out prompt from several roles.
 
     Args:
@@ -90,9 +90,7 @@ def compare(
         the results (means by model, and the win rates of the last one) and the samples, each with its model.
     """
     samples = {model: evaluate(role, rows) for role, model in models.items()}
-    results: dict[str, Any] = {
-        "models": {model: evaluate.means(role, samples[model]) for role, model in models.items()}
-    }
+    results: StageResults = {"models": {model: evaluate.means(role, samples[model]) for role, model in models.items()}}
     last = samples[list(models.values())[-1]]
     for name, key in WINS.items():
         if key in last[0]:
@@ -100,14 +98,14 @@ def compare(
     return results, [{"model": model, **sample} for model, of_model in samples.items() for sample in of_model]
 
 
-def means(samples: list[dict[str, Any]]) -> dict[str, float]:
+def means(samples: list[Sample]) -> Means:
     """Means of the samples' numbers, over the rows."""
     names = [name for name in MEASURED if name in samples[0]]
     result = {name: sum(sample[name] for sample in samples) / len(samples) for name in names}
-    return {**result, "without_eos": 1 - sum(sample["ended"] for sample in samples) / len(samples)}
+    return cast(Means, {**result, "without_eos": 1 - sum(sample["ended"] for sample in samples) / len(samples)})
 
 
-def quality(means: dict[str, float]) -> dict[str, float]:
+def quality(means: Means) -> Means:
     """`quality`, by which a policy is chosen: gold where it is known, else what the judge says, else nothing."""
     known = [means[name] for name in ("gold", "judge") if name in means]
     return {"quality": known[0]} if known else {}

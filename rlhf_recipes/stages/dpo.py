@@ -16,6 +16,7 @@ from ..model.base import check_fingerprint, load_base, write_fingerprint
 from ..model.sampler import Sampler
 from ..model.shared import SharedBase, lora_config
 from ..recipe.lookup import function
+from ..records.contents import StageResults
 from .compare import Evaluator, compare, held_out_texts
 from .configure import stage_config
 from .job import Job
@@ -49,7 +50,7 @@ class DPOTrainer(trl.DPOTrainer):
         return result
 
 
-def train_dpo(job: Job) -> dict[str, Any]:
+def train_dpo(job: Job) -> StageResults:
     """Train the policy from the SFT adapter, save it to the stage's folder, and compare the models.
 
     Returns the held-out loss and accuracy (of beta * log pi/pi_ref as a reward), and the comparison.
@@ -67,7 +68,7 @@ def train_dpo(job: Job) -> dict[str, Any]:
     # Whoever holds the trainer holds its base, beside the one that is loaded now.
     del trainer, model
     gc.collect()
-    results, samples = compare(make_evaluator(job), job.others["prompts"].heldout.to_list(), MODELS)
+    results, samples = compare(make_evaluator(job), job.extras["prompts"].heldout.to_list(), MODELS)
     recorder.samples(step, samples)
     return {"heldout_loss": metrics["eval_loss"], "heldout_accuracy": metrics["eval_rewards/accuracies"], **results}
 
@@ -112,5 +113,5 @@ def make_evaluator(job: Job) -> Evaluator:
     config = stage_config(recipe, "ppo", job.run_dir)
     assert isinstance(config, PPOConfig)
     gold = function(recipe.gold) if recipe.gold is not None else None
-    texts = held_out_texts(job.others.get("ptx"), config.ptx_max_length)
+    texts = held_out_texts(job.extras.get("ptx"), config.ptx_max_length)
     return Evaluator(sampler, Rewards(sampler, config, resolve_rewards(sources)), gold, recipe.seed, texts)

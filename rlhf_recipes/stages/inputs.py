@@ -1,4 +1,4 @@
-"""A stage's inputs: its data, and what it takes beside them, with rows held out."""
+"""A stage's inputs: its own data, and what it takes beside them. Of both some rows are held out."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,7 +15,10 @@ from .configure import stage_config
 
 
 def prepare_stage(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """A stage's data. No row may be longer than the stage's limit, or than the model's context."""
+    """A stage's own data. Rows longer than the stage's limit, or than the model's context, are bad ones.
+
+    Raises ValueError, naming the key, as `prepare` does, and where nothing is held out.
+    """
     if stage == "ppo":
         limit = longest_row(recipe.base, config.max_prompt_length, config.response_length, "ppo.response_length")
     else:
@@ -26,23 +29,27 @@ def prepare_stage(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrained
     return prepared
 
 
-def prepare_beside(
+def prepare_extras(
     recipe: Recipe,
     stage: str,
     configs: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     prepared: dict[str, Prepared],
 ) -> dict[str, Prepared]:
-    """What a stage takes beside its data, which is in `prepared`.
+    """What a stage takes beside its own data, by name.
 
     reward: the SFT stage's `demonstrations`, which set its bias. ppo and dpo: the texts of `ptx`. dpo: the `prompts` on
     which models are compared.
+
+    Args:
+        configs: the stages' trainer configurations.
+        prepared: the data of stages, so that the SFT stage's are not prepared twice.
     """
-    others = {}
+    extras = {}
     if stage == "reward" and recipe.sft is not None:
-        others["demonstrations"] = prepared.get("sft") or prepare_stage(recipe, "sft", configs["sft"], tokenizer)
+        extras["demonstrations"] = prepared.get("sft") or prepare_stage(recipe, "sft", configs["sft"], tokenizer)
     if stage in ("ppo", "dpo") and recipe.ptx is not None:
-        others["ptx"] = _prepare_with_heldout("ptx", "ptx", recipe.ptx, tokenizer, None, recipe.seed)
+        extras["ptx"] = _prepare_with_heldout("ptx", "ptx", recipe.ptx, tokenizer, None, recipe.seed)
     if stage == "dpo":
         own = {f.name: getattr(recipe.dpo, f.name) for f in fields(Source)}
         source = Source(
@@ -50,13 +57,13 @@ def prepare_beside(
         )
         limit = longest_row(recipe.base, None, configs["dpo"].response_length, "dpo.response_length")
         try:
-            others["prompts"] = _prepare_with_heldout("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)
+            extras["prompts"] = _prepare_with_heldout("ppo", "dpo.prompts", source, tokenizer, limit, recipe.seed)
         except ValueError as error:  # `data` names the section that such rows are for
             raise ValueError(f"dpo.prompts: {str(error).removeprefix('ppo.data: ')}") from error
-    return others
+    return extras
 
 
-def prompts_to_compare_on(
+def prepare_comparison(
     recipe: Recipe, run_dir: Path, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Any, dict[str, Prepared]]:
     """What the models of a run are compared on, split as in training.
@@ -70,18 +77,23 @@ def prompts_to_compare_on(
             f"The recipe of {run_dir} has none of the stages sft, ppo and dpo: there is nothing to compare."
         )
     config = stage_config(recipe, stage, run_dir)
-    found = prepare_beside(recipe, stage, {stage: config}, tokenizer, {})
+    inputs = prepare_extras(recipe, stage, {stage: config}, tokenizer, {})
     if stage == "ppo":
-        found["prompts"] = prepare_stage(recipe, stage, config, tokenizer)
+        inputs["prompts"] = prepare_stage(recipe, stage, config, tokenizer)
     elif stage == "sft":
-        found["prompts"] = _prepare_with_heldout("ppo", "sft", getattr(recipe, stage), tokenizer, None, recipe.seed)
-    return config, found
+        inputs["prompts"] = _prepare_with_heldout("ppo", "sft", getattr(recipe, stage), tokenizer, None, recipe.seed)
+    return config, inputs
 
 
 def _prepare_with_heldout(
     kind: Any, key: str, source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None, seed: int
 ) -> Prepared:
-    """`prepare` of a source of which some rows must be held out."""
+    """`prepare`, for a source of which some rows must be held out.
+
+    Args:
+        kind: the stage whose columns are made.
+        key: of the recipe, for messages.
+    """
     prepared = prepare(kind, source, tokenizer, limit, seed)
     if len(prepared.heldout) == 0:
         raise ValueError(
@@ -91,17 +103,25 @@ def _prepare_with_heldout(
     return prepared
 
 
-def check_same_format(prepared: dict[str, Prepared], others: dict[str, dict[str, Prepared]]) -> None:
-    """A reward model that saw chat templates cannot judge plain text: the stages of a run must agree."""
-    found = {f"{stage}.data": p.conversational for stage, p in prepared.items()}
-    if "dpo" in others:
-        found["dpo.prompts"] = others["dpo"]["prompts"].conversational
-    if len(set(found.values())) > 1:
-        kinds = [f"{key} is {'messages' if messages else 'plain text'}" for key, messages in found.items()]
+def check_same_format(prepared: dict[str, Prepared], extras: dict[str, dict[str, Prepared]]) -> None:
+    """Raises ValueError where some stages have messages and others plain text.
+
+    A reward model that saw chat templates cannot judge plain text.
+
+    Args:
+        prepared: a stage's own data, by stage.
+        extras: what it takes beside them, by stage.
+    """
+    conversational = {f"{stage}.data": data.conversational for stage, data in prepared.items()}
+    if "dpo" in extras:
+        conversational["dpo.prompts"] = extras["dpo"]["prompts"].conversational
+    if len(set(conversational.values())) > 1:
+        kinds = [f"{key} is {'messages' if messages else 'plain text'}" for key, messages in conversational.items()]
         raise ValueError(f"The stages must all have messages or all have plain text, but {', '.join(kinds)}.")
 
 
 def rows_line(report: Mapping[str, Any]) -> str:
+    """How many rows a stage has, and how many were dropped why: `90 rows to train on, 10 held out`."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     return f"{report['train']:,} rows to train on, {report['heldout']:,} held out" + (
         f"; dropped {dropped}" if dropped else ""

@@ -14,6 +14,7 @@ from ..data.prepare import Prepared
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
+from ..records.contents import Fingerprint
 from ..records.folder import last_checkpoint, round_folder
 from ..records.recorder import Recorder
 from ..records.tracking import Session, Tracker
@@ -22,16 +23,16 @@ from .callbacks import Progress, RecordLogs
 
 @dataclass(frozen=True)
 class Job:
-    """All that one stage needs."""
+    """All that one stage needs, as the pipeline gives it."""
 
     recipe: Recipe
     stage: str
     run_dir: Path
-    config: Any  # one of CONFIGS
-    others: dict[str, Prepared]  # see `inputs.prepare_beside`
+    config: Any  # the trainer's: SFTConfig, RewardConfig, PPOConfig or DPOConfig
+    extras: dict[str, Prepared]  # what it takes beside its data: see `inputs.prepare_extras`
     data: Prepared
     tokenizer: PreTrainedTokenizerBase
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint  # of the base
     resume: str | None  # the checkpoint to go on from
     round: int = 1  # from the second on `run_dir` is the round's folder, inside the run's
     callbacks: tuple[TrainerCallback, ...] = ()  # the user's, of every stage's trainer
@@ -39,6 +40,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
+        """Where the stage keeps its checkpoints and its adapter."""
         return Path(self.config.output_dir)
 
     @property
@@ -62,9 +64,11 @@ class Job:
         return self.sft if self.round == 1 else round_folder(self.root, self.round - 1) / "ppo" / "policy"
 
     def adapter(self, folder: str, name: str, seed: int) -> "Job":
-        """The job of a further reward adapter, in a folder, with a name and a tracked run of its own.
+        """The job of a further reward adapter, which has a folder, a name and a tracked run of its own.
 
         Args:
+            folder: inside the stage's.
+            name: follows the stage's in names of runs and of rows.
             seed: is added to the stage's.
         """
         config = copy.copy(self.config)
@@ -77,9 +81,13 @@ class Job:
 
     @contextmanager
     def tracked(self, beside: bool = False) -> Iterator["Job"]:
-        """The job with its run in the tracker; `beside` that of the stage, for a further reward adapter."""
+        """The job with its run in the tracker, which ends with the block.
+
+        Args:
+            beside: the stage's own run stays open, as it does while a further reward adapter is trained.
+        """
         recipe = self.recipe
-        known, goes_on = tracking.session_id(self.folder, recipe.tracker, resumed=self.step is not None)
+        run_id, goes_on = tracking.session_id(self.folder, recipe.tracker, resumed=self.step is not None)
         session = Session(
             run_dir=self.run_dir,
             group=self.root.name,
@@ -91,7 +99,7 @@ class Job:
                 "args": self.config.to_dict(),
                 "round": self.round,
             },
-            id=known,
+            id=run_id,
             step=self.step if goes_on else None,
             beside=beside,
         )

@@ -8,6 +8,7 @@ from peft import PeftModel, TaskType
 
 from ..model.base import load_base, write_fingerprint
 from ..model.shared import lora_config
+from ..records.contents import StageResults
 from .job import Job
 
 
@@ -26,7 +27,7 @@ class SFTTrainer(trl.SFTTrainer):
         return trl.pack_dataset(dataset, args.max_length)
 
 
-def train_sft(job: Job) -> dict[str, float]:
+def train_sft(job: Job) -> StageResults:
     """Train a fresh adapter and save it to the stage's folder. Returns the held-out metrics."""
     trainer = SFTTrainer(
         model=load_base(job.recipe.base),

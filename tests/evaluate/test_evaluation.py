@@ -199,7 +199,7 @@ def test_every_model_is_compared_by_every_judge_that_the_run_has(
     recipe: Recipe, finished: Path, evaluated: dict[str, Any]
 ) -> None:
     names = ["base", "sft", "ppo/checkpoint-1", "ppo/checkpoint-2", "ppo"]
-    assert model_names(finished, recipe) == list(evaluated["models"]) == names
+    assert model_names(finished) == list(evaluated["models"]) == names
     assert list(evaluated["judges"]) == ["gold", "judge", "reward"] and evaluated["against"] == ["sft"]
     assert len(evaluated["wins"]) == 3 * 4
     assert json.loads((finished / "evaluation" / "evaluation.json").read_text()) == evaluated

@@ -13,7 +13,7 @@ from support.worded import make_recipe, read, same
 from rlhf_recipes import Recipe, replace, run
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.pipeline.stage import run_stage
-from rlhf_recipes.pipeline.sweep import expand
+from rlhf_recipes.pipeline.variants import expand
 from rlhf_recipes.recipe.lookup import load, recipe_names
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, settings, to_dict
 from rlhf_recipes.records.folder import read_recipe

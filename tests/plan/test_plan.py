@@ -33,7 +33,7 @@ from rlhf_recipes.plan.plan import (
 from rlhf_recipes.plan.skeleton import weight_bytes
 from rlhf_recipes.recipe.overrides import parse_overrides, to_dict
 from rlhf_recipes.recipe.values import DPOStage
-from rlhf_recipes.records.manifest import _without_memory
+from rlhf_recipes.records.manifest import Manifest, _without_memory
 from rlhf_recipes.stages.job import Job
 from rlhf_recipes.stages.ppo.roles import ppo_roles
 
@@ -196,11 +196,11 @@ def test_a_run_plans_for_the_longest_rows_of_its_data(
     longer = {stage: {"max_length": 1000} for stage in ("sft", "reward", "dpo")}
     peaks = {}
 
-    def run_stage(job: Job, manifest: dict[str, Any], planned: Any) -> None:
+    def run_stage(job: Job, manifest: Manifest, planned: Any) -> None:
         peaks[job.stage] = planned.peak_mib
         if job.stage == "dpo":
             raise InterruptedError
-        manifest["stages"][job.stage] = {"results": {}}
+        manifest.begin(job.stage, job.data.report)
 
     monkeypatch.setattr("rlhf_recipes.pipeline.stage.run_stage", run_stage)
     allowed = replace(recipe, **longer, ppo={"max_prompt_length": 1000})

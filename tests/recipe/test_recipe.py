@@ -217,6 +217,11 @@ def test_functions_are_named_by_module_or_file(tmp_path: Path) -> None:
             function(name)
 
 
+@pytest.mark.parametrize("name", ["tiny:gold", "stories:ends_well"])
+def test_an_older_runs_names_of_functions_are_still_known(name: str) -> None:
+    assert function(f"rlhf_recipes.{name}") is function(f"rlhf_recipes.worlds.{name}")
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_are_inert_and_complete(name: str) -> None:
     recipe = load(name)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rlhf_recipes.records.manifest import Manifest
 from rlhf_recipes.records.rates import win_rate
 from rlhf_recipes.records.summary import footnote, summarize, table
 from rlhf_recipes.stages.compare import means, quality
@@ -38,7 +39,7 @@ def test_means_are_over_the_rows() -> None:
     assert means([{**sample, "gold": 2.0} for sample in samples]) == {**wanted, "gold": 2.0}
 
 
-def manifest(gold: bool) -> dict[str, Any]:
+def manifest(gold: bool) -> Manifest:
     """What a finished run of three stages leaves, with and without a known quality."""
     models = {
         model: {"score": score, "kl": kl, "response_length": 20.25, "without_eos": 0.125}
@@ -55,12 +56,11 @@ def manifest(gold: bool) -> dict[str, Any]:
         "reward": {"heldout_accuracy": 0.725, "heldout_loss": 0.5},
         "ppo": ppo,
     }
-    return {
-        "stages": {
-            stage: {"state": "done", "seconds": 30.0, "peak_memory_mib": 1000.0 + i, "results": of_stage}
-            for i, (stage, of_stage) in enumerate(results.items())
-        }
+    records: Any = {
+        stage: {"state": "done", "seconds": 30.0, "peak_memory_mib": 1000.0 + i, "results": found}
+        for i, (stage, found) in enumerate(results.items())
     }
+    return Manifest(records)
 
 
 def test_a_summary_gathers_the_stages_results() -> None:
@@ -81,7 +81,7 @@ def test_a_summary_gathers_the_stages_results() -> None:
 
 def test_a_summary_of_a_run_whose_ppo_is_not_finished_has_no_models() -> None:
     unfinished = manifest(gold=True)
-    del unfinished["stages"]["ppo"]
+    del unfinished.stages["ppo"]
     summary = summarize(unfinished)
     assert summary["reward_score"] == {} and summary["kl"] is None and summary["win_rate_vs_sft"] is None
     assert footnote(summary).endswith("1.0 minutes, peak memory 1,001 MiB")
@@ -106,7 +106,7 @@ def test_the_table_has_a_row_for_each_model(gold: bool) -> None:
 @pytest.mark.parametrize("gold", [False, True])
 def test_a_judge_says_who_wins_where_gold_does_not(gold: bool) -> None:
     judged = manifest(gold)
-    results = {stage: record["results"] for stage, record in judged["stages"].items()}
+    results = {stage: judged.results(stage) for stage in judged.stages}
     results["reward"]["judge_accuracy"] = 0.7
     results["ppo"]["judge_win_rate_vs_sft"] = {"rate": 0.6, "low": 0.31, "high": 0.83, "prompts": 10}
     for model, value in (("base", -0.5), ("sft", 0.0), ("ppo", 0.625)):

@@ -10,7 +10,7 @@ from support.small import small
 from support.worded import write
 
 from rlhf_recipes import Recipe, load, replace, run
-from rlhf_recipes.pipeline.sweep import expand
+from rlhf_recipes.pipeline.variants import expand
 from rlhf_recipes.report.overoptimization import Fit, RunCurve, fit_curve, panels, read_curve, write_for_sweep
 
 

@@ -1,12 +1,13 @@
 """The `ppo` stage: the roles on one base, trained by PPO, and the models compared."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback
 
 from ...model.base import load_base
 from ...model.shared import SharedBase
 from ...recipe.lookup import function
+from ...records.contents import Sample, StageResults
 from ...records.recorder import Recorder
 from ..compare import compare
 from ..job import Job
@@ -21,11 +22,11 @@ class RecordSamples(TrainerCallback):
         self.trainer, self.recorder = trainer, recorder
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        samples = [{"model": "ppo", **sample} for sample in self.trainer.samples]
+        samples: list[Sample] = [{"model": "ppo", **sample} for sample in self.trainer.samples]
         self.recorder.samples(state.global_step, samples)
 
 
-def train_ppo(job: Job) -> dict[str, Any]:
+def train_ppo(job: Job) -> StageResults:
     """Put the roles on one base, train, save policy and critic, compare the models.
 
     Returns the comparison on the held-out prompts.
@@ -43,7 +44,7 @@ def train_ppo(job: Job) -> dict[str, Any]:
         reward_funcs=recipe.ppo.reward_sources,
         gold=function(recipe.gold) if recipe.gold else None,
         stop_token_ids=[job.data.stop_token_id],
-        ptx=job.others.get("ptx"),
+        ptx=job.extras.get("ptx"),
     )
     recorder = job.watch(trainer)
     trainer.add_callback(RecordSamples(trainer, recorder))
@@ -55,4 +56,4 @@ def train_ppo(job: Job) -> dict[str, Any]:
     models = {"base": "base", "reference": "sft", trainer.result: "ppo"}
     results, samples = compare(trainer.evaluator, job.data.heldout.to_list(), models)
     recorder.samples(trainer.state.global_step, samples)
-    return results | trainer.choice()
+    return cast(StageResults, results | trainer.choice())

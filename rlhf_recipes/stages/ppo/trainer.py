@@ -29,6 +29,7 @@ from ...model.backends import make_backend
 from ...model.memory import halved, peak_memory_mib, ran_out
 from ...model.sampler import Sampler, state_values, text_loss
 from ...model.shared import SharedBase
+from ...records.contents import Sample
 from ..compare import Evaluator, held_out_texts, quality
 from ..options import PPOConfig
 from ..scores import ROLE, RewardFunc, Rewards, resolve_rewards
@@ -90,7 +91,7 @@ class PPOTrainer(Trainer):
         for role in copies(self.config):
             model.add_role(role, exact=True)
             model.copy_role("policy", role)
-        self.samples: list[dict[str, Any]] = []  # of the last evaluation
+        self.samples: list[Sample] = []  # of the last evaluation
         self.metrics = Metrics()
 
         # The Trainer counts whole rollouts, so it must neither accumulate nor see less than one rollout as a batch.
@@ -364,7 +365,7 @@ class PPOTrainer(Trainer):
             self.samples = self.evaluator(self.result, dataset.to_list())
             means = self.evaluator.means(self.result, self.samples)
             means |= quality(means)
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in means.items()}
+        metrics: dict[str, Any] = {f"{metric_key_prefix}_{key}": value for key, value in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

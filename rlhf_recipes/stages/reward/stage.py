@@ -11,7 +11,7 @@ import gc
 from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from ...data.split import set_aside
 from ...model.base import check_fingerprint, load_base, write_fingerprint
 from ...model.shared import HEAD, SharedBase, lora_config
+from ...records.contents import Fingerprint, StageResults
 from ..job import Job
 from .adapters import JUDGE, PROBES, add_reward_roles, judge_folder, member_folders, score_rows, set_bias, write_probes
 from .card import write_card
@@ -32,7 +33,7 @@ from .trainer import RewardTrainer
 JUDGE_SEED = 10_000  # beyond the recipe's; the members have the numbers from 0 on
 
 
-def train_reward(job: Job) -> dict[str, Any]:
+def train_reward(job: Job) -> StageResults:
     """Train the reward adapter, or an ensemble of them, and the judge, each with its score head, into their folders.
 
     An adapter that is finished is not trained again. Returns what `evaluate_adapters` measures.
@@ -44,7 +45,7 @@ def train_reward(job: Job) -> dict[str, Any]:
             with nullcontext(job) if index == 0 else member.tracked(beside=True) as tracked:
                 train_member(tracked)
             gc.collect()
-    return evaluate_adapters(jobs[0])
+    return cast(StageResults, evaluate_adapters(jobs[0]))
 
 
 def adapter_jobs(job: Job) -> list[Job]:
@@ -82,7 +83,7 @@ def train_member(job: Job) -> None:
     write_probes(trainer, job)
 
 
-def start_from_sft(model: PeftModel, folder: Path, fingerprint: dict) -> None:
+def start_from_sft(model: PeftModel, folder: Path, fingerprint: Fingerprint) -> None:
     """Copy the SFT adapter into the reward model's, keeping the score head as it was initialised.
 
     Raises ValueError if the SFT adapter is of another base.
@@ -109,7 +110,7 @@ def evaluate_adapters(job: Job) -> dict[str, Any]:
     results, accuracies = {}, {}
     for role, folder in (member_folders(job.run_dir) | judge_folder(job.run_dir)).items():
         add_reward_roles(shared, {role: folder})
-        demonstrations = set_bias(shared, folder, role, job.others.get("demonstrations"))
+        demonstrations = set_bias(shared, folder, role, job.extras.get("demonstrations"))
         scores = fold(score_rows(shared, responses, role), ranking)  # (N, K)
         # Not TRL's figure, which is a mean over batches of unequal size.
         accuracies[role] = (scores[row_index, better] > scores[row_index, worse]).float().mean().item()
