@@ -61,7 +61,8 @@ def roomy_cache(config: Any, capacity: int) -> Cache:
 
 def cache_argument(model: Any, cache: Cache | None) -> dict[str, Cache | None]:
     """A KV cache under the name by which a model's forward takes it: before transformers 5.24 it was another."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+    names = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:

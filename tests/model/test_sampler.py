@@ -1,5 +1,6 @@
 """Sampling from roles and scoring the samples: which tokens count, and that batches change nothing."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from support.ppo import (
     shared_base,
 )
 from support.tiny_models import make_tokenizer, save_model
+
+from rlhf_recipes.model.decode import cache_argument
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +123,19 @@ def test_finished_rows_leave_the_batch(folder: Path, monkeypatch: pytest.MonkeyP
     # A quarter of the batch may have finished before it is made smaller, and it ends with its last row.
     assert len(rows) == len(alive) and all(n <= in_batch <= n / 0.75 for n, in_batch in zip(alive, rows, strict=True))
     assert rows[0] == 12 and rows[-1] < 4
+
+
+def test_the_kv_cache_has_the_name_by_which_the_model_takes_it(folder: Path) -> None:
+    class Older(torch.nn.Module):  # before transformers 5.24
+        def forward(self, input_ids: Any, past_key_values: Any = None) -> None: ...
+
+    class Newer(torch.nn.Module):
+        def forward(self, input_ids: Any, cache: Any = None) -> None: ...
+
+    assert cache_argument(Older(), None) == {"past_key_values": None}
+    assert cache_argument(Newer(), None) == {"cache": None}
+    backbone = shared_base(folder).backbone
+    assert cache_argument(backbone, None).keys() <= inspect.signature(type(backbone).forward).parameters.keys()
 
 
 def test_a_long_prompt_goes_through_the_model_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
