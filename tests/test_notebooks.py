@@ -27,17 +27,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def executed(name: str, place: Path) -> tuple[list[Any], str]:
-    """The cells of a notebook after it ran with the test's base and for a few updates, and all its text output."""
+def executed(name: str, place: Path, small: bool = True) -> tuple[list[Any], str]:
+    """The cells of a notebook after it ran, and all its text output.
+
+    Args:
+        small: with the test's base and for a few updates, not as it stands.
+    """
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
-    small = f'replace(load("tiny"), base={{"model": {small_base()!r}}}, ppo={{"response_length": 12}})'
-    for cell in cells:
-        for full, less in {'load("tiny")': small, **SMALL}.items():
+    small_tiny = f'replace(load("tiny"), base={{"model": {small_base()!r}}}, ppo={{"response_length": 12}})'
+    for cell in cells if small else ():
+        for full, less in {'load("tiny")': small_tiny, **SMALL}.items():
             cell.source = cell.source.replace(full, less)
     where = {"metadata": {"path": str(place / "notebooks")}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=where).execute()
+    nbclient.NotebookClient(notebook, timeout=300 if small else 1800, resources=where).execute()
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
@@ -102,3 +106,13 @@ def test_read_a_run(place: Path) -> None:
     evaluation = json.loads((place / "runs/notebook-4/evaluation/evaluation.json").read_text())
     assert {"sft", "ppo/checkpoint-1"} <= evaluation["models"].keys(), "checkpoints are compared"
     assert any("notebook-1" in name for name in evaluation["models"]), "and another run's policy"
+
+
+@pytest.mark.long
+def test_the_notebooks_run_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "notebooks").mkdir()
+    for name in NOTEBOOKS:
+        executed(name, tmp_path, small=False)
+    for number in (1, 2, 4):
+        gold = summary(tmp_path, f"notebook-{number}")["gold_score"]
+        assert gold["ppo"] > gold["sft"]

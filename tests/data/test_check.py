@@ -386,6 +386,7 @@ def test_large_json_is_said_to_be_read_whole(tmp_path: Path, monkeypatch: pytest
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_rows() -> None:
     """A process of its own checks 10,100 rows and then ten times as many. Held, these would take over 75 MiB."""
     folder = ROOT / "tests" / "benchmarks"

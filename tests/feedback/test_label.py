@@ -685,6 +685,7 @@ WORK = """async count => {
 }"""
 
 
+@pytest.mark.long
 def test_500_samples_do_not_slow_it_down(tmp_path: Path, opened: Callable[[str, str], Page]) -> None:
     count = 500
     with serving(write_samples(tmp_path, count, k=4)) as link:

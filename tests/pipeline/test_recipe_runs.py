@@ -30,6 +30,23 @@ def test_the_tiny_recipe_goes_from_base_to_ppo_and_measures_gold(tmp_path: Path)
     assert 0 < summary["reward_model_accuracy"] < 1
 
 
+@pytest.mark.long
+def test_the_tiny_recipe_at_its_own_size_gets_better_by_gold(tmp_path: Path) -> None:
+    summary = run(replace(load("tiny"), tracker="none"), tmp_path / "run")
+    gold, wins = summary["gold_score"], summary["win_rate_vs_sft"]
+    assert gold["base"] < gold["sft"] < gold["ppo"] - 0.2
+    assert wins["low"] > 0.55 and wins["prompts"] == 256
+    assert 0.6 < summary["reward_model_accuracy"] < 0.8, "no more than the labelers agree with gold"
+    assert 0.5 < summary["kl"] < 4
+
+
+@pytest.mark.long
+def test_dpo_at_its_own_size_gets_better_by_gold(tmp_path: Path) -> None:
+    summary = run(replace(load("tiny-dpo"), tracker="none"), tmp_path / "run")
+    assert summary["gold_score"]["dpo"] > summary["gold_score"]["sft"] + 0.1
+    assert summary["win_rate_vs_sft"]["low"] > 0.5
+
+
 def test_the_recipe_of_rounds_labels_its_own_answers(tmp_path: Path) -> None:
     recipe = replace(small("tiny-rounds", reward=160, episodes=128), rounds={"size": 32, "count": 2})
     summary = run(recipe, tmp_path / "run")

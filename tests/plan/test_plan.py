@@ -92,7 +92,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     [
         ("llama", 4, "float32", False, STAGES),
         ("llama", 6, "bfloat16", True, STAGES[:3]),
-        ("gpt_neox", 4, "bfloat16", False, STAGES[:3]),
+        pytest.param("gpt_neox", 4, "bfloat16", False, STAGES[:3], marks=pytest.mark.long),
     ],
 )
 def test_every_stage_takes_what_was_planned(
