@@ -178,6 +178,12 @@ def test_the_readme_is_short_and_its_map_has_every_room() -> None:
     assert {room: text for room, text in plain.items() if len(text.split()) > 10} == {}
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "rlhf_recipes").rglob("README.md")), ids=lambda page: page.parent.name)
+def test_a_rooms_page_names_its_files(page: Path) -> None:
+    files = {path.name for path in page.parent.glob("*.py")} - {"__init__.py"}
+    assert files - set(re.findall(r"\(([\w.]+)\)", page.read_text())) == set()
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_has_its_line_and_says_where_it_was_never_run(name: str) -> None:
     first = (ast.get_docstring(ast.parse(recipe_file(name).read_text())) or "").splitlines()[0]

@@ -60,7 +60,13 @@ def test_the_recipe_of_own_data_runs_whole_on_the_files_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the recipe names its files by its own place
-    recipe = replace(small("my-data", reward=30, episodes=32), base={"chat_template": None})
+    recipe = replace(
+        small("my-data", reward=30, episodes=32),
+        base={"chat_template": None},
+        sft={"max_steps": 2},
+        reward={"max_steps": 2},
+        ppo={"heldout_limit": 4},
+    )
     summary = run(recipe, tmp_path / "run")
     assert set(summary["reward_score"]) == {"base", "sft", "ppo"} and summary["win_rate_vs_sft"] is None
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
