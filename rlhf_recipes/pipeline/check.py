@@ -2,7 +2,6 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -13,11 +12,11 @@ from ..feedback.sample import SampleSettings
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Recipe
 from ..records import tracking
-from ..stages.configure import configure
+from ..stages.configure import Configs, configure
 from ..stages.scores import ROLE
 
 
-def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
+def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     """Find what is wrong with a recipe before anything is loaded. Returns each stage's TRL configuration.
 
     Raises ValueError naming the key and the nearest right one.

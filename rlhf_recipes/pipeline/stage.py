@@ -21,6 +21,7 @@ from ..recipe.values import Recipe
 from ..records.contents import DataReport, Fingerprint, StageRecord, StageResults
 from ..records.folder import last_checkpoint, round_folder
 from ..records.manifest import Manifest
+from ..stages.configure import Configs
 from ..stages.dpo import train_dpo
 from ..stages.inputs import rows_line
 from ..stages.job import Job
@@ -43,7 +44,7 @@ class ActiveRun:
 
     recipe: Recipe
     run_dir: Path
-    configs: dict[str, Any]  # the trainer configuration of each stage
+    configs: Configs  # the trainer configuration of each stage
     tokenizer: PreTrainedTokenizerBase
     base: Fingerprint
     is_planned: bool  # whether the memory of its stages can be planned

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from ..recipe.overrides import replace
 from ..recipe.values import STAGES, Recipe
+from ..stages.configure import Configs
 from .check import check_recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of a variant: a folder, on every system
@@ -34,7 +34,7 @@ def expand(recipe: Recipe) -> dict[str, Recipe]:
     return variants
 
 
-def checked_variants(recipe: Recipe) -> list[tuple[Recipe, dict[str, Any]]]:
+def checked_variants(recipe: Recipe) -> list[tuple[Recipe, Configs]]:
     """The recipe of each variant, or the recipe itself that has none, with what `check_recipe` returns of it.
 
     Raises ValueError as that does, naming the variant.

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
-from ..stages.configure import configure
+from ..stages.configure import Configs, configure
 from .plan import MemoryPlan, for_device, gib, plan_memory, work_of_step
 
 
@@ -26,7 +26,7 @@ class Change:
         return f"{self.settings}: {gib(self.peak_mib)} GiB (-{gib(self.saves_mib)}{same})"
 
 
-def helpful_changes(recipe: Recipe, stage: str, configs: dict[str, Any], gpu: float | None = None) -> list[Change]:
+def helpful_changes(recipe: Recipe, stage: str, configs: Configs, gpu: float | None = None) -> list[Change]:
     """Single changes that lower a stage's peak by 1 % or more, those that save most first.
 
     Args:
@@ -70,7 +70,7 @@ def candidate_changes(recipe: Recipe, stage: str, config: Any, gpu: float | None
         yield "base.quantization=nf4", False
 
 
-def best_changes(recipe: Recipe, stage: str, configs: dict[str, Any], gpu: float | None = None) -> str:
+def best_changes(recipe: Recipe, stage: str, configs: Configs, gpu: float | None = None) -> str:
     """The three single changes that help most, as a sentence."""
     best = helpful_changes(recipe, stage, configs, gpu)[:3]
     return f"What helps most: {'; '.join(map(str, best))}." if best else "No single setting helps."
@@ -85,7 +85,7 @@ def size_in_bytes(text: str) -> float:
     return float(match[1]) * units[match[2]]
 
 
-def plan_as_dict(recipe: Recipe, configs: dict[str, Any], plan: MemoryPlan, gpu: float | None) -> dict[str, Any]:
+def plan_as_dict(recipe: Recipe, configs: Configs, plan: MemoryPlan, gpu: float | None) -> dict[str, Any]:
     """The plan as JSON values, in MiB, with changes for each stage that does not fit, or for the largest."""
     largest_stage = max(plan.stages, key=lambda stage: plan.stages[stage].peak_mib)
     stages = {}

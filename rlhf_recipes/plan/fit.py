@@ -11,13 +11,14 @@ from rich.text import Text
 from ..data.prepare import Prepared
 from ..model.memory import peak_memory_mib
 from ..recipe.values import Recipe
+from ..stages.configure import Configs
 from ..stages.job import Job
 from .advice import best_changes
 from .dry_run import NoPlan
 from .plan import MemoryPlan, StagePlan, for_device, gib, plan_memory, settle_auto_sizes, stage_plan
 
 
-def check_memory(recipe: Recipe, configs: dict[str, Any], force: bool, console: Console) -> bool:
+def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console) -> bool:
     """Plan the stages' memory, print a line of each, and set the sizes that are `auto`.
 
     Args:
@@ -42,7 +43,7 @@ def check_memory(recipe: Recipe, configs: dict[str, Any], force: bool, console: 
     return True
 
 
-def refuse_misfit(recipe: Recipe, configs: dict[str, Any], plan: MemoryPlan) -> None:
+def refuse_misfit(recipe: Recipe, configs: Configs, plan: MemoryPlan) -> None:
     """Raises ValueError for the first stage that does not fit, with the three changes that help most."""
     for stage, stage_memory in plan.stages.items():
         if not plan.fits_in(stage):

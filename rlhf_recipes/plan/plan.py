@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from ..model.memory import resident_mib
 from ..recipe.values import Recipe
-from ..stages.configure import configure
+from ..stages.configure import Configs, configure
 from ..stages.options import PPOConfig
 from ..stages.ppo.roles import Role, ppo_roles
 from ..stages.reward.adapters import JUDGE
@@ -85,7 +85,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    recipe: Recipe, configs: dict[str, Any] | None = None, gpu: float | None = None, only: Sequence[str] | None = None
+    recipe: Recipe, configs: Configs | None = None, gpu: float | None = None, only: Sequence[str] | None = None
 ) -> MemoryPlan:
     """What each stage of a recipe will take, from the model's configuration alone.
 
@@ -236,7 +236,7 @@ def settle_auto_sizes(recipe: Recipe, config: PPOConfig, gpu: float | None = Non
         setattr(config, key, largest_size(recipe, {"ppo": config}, key, gpu))
 
 
-def largest_size(recipe: Recipe, configs: dict[str, Any], key: str, gpu: float | None = None) -> int:
+def largest_size(recipe: Recipe, configs: Configs, key: str, gpu: float | None = None) -> int:
     """The largest per_device_train_batch_size or rollout_micro_batch_size with which PPO fits, by its own phases.
 
     It divides the mini-batch or the rollout. 1 where nothing fits: what to change is then for `helpful_changes` to say.

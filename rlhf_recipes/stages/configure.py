@@ -14,6 +14,9 @@ from ..recipe.values import STAGES, Recipe
 from .options import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from .scores import ROLE, check_reward_source, check_reward_weights
 
+# A stage -> the configuration of its trainer: an SFTConfig, RewardConfig, PPOConfig or DPOConfig.
+Configs = dict[str, Any]
+
 CONFIGS: dict[str, type[TrainingArguments]] = {
     "sft": SFTConfig,
     "reward": RewardConfig,
@@ -22,7 +25,7 @@ CONFIGS: dict[str, type[TrainingArguments]] = {
 }
 
 
-def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> dict[str, Any]:
+def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     """The configuration of each stage's trainer, by the stage's name, before anything is loaded.
 
     Raises ValueError, naming the key and the nearest right one, for settings that a trainer does not have, or that do
@@ -87,6 +90,7 @@ def _measured_in_evaluation(recipe: Recipe) -> list[str]:
 
 
 def stages_of(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
+    """The stages of a recipe in their order: all, or only these. Raises ValueError for one that it does not have."""
     has = [stage for stage in STAGES if getattr(recipe, stage) is not None]
     for stage in stages or ():
         if stage not in has:

@@ -11,7 +11,7 @@ from ..data.prepare import Prepared, prepare
 from ..data.split import set_aside
 from ..model.base import longest_row
 from ..recipe.values import Recipe, Source
-from .configure import stage_config
+from .configure import Configs, stage_config
 
 
 def prepare_stage(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -32,7 +32,7 @@ def prepare_stage(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrained
 def prepare_extras(
     recipe: Recipe,
     stage: str,
-    configs: dict[str, Any],
+    configs: Configs,
     tokenizer: PreTrainedTokenizerBase,
     prepared: dict[str, Prepared],
 ) -> dict[str, Prepared]:

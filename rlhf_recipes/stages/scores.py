@@ -17,6 +17,7 @@ from trl.trainer.utils import get_callable_name
 from ..model.base import device
 from ..model.sampler import Sampler, Samples
 from ..recipe.lookup import function, is_function
+from ..records.files import Row
 from .options import PPOConfig
 
 RewardFunc = Callable[..., Any]
@@ -74,7 +75,7 @@ class Rewards:
                 "There is no reward: give the shared base a `reward` role with a head, or set reward_funcs."
             )
 
-    def raw(self, rows: list[dict[str, Any]], samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def raw(self, rows: list[Row], samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What each source says (B,), as it says it, and statistics to log."""
         scores, spreads = self._ask(rows, samples)
         logs = {f"rewards/{name}/ensemble_std": spread.mean().item() for name, spread in spreads.items()}
@@ -83,7 +84,7 @@ class Rewards:
             logs[f"rewards/{name}/std"] = of_source.std(correction=0).item()
         return scores, logs
 
-    def _ask(self, rows: list[dict[str, Any]], samples: Samples) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _ask(self, rows: list[Row], samples: Samples) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What each source says (B,) and, of an ensemble, the standard deviation of its members (B,)."""
         scores, spreads = {}, {}
         for name, source in self.sources.items():
@@ -98,7 +99,7 @@ class Rewards:
                 scores[name] = self.judge(source, rows, samples)
         return scores, spreads
 
-    def plain(self, rows: list[dict[str, Any]], samples: Samples) -> dict[str, Tensor]:
+    def plain(self, rows: list[Row], samples: Samples) -> dict[str, Tensor]:
         """What evaluation reports, alike at every step: `score` (B,), the weighted sum of the sources as they are.
 
         Of an ensemble also `ensemble_std` (B,), how far its members differ.
@@ -127,7 +128,7 @@ class Rewards:
     def _sum(self, scores: dict[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * of_source for name, of_source in scores.items()]).sum(0)
 
-    def judge(self, reward_func: RewardFunc, rows: list[dict[str, Any]], samples: Samples) -> Tensor:
+    def judge(self, reward_func: RewardFunc, rows: list[Row], samples: Samples) -> Tensor:
         """A reward function's scores (B,) of the samples."""
         texts = self.sampler.texts(samples)
         scores = call_reward_func(reward_func, rows, samples.responses(), texts, self.state())
@@ -222,7 +223,7 @@ class ExternalRewardModel:
 
 
 def call_reward_func(
-    reward_func: RewardFunc, rows: list[dict[str, Any]], completion_ids: list[list[int]], texts: list[str], state: Any
+    reward_func: RewardFunc, rows: list[Row], completion_ids: list[list[int]], texts: list[str], state: Any
 ) -> Tensor:
     """Call a function of TRL's `reward_funcs` signature, synchronous or not.
 
