@@ -43,6 +43,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..recipe.values import Source
+from ..records.contents import DataReport
 from .read import read
 from .rows import (
     BadRow,
@@ -89,15 +90,14 @@ class Prepared:
         heldout: the rows to evaluate on, of other prompts.
         conversational: whether they are of messages, or of plain text.
         stop_token_id: what every response ends with.
-        report: source, rows, used, train, heldout, heldout_prompts (numbers of), dropped (reason -> number) and
-            examples (the first bad rows).
+        report: what became of the source's rows.
     """
 
     train: datasets.Dataset
     heldout: datasets.Dataset
     conversational: bool
     stop_token_id: int
-    report: dict[str, Any]
+    report: DataReport
 
 
 def prepare(
@@ -122,15 +122,22 @@ def prepare(
     numbers = [column for column in survey.numbers(stage) if any(column in row.columns for row in rows)]
     rows = encode(stage, rows, numbers, tokenizer, conversational, bad)
     rows = sift(rows, lambda row: check_length(row, max_length), bad)
-    report = {"source": source.data, "rows": total, "used": len(rows)}
-    dropped = report_bad(stage, source, bad, total)
+    used, dropped = len(rows), report_bad(stage, source, bad, total)
 
     train, heldout = split_rows(rows, source.heldout, seed)
     if stage == "ppo":
         heldout = list({prompt_position(row.prompt, seed): row for row in reversed(heldout)}.values())
     heldout = sorted(heldout, key=lambda row: prompt_position(row.prompt, seed))[: source.heldout_limit]
     prompts = len({prompt_position(row.prompt, seed) for row in heldout})
-    report |= {"train": len(train), "heldout": len(heldout), "heldout_prompts": prompts, **dropped}
+    report: DataReport = {
+        "source": source.data,
+        "rows": total,
+        "used": used,
+        "train": len(train),
+        "heldout": len(heldout),
+        "heldout_prompts": prompts,
+        **dropped,
+    }
     if stage == "reward" and "weight" in train[0].columns:
         mean = math.fsum(row.columns["weight"] for row in train) / len(train)
         for row in rows:
@@ -225,11 +232,17 @@ def merge_comparisons(parts: list[Prepared]) -> Prepared:
                 for table in tables
             ]
     heldout, train = _cut(datasets.concatenate_datasets(tables), sum(len(part.heldout) for part in parts))
-    counts = ("rows", "used", "train", "heldout", "heldout_prompts")
-    report: dict[str, Any] = {name: sum(part.report[name] for part in parts) for name in counts}
-    report["source"] = ", ".join(part.report["source"] for part in parts)
-    report["dropped"] = dict(sum((Counter(part.report["dropped"]) for part in parts), Counter()))
-    report["examples"] = [line for part in parts for line in part.report["examples"]]
+    reports = [part.report for part in parts]
+    report: DataReport = {
+        "source": ", ".join(each["source"] for each in reports),
+        "rows": sum(each["rows"] for each in reports),
+        "used": sum(each["used"] for each in reports),
+        "train": sum(each["train"] for each in reports),
+        "heldout": sum(each["heldout"] for each in reports),
+        "heldout_prompts": sum(each["heldout_prompts"] for each in reports),
+        "dropped": dict(sum((Counter(each["dropped"]) for each in reports), Counter())),
+        "examples": [line for each in reports for line in each["examples"]],
+    }
     return dataclasses.replace(parts[0], train=train, heldout=heldout, report=report)
 
 

@@ -19,6 +19,7 @@ from trl.data_utils import extract_prompt
 
 from ..recipe.overrides import suggestion
 from ..recipe.values import Source
+from ..records.contents import DroppedRows
 from .read import file_kind
 from .sources import MOST_RESPONSES
 from .tokens import Ids, Messages, Text
@@ -386,8 +387,8 @@ def check_length(row: Row, limit: int | None) -> None:
             raise BadRow("too long", column, f"{length} tokens, limit {limit}")
 
 
-def report_bad(stage: str, source: Source, bad: list[tuple[int, BadRow]], total: int) -> dict[str, Any]:
-    """What the report says of bad rows: `dropped`, reason -> number, and `examples`, the first 20 of them in words.
+def report_bad(stage: str, source: Source, bad: list[tuple[int, BadRow]], total: int) -> DroppedRows:
+    """What the report says of bad rows. Its examples are the first 20.
 
     Raises ValueError if `source.bad_rows` refuses them, or if they are all `total` rows.
     """

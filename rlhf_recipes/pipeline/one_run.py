@@ -36,7 +36,7 @@ def run_one(
     force: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> Summary:
-    """What `run` does with a recipe without variants: check, open the folder, plan, prepare, train, conclude."""
+    """What `run` does with a recipe without variants: check, open the folder, plan, prepare, train, report."""
     wanted = stages_of(recipe, stages)
     quiet_libraries()
     transformers.logging.set_verbosity_error()
@@ -60,9 +60,12 @@ def run_one(
         for stage in todo:
             run.train(run.job(stage, *inputs[stage]), manifest)
         waiting = run_rounds(run, rounds, prompts)
-    summary = conclude(recipe, run_dir, manifest, console)
+    summary = write_results(recipe, run_dir, manifest)
     if recipe.artifacts and (todo or rounds):
         tracking.upload_report(recipe, run_dir)
+    if summary["models"]:
+        console.print(table(summary))
+    console.print(Text(f"{footnote(summary)}. Run folder: {run_dir}; report: report.html"))
     if waiting is not None:
         console.print(Text(waiting, style="bold"))
     return summary
@@ -79,13 +82,10 @@ def prepare_inputs(run: ActiveRun, stages: Sequence[str]) -> dict[str, tuple[Pre
     return {stage: (data[stage], extras[stage]) for stage in stages}
 
 
-def conclude(recipe: Recipe, run_dir: Path, manifest: Manifest, console: Console) -> Summary:
-    """Write the summary and the report of all that is finished, and print the table."""
+def write_results(recipe: Recipe, run_dir: Path, manifest: Manifest) -> Summary:
+    """Write the summary and the report of all that is finished, in the run and its rounds. Returns the summary."""
     rounds = [Manifest.read(round_folder(run_dir, number)) for number in later_rounds(recipe)]
     summary = summarize(manifest, [later for later in rounds if later.stages])
     write_json(run_dir / "summary.json", summary)
-    page = write_report([run_dir], run_dir / "report.html")
-    if summary["models"]:
-        console.print(table(summary))
-    console.print(Text(f"{footnote(summary)}. Run folder: {run_dir}; report: {page.name}"))
+    write_report([run_dir], run_dir / "report.html")
     return summary

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils.memory import release_memory, should_reduce_batch_size
@@ -18,7 +18,7 @@ from ..model.memory import peak_memory_mib, reset_peak_memory, resident_mib
 from ..plan.fit import out_of_memory, plan_for_rows
 from ..plan.plan import StagePlan
 from ..recipe.values import Recipe
-from ..records.contents import DataReport, Fingerprint, StageRecord, StageResults
+from ..records.contents import Fingerprint, StageRecord, StageResults
 from ..records.folder import last_checkpoint, round_folder
 from ..records.manifest import Manifest
 from ..stages.configure import Configs
@@ -90,7 +90,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
 
     Raises ValueError, with what to change, where it runs out of memory.
     """
-    record = manifest.begin(job.stage, cast(DataReport, job.data.report))
+    record = manifest.begin(job.stage, job.data.report)
     manifest.write(job.run_dir)
     job.folder.mkdir(parents=True, exist_ok=True)
     if plan is not None:

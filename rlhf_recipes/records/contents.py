@@ -21,7 +21,14 @@ class Fingerprint(TypedDict):
     chat_template: str  # a hash
 
 
-class DataReport(TypedDict):
+class DroppedRows(TypedDict):
+    """The rows of a source that could not be used."""
+
+    dropped: dict[str, int]  # reason -> rows
+    examples: list[str]  # sentences that name the first of them
+
+
+class DataReport(DroppedRows):
     """What became of a source's rows."""
 
     source: str
@@ -30,8 +37,6 @@ class DataReport(TypedDict):
     train: int
     heldout: int
     heldout_prompts: int  # different ones
-    dropped: dict[str, int]  # reason -> rows
-    examples: list[str]  # sentences that name dropped rows
 
 
 class WinRate(TypedDict):

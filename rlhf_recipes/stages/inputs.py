@@ -1,6 +1,5 @@
 """A stage's inputs: its own data, and what it takes beside them. Of both some rows are held out."""
 
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ..data.prepare import Prepared, prepare
 from ..data.split import set_aside
 from ..model.base import longest_row
 from ..recipe.values import Recipe, Source
+from ..records.contents import DataReport
 from .configure import Configs, stage_config
 
 
@@ -120,7 +120,7 @@ def check_same_format(prepared: dict[str, Prepared], extras: dict[str, dict[str,
         raise ValueError(f"The stages must all have messages or all have plain text, but {', '.join(kinds)}.")
 
 
-def rows_line(report: Mapping[str, Any]) -> str:
+def rows_line(report: DataReport) -> str:
     """How many rows a stage has, and how many were dropped why: `90 rows to train on, 10 held out`."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     return f"{report['train']:,} rows to train on, {report['heldout']:,} held out" + (

@@ -10,13 +10,20 @@ import statistics
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
+from ...records.contents import (
+    Calibration,
+    DemonstrationScores,
+    LengthBin,
+    LengthRule,
+    PairShare,
+    ProbabilityBin,
+    RewardCard,
+)
 from ...records.rates import win_rate
-
-Row = dict[str, Any]
 
 LOW_ACCURACY = 0.55  # a coin gets 0.5, and models of 1B to 7B got 0.63 to 0.69 on TL;DR (arXiv:2403.17031)
 FEW_PAIRS = 5_000
@@ -28,13 +35,22 @@ LENGTH_BINS = 5  # of about equally many pairs
 PROBABILITY_BINS = 10  # of equal width
 
 
-def write_card(folder: Path, rows: list[Row], demonstrations: list[float], train_pairs: int) -> dict[str, Any]:
+class ScoredPair(TypedDict):
+    """A held-out comparison, and what the reward model says of it."""
+
+    chosen_score: float
+    rejected_score: float
+    chosen_length: int  # response tokens
+    rejected_length: int
+    source: str | None
+    swapped_difference: float  # the difference, first answer less second, where the two swap places in the batch
+
+
+def write_card(folder: Path, rows: list[ScoredPair], demonstrations: list[float], train_pairs: int) -> RewardCard:
     """Measure a reward model and write `card.json`, `card.md` and `reliability.svg` into its folder.
 
     Args:
-        rows: the held-out comparisons, each with chosen_score, rejected_score, chosen_length, rejected_length, source
-            (text or None) and swapped_difference: the pair's difference, first answer less second, when the two stand
-            in swapped places of the batch. It is minus the first difference, to rounding.
+        rows: the held-out comparisons. A pair's `swapped_difference` is minus its difference, to rounding.
         demonstrations: the scores of held-out demonstrations; may be empty.
         train_pairs: comparisons that the model was trained on.
     Returns:
@@ -48,10 +64,10 @@ def write_card(folder: Path, rows: list[Row], demonstrations: list[float], train
     return card
 
 
-def measure(rows: list[Row], demonstrations: list[float], train_pairs: int) -> dict[str, Any]:
+def measure(rows: list[ScoredPair], demonstrations: list[float], train_pairs: int) -> RewardCard:
     """All numbers of the card, and its warnings. Arguments as of `write_card`."""
     sources = sorted({row["source"] for row in rows if row["source"] is not None})
-    card = {
+    card: RewardCard = {
         "train_pairs": train_pairs,
         "accuracy": accuracy(rows),
         "by_source": {source: accuracy([row for row in rows if row["source"] == source]) for source in sources},
@@ -60,32 +76,33 @@ def measure(rows: list[Row], demonstrations: list[float], train_pairs: int) -> d
         "calibration": calibration([_difference(row) for row in rows]),
         "swap_error": max(abs(_difference(row) + row["swapped_difference"]) for row in rows),
         "demonstrations": demonstration_scores(demonstrations),
+        "warnings": [],
     }
     return {**card, "warnings": warnings(card)}
 
 
-def _difference(row: Row) -> float:
+def _difference(row: ScoredPair) -> float:
     """By how much the chosen response scores higher."""
     return row["chosen_score"] - row["rejected_score"]
 
 
-def _longer_by(row: Row) -> int:
+def _longer_by(row: ScoredPair) -> int:
     """By how many tokens the chosen response is longer."""
     return row["chosen_length"] - row["rejected_length"]
 
 
-def _share(rows: list[Row], value: Callable[[Row], float]) -> dict[str, float]:
+def _share(rows: list[ScoredPair], value: Callable[[ScoredPair], float]) -> PairShare:
     """Share of rows whose value is above 0, a value of 0 counting half, with Wilson's 95 % interval."""
     wins = win_rate([value(row) for row in rows], [0.0] * len(rows))
     return {"rate": wins["rate"], "low": wins["low"], "high": wins["high"], "pairs": len(rows)}
 
 
-def accuracy(rows: list[Row]) -> dict[str, float]:
+def accuracy(rows: list[ScoredPair]) -> PairShare:
     """Share of pairs whose chosen response scores higher, equal scores counting half, with Wilson's 95 % interval."""
     return _share(rows, _difference)
 
 
-def length(rows: list[Row]) -> dict[str, Any]:
+def length(rows: list[ScoredPair]) -> LengthRule:
     """How far length goes: the accuracy of preferring the longer response, and how much the model follows that rule.
 
     `agreement` is the share of pairs of unequal length in which the model scores the longer one higher; `correlation`
@@ -101,7 +118,7 @@ def length(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def by_length(rows: list[Row]) -> list[dict[str, Any]]:
+def by_length(rows: list[ScoredPair]) -> list[LengthBin]:
     """Accuracy by how much longer the chosen response is, in bins of about equally many pairs.
 
     Pairs of the same difference stay together, so there may be fewer than LENGTH_BINS bins.
@@ -113,12 +130,15 @@ def by_length(rows: list[Row]) -> list[dict[str, Any]]:
     for low, high in pairwise(edges) if len(edges) > 1 else [(-math.inf, math.inf)]:
         inside = [row for row in rows if low <= _longer_by(row) < high]
         if inside:
-            span = {"shortest": min(map(_longer_by, inside)), "longest": max(map(_longer_by, inside))}
-            bins.append({**span, "accuracy": accuracy(inside), "longer_wins": _share(inside, _longer_by)})
+            shortest, longest = min(map(_longer_by, inside)), max(map(_longer_by, inside))
+            longer_wins = _share(inside, _longer_by)
+            bins.append(
+                LengthBin(shortest=shortest, longest=longest, accuracy=accuracy(inside), longer_wins=longer_wins)
+            )
     return bins
 
 
-def calibration(differences: list[float]) -> dict[str, Any]:
+def calibration(differences: list[float]) -> Calibration:
     """Whether sigma(r_a - r_b) is the probability that a is the chosen one.
 
     Of every other pair the rejected response is taken as a: otherwise a would always be the chosen one. The expected
@@ -130,7 +150,7 @@ def calibration(differences: list[float]) -> dict[str, Any]:
     bins: dict[int, list[tuple[float, float]]] = {}
     for p, (_, chosen) in zip(predicted, oriented, strict=True):
         bins.setdefault(min(int(p * PROBABILITY_BINS), PROBABILITY_BINS - 1), []).append((p, chosen))
-    table = [
+    table: list[ProbabilityBin] = [
         {
             "low": index / PROBABILITY_BINS,
             "high": (index + 1) / PROBABILITY_BINS,
@@ -149,7 +169,7 @@ def _sigmoid(x: float) -> float:
     return 0.5 * (1 + math.tanh(x / 2))  # exp would overflow
 
 
-def demonstration_scores(scores: list[float]) -> dict[str, float] | None:
+def demonstration_scores(scores: list[float]) -> DemonstrationScores | None:
     """Mean and standard deviation of the demonstrations' scores; InstructGPT's bias, which brings the mean to 0."""
     if not scores:
         return None
@@ -157,7 +177,7 @@ def demonstration_scores(scores: list[float]) -> dict[str, float] | None:
     return {"count": len(scores), "mean": mean, "sd": statistics.pstdev(scores), "bias": -mean}
 
 
-def warnings(card: dict[str, Any]) -> list[str]:
+def warnings(card: RewardCard) -> list[str]:
     """Sentences about what makes this reward model a doubtful one to train against."""
     rate, pairs, sentences = card["accuracy"]["rate"], card["train_pairs"], []
     if rate < LOW_ACCURACY:
@@ -185,7 +205,7 @@ def warnings(card: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def markdown(card: dict[str, Any]) -> str:
+def markdown(card: RewardCard) -> str:
     """The card as a page of tables."""
     lines = ["# Reward card", "", *[f"> **Warning.** {text}\n" for text in card["warnings"]]]
     lines += ["| | held-out pairs | accuracy | 95 % interval |", "|---|---:|---:|---:|", _line("all", card["accuracy"])]
@@ -221,12 +241,12 @@ def markdown(card: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(name: str, share: dict[str, float]) -> str:
+def _line(name: str, share: PairShare) -> str:
     """A share of pairs with its interval, as a row of the first table."""
     return f"| {name} | {share['pairs']} | {share['rate']:.1%} | {share['low']:.1%} to {share['high']:.1%} |"
 
 
-def _plot(calibrated: dict[str, Any], path: Path) -> None:
+def _plot(calibrated: Calibration, path: Path) -> None:
     """Draw the reliability diagram: of each bin of `calibration` the observed share over the predicted one."""
     # Imported here because it costs half a second. The Figure alone draws with no display, and touches no global state.
     from matplotlib import rc_context

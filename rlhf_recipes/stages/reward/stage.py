@@ -11,7 +11,6 @@ import gc
 from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -24,9 +23,10 @@ from ...data.split import set_aside
 from ...model.base import check_fingerprint, load_base, write_fingerprint
 from ...model.shared import HEAD, SharedBase, lora_config
 from ...records.contents import Fingerprint, StageResults
+from ...records.files import Row
 from ..job import Job
 from .adapters import JUDGE, PROBES, add_reward_roles, judge_folder, member_folders, score_rows, set_bias, write_probes
-from .card import write_card
+from .card import ScoredPair, write_card
 from .loss import fold, ranking_loss, stack_rankings, untied
 from .trainer import RewardTrainer
 
@@ -45,7 +45,7 @@ def train_reward(job: Job) -> StageResults:
             with nullcontext(job) if index == 0 else member.tracked(beside=True) as tracked:
                 train_member(tracked)
             gc.collect()
-    return cast(StageResults, evaluate_adapters(jobs[0]))
+    return evaluate_adapters(jobs[0])
 
 
 def adapter_jobs(job: Job) -> list[Job]:
@@ -95,7 +95,7 @@ def start_from_sft(model: PeftModel, folder: Path, fingerprint: Fingerprint) -> 
     set_peft_model_state_dict(model, {**sft, HEAD: own[HEAD]})
 
 
-def evaluate_adapters(job: Job) -> dict[str, Any]:
+def evaluate_adapters(job: Job) -> StageResults:
     """Check each finished adapter, set its bias, and measure it on the held-out rows.
 
     Writes the main adapter's reward card (see `card`). Returns its accuracy over the untied held-out pairs
@@ -107,7 +107,8 @@ def evaluate_adapters(job: Job) -> dict[str, Any]:
     ranking = stack_rankings(heldout)  # (N, K)
     row_index, better, worse = untied(ranking)  # (M,) each
     responses = [ids for row in heldout for ids in row["responses_ids"]]  # R lists
-    results, accuracies = {}, {}
+    results: StageResults = {}
+    accuracies: dict[str, float] = {}  # by role
     for role, folder in (member_folders(job.run_dir) | judge_folder(job.run_dir)).items():
         add_reward_roles(shared, {role: folder})
         demonstrations = set_bias(shared, folder, role, job.extras.get("demonstrations"))
@@ -126,7 +127,7 @@ def evaluate_adapters(job: Job) -> dict[str, Any]:
     return {"heldout_accuracy": accuracies["reward"], "members_accuracy": list(accuracies.values()), **results}
 
 
-def comparisons(rows: list[dict[str, Any]], ranking: Tensor, scores: Tensor, swapped: Tensor) -> list[dict[str, Any]]:
+def comparisons(rows: list[Row], ranking: Tensor, scores: Tensor, swapped: Tensor) -> list[ScoredPair]:
     """The M untied pairs of N rows as the reward card wants them (see `write_card`), from scores in two orders.
 
     Args:
