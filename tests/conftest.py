@@ -22,21 +22,20 @@ if "RLHF_RECIPES_CACHE" not in os.environ:
 
 
 # Files whose tests take longest. They come first, so that at the end no worker waits for another.
-LONGEST = (
-    "test_rounds",
-    "test_run",
+LONGEST = [
     "test_notebooks",
     "test_recipe_runs",
+    "test_run",
     "test_sweep",
-    "test_evaluation",
     "test_plan",
-)
+    "test_rounds",
+    "test_evaluation",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files, and skip the tests marked `gpu` where there is no CUDA device."""
-    names = [f"test_{name}" for name in LONGEST]
-    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

@@ -64,7 +64,7 @@ class Evaluator:
         if "judge" in model.heads:
             columns["judge"] = self.sampler.reward_scores(samples, "judge").tolist()
         if self.gold is not None:
-            columns["gold"] = self.rewards.judge(self.gold, rows, samples).tolist()
+            columns["gold"] = self.rewards.function_scores(self.gold, rows, samples).tolist()
         samples_rows = zip(*columns.values(), strict=True)
         return [cast(Sample, dict(zip(columns, row, strict=True))) for row in samples_rows]
 

@@ -96,7 +96,7 @@ class Rewards:
                 if len(members) > 1:
                     spreads[name] = members.std(0, correction=0)
             else:
-                scores[name] = self.judge(source, rows, samples)
+                scores[name] = self.function_scores(source, rows, samples)
         return scores, spreads
 
     def plain(self, rows: list[Row], samples: Samples) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ class Rewards:
     def _sum(self, scores: dict[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * of_source for name, of_source in scores.items()]).sum(0)
 
-    def judge(self, reward_func: RewardFunc, rows: list[Row], samples: Samples) -> Tensor:
+    def function_scores(self, reward_func: RewardFunc, rows: list[Row], samples: Samples) -> Tensor:
         """A reward function's scores (B,) of the samples."""
         texts = self.sampler.texts(samples)
         scores = call_reward_func(reward_func, rows, samples.responses(), texts, self.state())

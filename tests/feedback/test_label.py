@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
-from support.command_line import error_of
+from support.command_line import error_of, start
 from support.hostile import HOSTILE, ODD
 from support.label_page import TOKEN, done, press, serving, shown
 from support.paths import ROOT
@@ -415,7 +415,7 @@ def test_what_cannot_be_labelled_is_said_before_the_page_opens(
 def command(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`rlhf-recipes label` in a process of its own, and the link that it prints."""
     line = [sys.executable, "-m", "rlhf_recipes.cli", "label", *words, "--overlap", "1"]
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(3)]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.command_line import start as start_process
 from support.paths import ROOT
 from support.run_folder import manifest_of, mark_running, rows_of, states, write_rows
 from support.tiny_models import save_model
@@ -365,10 +366,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         file.write_text(f"from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage\n\nrecipe = {recipe!r}\n")
         command = [sys.executable, "-m", "rlhf_recipes.cli", "run", str(file), "--run-dir", str(run_dir)]
         none, pipe, variables = subprocess.DEVNULL, subprocess.PIPE, os.environ | environment
-        # A shell starts background jobs with SIGINT ignored, which a child would inherit.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdin=none, stdout=none, stderr=pipe, text=True)
-        signal.signal(signal.SIGINT, before)
+        process = start_process(command, cwd=ROOT, env=variables, stdin=none, stdout=none, stderr=pipe)
         processes.append(process)
         return process
 

@@ -91,7 +91,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     ("architecture", "layers", "dtype", "checkpointing", "stages"),
     [
         ("llama", 4, "float32", False, STAGES),
-        ("llama", 6, "bfloat16", True, STAGES[:3]),
+        pytest.param("llama", 6, "bfloat16", True, STAGES[:3], marks=pytest.mark.long),
         pytest.param("gpt_neox", 4, "bfloat16", False, STAGES[:3], marks=pytest.mark.long),
     ],
 )

@@ -261,22 +261,23 @@ class PPOTrainer(Trainer):
         policy's and `vf_coef` times the critic's, without the language-model loss of `ptx`.
         """
         rows = rows[rollout.attention_mask[rows].sum(1).argsort()]  # rows of like length share a micro-batch
-        total = 0.0
+        loss = 0.0
         warming_up = self.state.global_step < self.config.critic_warmup_steps
         for role in self.trained[1:] if warming_up else self.trained:
             with self.phase(f"update_{role}"), self.model.role(role):
-                loss, averages = self.backward(role, rollout, rows)
-            total += loss
+                averages = self.backward(role, rollout, rows)
+            policy = role == "policy"
+            loss += averages["loss/policy_avg"] if policy else self.config.vf_coef * averages["loss/value_avg"]
             if self.config.max_grad_norm > 0:
                 norm = self.accelerator.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm)
                 averages[f"{role}/grad_norm"] = float(norm or 0)
             self.metrics.add(averages)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total
+        return loss
 
-    def backward(self, role: str, rollout: Rollout, rows: Tensor) -> tuple[float, dict[str, float]]:
-        """Gradients of the active role on a mini-batch. Returns its loss, and the mini-batch's averages.
+    def backward(self, role: str, rollout: Rollout, rows: Tensor) -> dict[str, float]:
+        """Gradients of the active role on a mini-batch, and the mini-batch's averages.
 
         With `per_device_train_batch_size=auto` it begins again in half the size where memory runs out.
         """
@@ -285,18 +286,15 @@ class PPOTrainer(Trainer):
         ptx = role == "policy" and self.config.ptx_coef > 0
         # Drawn before the work, which may begin again.
         texts = self.random_texts(self.config.ptx_batch_size or len(rows)) if ptx else []
-        losses: list[float] = []
         averages: dict[str, float] = defaultdict(float)
 
         def work() -> None:
-            losses.clear()
             averages.clear()
             for parameter in self.model.parameters_of(role):
                 parameter.grad = None
             for micro in rows.split(self.micro_batch_size):
                 loss, shares = loss_of(rollout.rows(micro), tokens)
                 self.accelerator.backward(loss)
-                losses.append(loss.item())
                 for name, share in shares.items():
                     averages[name] += share.item()
             if texts:
@@ -307,7 +305,7 @@ class PPOTrainer(Trainer):
         else:
             while ran_out(work):
                 self.micro_batch_size = halved(min(self.micro_batch_size, len(rows)), "per_device_train_batch_size")
-        return sum(losses), averages
+        return averages
 
     def policy_loss(self, batch: Rollout, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped policy loss of a micro-batch, and its share in the mini-batch's averages over `tokens` tokens."""

@@ -78,6 +78,6 @@ def test_an_async_reward_function_works_inside_a_running_event_loop(make: Make) 
     trainer, rows = make(reward_funcs=ones), rows_of(PROMPTS[:4])
 
     async def notebook_cell() -> Tensor:
-        return trainer.rewards.judge(ones, rows, trainer.sampler.sample("policy", PROMPTS[:4]))
+        return trainer.rewards.function_scores(ones, rows, trainer.sampler.sample("policy", PROMPTS[:4]))
 
     assert asyncio.run(notebook_cell()).tolist() == [1.0] * 4
