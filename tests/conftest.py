@@ -57,15 +57,18 @@ def libraries() -> None:
 NEEDS = {"a GPU": "needs a CUDA device", "vLLM": "needs vLLM", "`make parity`": "make parity"}  # -> part of the reason
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """Say at last how many tests were skipped for want of what."""
-    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())]
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None or hasattr(config, "workerinput"):  # a process of pytest-xdist
+        return
+    reasons = [str(report.longrepr) for report in terminal.stats.get("skipped", ())]
     counts = {what: sum(part in reason for reason in reasons) for what, part in NEEDS.items()}
     others = len(reasons) - sum(counts.values())
     parts = [f"{count} need {what}" for what, count in counts.items() if count]
     parts += [f"{others} for other reasons, see above"] * bool(others)
     if parts:
-        terminalreporter.write_line(f"Skipped: {', '.join(parts)}.")
+        terminal.write_line(f"Skipped: {', '.join(parts)}.")
 
 
 @pytest.fixture(scope="module")

@@ -5,4 +5,5 @@ roles       its roles in one list
 trainer     PPOTrainer: rollout, advantages, update, log, adapt
 rollout     samples with all that an update needs
 objectives  the mathematics, as pure functions
+metrics     what a log says, under the names of TRL
 """
