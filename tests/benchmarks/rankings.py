@@ -4,8 +4,8 @@
 
 Both train the same small random Llama with LoRA on a CPU, on the same responses and with the same loss (that their
 gradients are equal is shown in tests/stages/test_reward.py). The pairs go through TRL's own RewardTrainer, which runs
-both responses of every pair: 72 rows a step where the ranking has 9. Each measurement is a process of its own, the two kinds
-take turns, and the table shows medians.
+both responses of every pair: 72 rows a step where the ranking has 9. Each measurement is a process of its own, the two
+kinds take turns, and the table shows medians.
 """
 
 import argparse
