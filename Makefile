@@ -5,15 +5,12 @@ STAMP := .venv/.installed
 # TRL 1.12.0 needs a virtual environment of its own.
 PARITY := .venv-parity
 
-.PHONY: demo test pytest test-long lint parity clean
+.PHONY: demo test test-long lint parity clean
 
 demo: $(STAMP)  ## the whole pipeline on a tiny model, on a CPU
 	$(BIN)/rlhf-recipes run tiny
 
-test: $(STAMP)  ## ruff and pyright, and beside them all tests that a machine without a GPU can run
-	@$(MAKE) --no-print-directory -j 2 lint pytest
-
-pytest: $(STAMP)
+test: lint  ## and all tests that a machine without a GPU can run
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(STAMP)  ## what proves the same at full size

@@ -263,6 +263,7 @@ def test_a_local_models_rows_do_not_depend_on_the_batch(prompts: Path, tmp_path:
     assert all(row["completion"] == [assistant(row["revisions"][0])] and row["model"] == "judge" for row in batched)
 
 
+@pytest.mark.long
 def test_a_real_server_answers(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_judge(tmp_path / "judge")
     with serve(model) as url:

@@ -213,6 +213,7 @@ def test_fewer_prompts_than_one_rollout_are_refused(make: Make) -> None:
         make(per_device_train_batch_size=4, num_mini_batches=2, gradient_accumulation_steps=2)
 
 
+@pytest.mark.long
 def test_two_processes_are_refused(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(
