@@ -172,6 +172,7 @@ def test_a_finished_sweep_takes_more_variants_and_trains_nothing_again(
         run(replace(recipe, seed=1), finished)
 
 
+@pytest.mark.long
 def test_variants_run_at_once_in_processes_of_their_own(
     recipe: Recipe, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
