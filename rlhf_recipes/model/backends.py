@@ -116,7 +116,8 @@ class Generate:
                 responses[row] = response
 
         with sampling(sampler.model, role), sampler.autocast():
-            sampler.in_batches(torch.tensor([len(prompt) for prompt in prompts]), work)
+            lengths = torch.tensor([len(prompt) for prompt in prompts])
+            sampler.in_batches(lengths, work, of_one_length=not sampler.model.caching.left_padding)
         return responses
 
     def batch(self, prompts: list[list[int]]) -> Tensor:

@@ -13,8 +13,10 @@ from huggingface_hub.constants import HF_HOME
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,6 +25,8 @@ from ..data.tokens import set_chat_template, stop_token_id
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Base
 from ..records.contents import Fingerprint
+from .architecture import register_classifier
+from .check import check_causal, check_classifier
 
 FINGERPRINT = "base.json"  # beside each saved adapter
 
@@ -72,14 +76,19 @@ def model_path(base: Base) -> str:
     return str(folder)
 
 
+def base_config(base: Base) -> PreTrainedConfig:
+    """The configuration of the base's model."""
+    return AutoConfig.from_pretrained(
+        model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+
+
 def longest_row(base: Base, limit: int | None, spare: int = 0, key: str = "") -> int | None:
     """The longest row, in tokens: `limit`, or what the model's context leaves beside `spare` tokens of response.
 
     Raises ValueError, naming the setting `key` of the response length, where nothing is left.
     """
-    config = AutoConfig.from_pretrained(
-        model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
+    config = base_config(base)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return limit
@@ -116,8 +125,12 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
     Args:
         auto_class: AutoModelForCausalLM, or AutoModelForSequenceClassification to train the reward model.
         kwargs: more arguments of `from_pretrained` (`num_labels=1`).
+    Raises:
+        ValueError: the architecture is not one that this package computes rightly (see `check`).
     """
-    dtype = precision(base)
+    dtype, scores = precision(base), auto_class is AutoModelForSequenceClassification
+    if scores:
+        register_classifier(base_config(base))
     quantization = {
         None: None,
         "nf4": BitsAndBytesConfig(
@@ -128,22 +141,30 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
         ),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[base.quantization]
-    model = auto_class.from_pretrained(
+    model, loading = auto_class.from_pretrained(
         model_path(base),
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
         use_safetensors=True,
         dtype=dtype,
         device_map={"": device()},
+        output_loading_info=True,
         **({"quantization_config": quantization} if quantization else {}),
         **({"attn_implementation": base.attn_implementation} if base.attn_implementation else {}),
         **kwargs,
     )
+    missing = sorted(set(loading["missing_keys"]) - ({"score.weight"} if scores else set()))
+    if missing:
+        raise ValueError(
+            f"base.model={base.model}: its files lack {len(missing)} weights of a {type(model).__name__} "
+            f"({', '.join(missing[:3])}), which would be random."
+        )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights for good in the first no-grad forward, and later gradients be wrong.
             module.support_avx512bf16_for_cpu = False
-    return model.requires_grad_(False)
+    (check_classifier if scores else check_causal)(model.requires_grad_(False))
+    return model
 
 
 def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 # Tokens that go through the model at one time where there is no gradient: more of them keep no GPU busier.
 TOKENS_AT_ONCE = 2**13
@@ -21,9 +21,9 @@ class RoomyLayer(DynamicLayer):
     Both are (B, heads, tokens, D), D the size of a head. The methods are those that transformers' caches call.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, is_sliding: bool = False) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.is_sliding = capacity, is_sliding
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -43,26 +43,63 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, : self.length] for room in self.room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Keep these rows."""
         # Keys and values one after the other, so that only one of the two is there twice.
         self.keys = self.values = None
         for i in range(2):
-            self.room[i] = self.room[i][indices]
+            self.room[i] = self.room[i][beam_idx]
         self.keys, self.values = (room[:, :, : self.length] for room in self.room)
 
 
 def roomy_cache(config: Any, capacity: int) -> Cache:
-    """transformers' cache for a model, whose layers of full attention do not grow by copying."""
+    """transformers' cache for a model. Layers that attend to all `capacity` tokens do not grow by copying.
+
+    These are the layers of full attention, and those with a sliding window that holds as many.
+    """
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for i, layer in enumerate(cache.layers):
+        sliding = type(layer) is DynamicSlidingWindowLayer
+        if type(layer) is DynamicLayer or (sliding and layer.sliding_window >= capacity):
+            cache.layers[i] = RoomyLayer(capacity, is_sliding=sliding)
     return cache
 
 
+def keep_rows(cache: Cache, rows: Any) -> None:
+    """Keep some rows (their indices), in every kind of layer: linear attention has no other method for it."""
+    cache.reorder_cache(rows)
+
+
 def cache_argument(model: Any, cache: Cache | None) -> dict[str, Cache | None]:
-    """A KV cache under the name by which a model's forward takes it: before transformers 5.24 it was another."""
+    """A KV cache under the name by which a model's forward takes it: before transformers 5.24 it was another.
+
+    Raises ValueError where it takes none.
+    """
     names = inspect.signature(type(model).forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
+    for name in ("cache", "past_key_values", "cache_params"):
+        if name in names:
+            return {name: cache}
+    raise ValueError(f"{type(model).__name__} takes no KV cache.")
+
+
+def cached_forward(
+    decoder: Any, cache: Cache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Tensor:
+    """Final hidden states (B, L, H) of the next L tokens, behind those that are in the cache.
+
+    Args:
+        decoder: the model's text decoder.
+        attention_mask: (B, tokens so far and L) bool, or None where no row has padding.
+        position_ids: (B, L), or None likewise. Architectures that take none count by the mask.
+    """
+    takes_positions = "position_ids" in inspect.signature(type(decoder).forward).parameters
+    return decoder(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        use_cache=True,
+        **({"position_ids": position_ids} if takes_positions else {}),
+        **cache_argument(decoder, cache),
+    ).last_hidden_state
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -107,18 +144,13 @@ def decode(
     mask = torch.cat([attention_mask.bool(), attention_mask.new_ones(rows, length).bool()], 1)  # (B, P + T)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, P + T)
     cache = roomy_cache(model.causal.config, prompt + length)
-    cached = cache_argument(model.backbone, cache)
     start, ids = 0, input_ids
     for t in range(length):
-        for piece in ids.split(max(1, TOKENS_AT_ONCE // len(ids)), dim=1):
+        width = max(1, TOKENS_AT_ONCE // len(ids)) if model.caching.pieces else prompt
+        for piece in ids.split(width, dim=1):
             end = start + piece.shape[1]
-            hidden = model.backbone(
-                input_ids=piece,
-                attention_mask=mask[:, :end] if padded else None,
-                position_ids=positions[:, start:end],
-                use_cache=True,
-                **cached,
-            ).last_hidden_state
+            seen = mask[:, :end] if padded else None
+            hidden = cached_forward(model.backbone, cache, piece, seen, positions[:, start:end])
             start = end
         tokens = draw_tokens(model.logits(hidden[:, -1]).float() / temperature, uniforms[:, t])
         responses[alive, t] = tokens
@@ -130,6 +162,6 @@ def decode(
             kept = (~finished).nonzero()[:, 0]
             alive, tokens, uniforms, mask, positions = (x[kept] for x in (alive, tokens, uniforms, mask, positions))
             finished = finished[kept]
-            cache.batch_select_indices(kept)
+            keep_rows(cache, kept)
         ids = tokens[:, None]
     return responses

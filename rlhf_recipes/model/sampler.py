@@ -91,12 +91,19 @@ class Sampler:
         self.pad_token_id = 0 if padding is None else padding
         self.backend: Backend = self.generate  # see `backends.make_backend`
 
-    def in_batches(self, lengths: Tensor, work: Callable[[Tensor], None], tokens_at_once: int | None = None) -> None:
+    def in_batches(
+        self,
+        lengths: Tensor,
+        work: Callable[[Tensor], None],
+        tokens_at_once: int | None = None,
+        of_one_length: bool = False,
+    ) -> None:
         """Call `work` with the indices of each batch's rows. Rows of like length share one: little of it is padding.
 
         Args:
             lengths: (B,) tokens of each row.
             tokens_at_once: a batch has no more tokens than this, padding included, unless a single row has.
+            of_one_length: no batch has padding.
         """
         order = lengths.argsort(stable=True).to(self.model.device)
         lengths = lengths.sort().values
@@ -105,6 +112,8 @@ class Sampler:
             rows = min(self.batch_size, len(order) - start)
             while tokens_at_once and rows > 1 and rows * int(lengths[start + rows - 1]) > tokens_at_once:
                 rows -= 1
+            if of_one_length:
+                rows = int((lengths[start : start + rows] == lengths[start]).sum())
             batch = functools.partial(work, order[start : start + rows])
             if not self.auto:
                 batch()
@@ -146,7 +155,8 @@ class Sampler:
                 responses[row] = response
 
         with self.model.role(role), self.autocast():
-            self.in_batches(torch.tensor([len(prompt) for prompt in prompts]), work)
+            lengths = torch.tensor([len(prompt) for prompt in prompts])
+            self.in_batches(lengths, work, of_one_length=not self.model.caching.left_padding)
         return responses
 
     def pad_left(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:

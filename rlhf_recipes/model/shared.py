@@ -23,7 +23,9 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..recipe.values import Lora
 from ..records.contents import Fingerprint
+from .architecture import excluded_modules, head_logits, hidden_states, text_decoder
 from .base import check_fingerprint, write_fingerprint
+from .check import Caching, caching
 from .decode import decode
 from .log_probs import token_log_probs
 
@@ -31,11 +33,19 @@ BIAS = "score_bias.json"  # beside a reward adapter: what is added to its score 
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
 
 
-def lora_config(lora: Lora, task_type: TaskType) -> LoraConfig:
-    """PEFT's configuration of a role's adapter. SEQ_CLS trains and saves the score head as well, CAUSAL_LM has none."""
+def lora_config(lora: Lora, task_type: TaskType, model: PreTrainedModel) -> LoraConfig:
+    """PEFT's configuration of a role's adapter on a model.
+
+    SEQ_CLS trains and saves the score head as well, CAUSAL_LM has none.
+    """
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task_type
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=excluded_modules(model, all_linear=targets == "all-linear"),
+        task_type=task_type,
     )
 
 
@@ -63,6 +73,16 @@ def lora_forward(layer: Any, x: Tensor) -> Tensor:
             product = nn.functional.linear(low, b)
             result = torch.add(result, product, alpha=layer.scaling[name]).to(result.dtype)
     return result.unflatten(0, x.shape[:-1])
+
+
+def set_adapter(model: PeftModel, state: dict[str, Tensor], adapter: str = "default") -> None:
+    """Give an adapter its weights, by the names that PEFT saves them by.
+
+    Raises ValueError where PEFT finds no place for some, which it would pass over in silence.
+    """
+    lost = set_peft_model_state_dict(model, state, adapter_name=adapter).unexpected_keys
+    if lost:
+        raise ValueError(f"PEFT cannot load adapters of this architecture back: it has no place for {lost[0]}.")
 
 
 class SharedBase(nn.Module):
@@ -123,7 +143,9 @@ class SharedBase(nn.Module):
         if folder is not None and self.fingerprint is not None:
             check_fingerprint(folder, self.fingerprint)
         config = (
-            lora_config(self.lora, TaskType.CAUSAL_LM) if folder is None else PeftConfig.from_pretrained(str(folder))
+            lora_config(self.lora, TaskType.CAUSAL_LM, self.causal)
+            if folder is None
+            else PeftConfig.from_pretrained(str(folder))
         )
         # The task only matters to PEFT's own wrappers; here every role runs through the one causal model.
         config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
@@ -211,27 +233,22 @@ class SharedBase(nn.Module):
         return self._active
 
     @property
-    def backbone(self) -> Any:
-        """The base without its language-model head, with the adapters in it."""
-        return getattr(self.causal, self.causal.base_model_prefix)
+    def backbone(self) -> PreTrainedModel:
+        """The base's text decoder, with the adapters in it and without the language-model head."""
+        return text_decoder(self.causal)
+
+    @functools.cached_property
+    def caching(self) -> Caching:
+        """What the base's KV cache can do."""
+        return caching(self.causal)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The active role's final hidden states (B, L, H), normalized as the language-model head takes them."""
-        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self.backbone(
-            input_ids=input_ids,
-            # Without a mask attention is plainly causal, which its kernels compute in half the time.
-            attention_mask=None if attention_mask.all() else attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        return hidden_states(self.backbone, input_ids, attention_mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Language-model head: hidden states (n, H) to logits (n, V), as the model's own forward would."""
-        config = self.causal.config.get_text_config()
-        logits = self.causal.get_output_embeddings()(hidden)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return head_logits(self.causal, hidden)
 
     def log_probs(
         self,
@@ -355,7 +372,7 @@ class SharedBase(nn.Module):
             )
         if name in self.heads and score is None:
             raise ValueError(f"The adapter in {folder} has no score head: it is not a reward model.")
-        set_peft_model_state_dict(self.peft, state, adapter_name=self._borrowed.get(name, name))
+        set_adapter(self.peft, state, self._borrowed.get(name, name))
         if name in self.heads:
             with torch.no_grad():
                 self.head_weight(name).copy_(score)

@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from ..model import log_probs
 from ..model.base import precision
-from ..model.decode import TOKENS_AT_ONCE, RoomyLayer, cache_argument, draw_tokens, roomy_cache
+from ..model.decode import TOKENS_AT_ONCE, RoomyLayer, cached_forward, draw_tokens, roomy_cache
 from ..model.shared import SharedBase, lora_config
 from ..recipe.values import Base, Lora
 from ..stages.ppo.roles import Role
@@ -130,9 +130,9 @@ def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> di
 def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:
     """sft, reward and dpo, by TRL's trainers. DPO's reference is a copy of the SFT adapter, where there is one."""
     scores = shape.stage == "reward"
-    lora = lora_config(shape.lora, TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM)
     with torch.device("meta"):
         causal: Any = skeleton(shape.base, layers, scores)
+        lora = lora_config(shape.lora, TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM, causal)
         model: Any = get_peft_model(causal, lora)
         for role in shape.roles:
             model.add_adapter(role.name, lora)
@@ -223,13 +223,9 @@ def dry_decode(shared: SharedBase, shape: Shape) -> int:
                     layer.length, layer.keys = start, layer.room[0][:, :, :start]
             for part in piece.split(max(1, TOKENS_AT_ONCE // rows), dim=1):
                 end = start + part.shape[1]
-                hidden = shared.backbone(
-                    input_ids=part,
-                    attention_mask=mask[:, :end].bool(),
-                    position_ids=mask[:, start:end],
-                    use_cache=True,
-                    **cache_argument(shared.backbone, cache),
-                ).last_hidden_state
+                hidden = cached_forward(
+                    shared.backbone, cache, part, mask[:, :end].bool(), position_ids=mask[:, start:end]
+                )
                 start = end
         draw_tokens(shared.logits(hidden[:, -1]).float() / 0.7, torch.zeros(rows, dtype=torch.float64))
     return sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))

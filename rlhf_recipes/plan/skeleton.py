@@ -17,6 +17,7 @@ from transformers import (
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from ..model.architecture import register_classifier
 from ..model.base import model_path, precision
 from ..recipe.values import Base
 
@@ -44,6 +45,7 @@ def skeleton(base: Base, layers: int | None = None, scores: bool = False) -> Pre
             text.layer_types = text.layer_types[:layers]
     auto_class: Any = AutoModelForCausalLM
     if scores:
+        register_classifier(config)
         auto_class, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, 1, 0
     kwargs = {"attn_implementation": base.attn_implementation} if base.attn_implementation else {}
     with torch.device("meta"):

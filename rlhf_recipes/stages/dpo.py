@@ -75,8 +75,10 @@ def train_dpo(job: Job) -> StageResults:
 
 def make_trainer(job: Job) -> DPOTrainer:
     """The trainer of a policy that begins as the SFT adapter, of which TRL keeps a copy for the reference."""
-    model = load_base(job.recipe.base)
-    if job.sft is not None:
+    model, peft_config = load_base(job.recipe.base), None
+    if job.sft is None:
+        peft_config = lora_config(job.recipe.lora, TaskType.CAUSAL_LM, model)
+    else:
         check_fingerprint(job.sft, job.fingerprint)
         model = PeftModel.from_pretrained(model, str(job.sft), is_trainable=True)
     return DPOTrainer(
@@ -85,7 +87,7 @@ def make_trainer(job: Job) -> DPOTrainer:
         train_dataset=job.data.train,
         eval_dataset=job.data.heldout,
         processing_class=job.tokenizer,
-        peft_config=None if job.sft is not None else lora_config(job.recipe.lora, TaskType.CAUSAL_LM),
+        peft_config=peft_config,
     )
 
 

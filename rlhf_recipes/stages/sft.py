@@ -4,10 +4,10 @@ from typing import Any
 
 import trl
 from datasets import Dataset
-from peft import PeftModel, TaskType
+from peft import PeftModel, TaskType, get_peft_model_state_dict
 
 from ..model.base import load_base, write_fingerprint
-from ..model.shared import lora_config
+from ..model.shared import lora_config, set_adapter
 from ..records.contents import StageResults
 from .job import Job
 
@@ -29,20 +29,21 @@ class SFTTrainer(trl.SFTTrainer):
 
 def train_sft(job: Job) -> StageResults:
     """Train a fresh adapter and save it to the stage's folder. Returns the held-out metrics."""
+    base = load_base(job.recipe.base)
     trainer = SFTTrainer(
-        model=load_base(job.recipe.base),
+        model=base,
         args=job.config,
         train_dataset=job.data.train,
         eval_dataset=job.data.heldout,
         processing_class=job.tokenizer,
-        peft_config=lora_config(job.recipe.lora, TaskType.CAUSAL_LM),
+        peft_config=lora_config(job.recipe.lora, TaskType.CAUSAL_LM, base),
     )
+    assert isinstance(trainer.model, PeftModel)
+    set_adapter(trainer.model, get_peft_model_state_dict(trainer.model))  # raises before the training, not after it
     job.watch(trainer)
     job.train(trainer)
     metrics = trainer.evaluate()
-    model = trainer.model
-    assert isinstance(model, PeftModel)
-    model.save_pretrained(str(job.folder))
+    trainer.model.save_pretrained(str(job.folder))
     job.tokenizer.save_pretrained(job.folder)
     write_fingerprint(job.folder, job.fingerprint)
     return {"heldout_loss": metrics["eval_loss"], "heldout_token_accuracy": metrics["eval_mean_token_accuracy"]}

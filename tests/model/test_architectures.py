@@ -54,6 +54,7 @@ def classifier(base: Base) -> PreTrainedModel:
 class Setup:
     """A base on disk, and adapters that PEFT makes and saves: one of the causal model, one of the classifier."""
 
+    architecture: str
     folder: Path
 
     def __post_init__(self) -> None:
@@ -65,6 +66,8 @@ class Setup:
 
     @functools.cached_property
     def reward(self) -> Path:
+        if self.architecture in NO_REWARD:
+            pytest.skip("there is no reward model of this architecture")
         return save_adapter(self.classifier_base(), self.folder / "reward", TaskType.SEQ_CLS)
 
     def classifier_base(self) -> PreTrainedModel:
@@ -80,34 +83,37 @@ class Setup:
         return SharedBase(load_base(self.base), Lora(r=4, alpha=8)).eval()
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(a, marks=() if a in A_DOZEN else pytest.mark.long) for a in ARCHITECTURES]
-)
+# What is refused, when, and what the message says of it.
+NOT_LOADED = {
+    "dory": "its KV cache cannot be used here",
+    "minimax": "MiniMax uses cache of its own",
+    "openai-gpt": "takes no KV cache",
+    "rwkv": "takes no KV cache",
+}
+NOT_ADAPTED = {"laguna": "PEFT cannot load adapters of this architecture back"}
+NO_REWARD = {
+    "ctrl": "its files lack 1 weights of a CTRLForSequenceClassification",
+    "longcat_flash": "PEFT would take its .* for the head",
+    "modernbert-decoder": "its files lack 3 weights of a ModernBertDecoderForSequenceClassification",
+}
+CASES = [
+    pytest.param(architecture, marks=() if architecture in A_DOZEN else pytest.mark.long)
+    for architecture in ARCHITECTURES
+    if architecture not in NOT_LOADED | NOT_ADAPTED
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     folder = tmp_path_factory.mktemp(request.param)
     save_architecture(folder / "base", request.param)
-    return Setup(folder)
-
-
-WRONG = {
-    "log_probs": ("cohere", "falcon_h1", "granitemoe", "llama4_text", "mamba"),
-    "scores": ("cohere", "falcon_h1", "granitemoe", "llama4_text", "mamba"),
-    "samples": ("cohere", "falcon_h1", "granitemoe", "jamba", "llama4_text", "mamba", "qwen3_next"),
-    "saved": ("cohere", "falcon_h1", "granitemoe", "llama4_text", "mamba"),
-}
-
-
-@pytest.fixture(autouse=True)
-def expect_failure(request: pytest.FixtureRequest) -> None:
-    for what, architectures in WRONG.items():
-        if f"test_{what}" in request.node.name and any(f"[{a}]" in request.node.name for a in architectures):
-            request.applymarker(pytest.mark.xfail(strict=True, reason="this architecture is not supported yet"))
+    return Setup(request.param, folder)
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, task: TaskType) -> Path:
     """A PEFT folder whose adapter (and score head) is random and large enough to change what the base says."""
     torch.manual_seed(1)
-    peft = get_peft_model(model, lora_config(Lora(r=4, alpha=8), task))
+    peft = get_peft_model(model, lora_config(Lora(r=4, alpha=8), task, model))
     for name, parameter in peft.named_parameters():
         if "lora_B" in name or (parameter.requires_grad and "score" in name):
             nn.init.normal_(parameter, std=0.1)
@@ -195,7 +201,7 @@ def test_samples_are_those_of_full_forwards_row_by_row(each: Setup, monkeypatch:
                 logits = own(input_ids=torch.tensor([prompt + response[:t]])).logits[:, -1]
             assert token == draw_tokens(logits, uniform[t : t + 1]).item(), t
         assert len(response) == LENGTH or response[-1] in [2, *STOPS]
-    assert len(set(samples.lengths.tolist())) > 2, "rows end at different times"
+    assert len(set(samples.lengths.tolist())) > 1, "rows end at different times"
 
 
 def test_saved_roles_load_into_the_models_own_classes(each: Setup, tmp_path: Path) -> None:
@@ -213,18 +219,18 @@ def test_saved_roles_load_into_the_models_own_classes(each: Setup, tmp_path: Pat
     assert torch.equal(*scores)
 
 
-@pytest.mark.xfail(strict=True, reason="the vision tower is adapted as well")
 def test_only_the_text_model_of_a_vision_language_model_is_adapted(tmp_path: Path) -> None:
     base = Base(str(save_vision_model(tmp_path / "base")))
     for model, task in ((load_base(base), TaskType.CAUSAL_LM), (classifier(base), TaskType.SEQ_CLS)):
         adapted = {
-            name for name, _ in get_peft_model(model, lora_config(Lora(), task)).named_modules() if ".lora_A." in name
+            name
+            for name, _ in get_peft_model(model, lora_config(Lora(), task, model)).named_modules()
+            if ".lora_A." in name
         }
         assert adapted
         assert all(".language_model." in name for name in adapted)
 
 
-@pytest.mark.xfail(strict=True, reason="padding brings a mask")
 def test_padded_rows_are_scored_without_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a mask PyTorch's attention gives up its causal kernel, and copies keys and values for each query group."""
     shared = SharedBase(load_base(Base(str(save_architecture(tmp_path, "llama"))))).eval()
@@ -244,8 +250,17 @@ def test_padded_rows_are_scored_without_a_mask(tmp_path: Path, monkeypatch: pyte
             torch.testing.assert_close(found[: len(response)], no_padding[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="sliding layers grow by copying")
 def test_a_sliding_window_that_holds_prompt_and_response_is_written_in_place(tmp_path: Path) -> None:
     config = tiny_config("mistral", sliding_window=20)
     assert {type(layer) for layer in roomy_cache(config, 20).layers} == {RoomyLayer}
     assert {type(layer) for layer in roomy_cache(config, 21).layers} == {DynamicSlidingWindowLayer}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a in NOT_LOADED | NOT_ADAPTED | NO_REWARD])
+def test_what_cannot_be_right_is_refused(architecture: str, tmp_path: Path) -> None:
+    message = (NOT_LOADED | NOT_ADAPTED | NO_REWARD)[architecture]
+    save_architecture(tmp_path / "base", architecture)
+    setup = Setup(architecture, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        setup.classifier_base() if architecture in NO_REWARD else setup.shared().add_role("policy", setup.sft)

@@ -271,7 +271,7 @@ def test_role_base_is_the_model_without_any_adapter(each: Setup, each_shared: Sh
     with torch.no_grad(), each.autocast(), each_shared.eval().role("base"):
         found = each_shared.logits(each_shared.hidden(ids, kept))
         expected = bare(input_ids=ids, attention_mask=kept, position_ids=position_ids).logits
-    assert torch.equal(found[kept.bool()], expected[kept.bool()])
+    assert_same(each, found[kept.bool()], expected[kept.bool()])
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------

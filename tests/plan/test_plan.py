@@ -121,8 +121,8 @@ def test_weights_take_what_was_counted(tmp_path: Path, architecture: str, quanti
         if isinstance(module, Linear4bit):
             state = module.weight.quant_state
             held += state.absmax.nbytes + state.state2.absmax.nbytes
-        if isinstance(module, Linear8bitLt) and module.weight.SCB is not None:
-            held += module.weight.SCB.nbytes
+        if isinstance(module, Linear8bitLt):  # the first forward moves the constants
+            held += (module.state.SCB if module.weight.SCB is None else module.weight.SCB).nbytes
     # Blocks of constants that are not full take as much as full ones.
     assert weight_bytes(base) == pytest.approx(held, rel=0.02)
 

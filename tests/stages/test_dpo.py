@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from support.paths import SHARED
 from support.tiny_models import save_model
@@ -74,7 +74,8 @@ def make_job(recipe: Recipe, run_dir: Path) -> Job:
     found = fingerprint(recipe.base, tokenizer)
     if recipe.sft is not None:
         torch.manual_seed(1)
-        adapter = get_peft_model(load_base(recipe.base), lora_config(recipe.lora, "CAUSAL_LM"))
+        base = load_base(recipe.base)
+        adapter = get_peft_model(base, lora_config(recipe.lora, TaskType.CAUSAL_LM, base))
         for name, weight in adapter.named_parameters():
             if "lora_" in name:
                 weight.data = 0.1 * torch.randn(weight.shape)

@@ -35,13 +35,14 @@ def examples(count: int) -> Dataset:
 def make_trainer(base: Base, rows: Dataset, folder: Path, **arguments: Any) -> SFTTrainer:
     defaults = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_length": 32}
+    model = load_base(base)
     return SFTTrainer(
-        model=load_base(base),
+        model=model,
         args=SFTConfig(**(defaults | step | {"per_device_train_batch_size": 24} | arguments)),
         train_dataset=rows,
         eval_dataset=rows,
         processing_class=load_tokenizer(base),
-        peft_config=lora_config(Lora(), TaskType.CAUSAL_LM),
+        peft_config=lora_config(Lora(), TaskType.CAUSAL_LM, model),
     )
 
 

@@ -64,7 +64,7 @@ def train_member(job: Job) -> None:
     """Train one adapter and its head and save them to the job's folder."""
     set_seed(job.config.seed)  # the head begins at random
     model = load_base(job.recipe.base, AutoModelForSequenceClassification, num_labels=1)
-    model = get_peft_model(model, lora_config(job.recipe.lora, TaskType.SEQ_CLS))
+    model = get_peft_model(model, lora_config(job.recipe.lora, TaskType.SEQ_CLS, model))
     if job.sft is not None:
         start_from_sft(model, job.sft, job.fingerprint)
     trainer = RewardTrainer(

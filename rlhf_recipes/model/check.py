@@ -1,0 +1,142 @@
+"""Whether a model is what this package takes it for, found out on a few tokens of every model that is loaded.
+
+B rows of L tokens; H hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architecture import head_logits, hidden_states, text_decoder
+from .decode import cached_forward, keep_rows, roomy_cache
+
+TOKENS = 8
+PADDING = 2  # columns at the left of the row that has some
+# Where the forwards end of a prompt of 6 tokens, in two pieces or one, and of two more tokens.
+PIECES, WHOLE = (4, 6, 7, 8), (6, 7, 8)
+
+# What the code of a hundred architectures raises where it is used in a way that it was not written for.
+FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What a model's KV cache can do beside a prompt without padding, read at once."""
+
+    left_padding: bool  # prompts of unequal length in one batch
+    pieces: bool  # a prompt in more than one forward
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Compare a causal model's own logits with what training and sampling will see of them.
+
+    Raises ValueError, naming the architecture, where they differ.
+    """
+    decoder, (ids, mask) = text_decoder(model), _probe(model)
+    hidden = decoder(input_ids=ids[:1], use_cache=False).last_hidden_state[0]  # (L, H)
+    own = model(input_ids=ids[:1], use_cache=False).logits[0]  # (L, V)
+    what = "the logits of its hidden states are not its own"
+    _require(model, what, lambda: _difference(head_logits(model, hidden), own))
+    what = "what it says of a token depends on padding behind it"
+    _require(model, what, lambda: _difference(hidden_states(decoder, ids, mask)[1, PADDING:], hidden[:-PADDING]))
+    caching(model)
+
+
+@torch.no_grad()
+def check_classifier(model: PreTrainedModel) -> None:
+    """Compare a sequence classifier's own scores with those of its head on the last token's hidden state.
+
+    Raises ValueError, naming the architecture, where they differ.
+    """
+    refusal = f"base.model: the architecture {model.config.model_type!r} is not supported"
+    clash = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "classifier"]
+    if clash:
+        raise ValueError(f"{refusal}: PEFT would take its {clash[0]} for the head of a reward model.")
+    ids, mask = _probe(model)
+    ids[1], mask[1] = ids[1].roll(-PADDING), mask[1].roll(-PADDING)  # classifiers are trained on padding at the right
+    config, head = model.config.get_text_config(), model.get_submodule("score")
+    assert isinstance(head, nn.Linear)
+    ids[~mask] = config.pad_token_id or 0
+
+    def error() -> float:
+        last = hidden_states(text_decoder(model), ids, mask)[[0, 1], [-1, -1 - PADDING]]  # (2, H)
+        rows = slice(None) if config.pad_token_id is not None else slice(1)  # without padding it takes no batch
+        own = model(input_ids=ids[rows], attention_mask=mask[rows], use_cache=False).logits  # (2, 1)
+        return _difference(own, last[rows] @ head.weight.T)
+
+    _require(model, "its scores are not its head's on the last token", error)
+
+
+@torch.no_grad()
+def caching(model: PreTrainedModel) -> Caching:
+    """What the model's KV cache can do. Raises ValueError, naming the architecture, where it cannot sample at all."""
+    ids, mask = _probe(model)
+    hidden = text_decoder(model)(input_ids=ids[:1], use_cache=False).last_hidden_state[0]  # (L, H)
+
+    def error(padded: bool, ends: tuple[int, ...]) -> float:
+        """Of the row with padding, or the one without, where its tokens depend on what the cache holds."""
+        states = _cached(model, *((ids, mask) if padded else (ids[:1], mask[:1])), ends)[-1, ends[0] :]
+        return _difference(states, hidden[ends[0] - PADDING : -PADDING] if padded else hidden[ends[0] :])
+
+    def works(padded: bool, ends: tuple[int, ...]) -> bool:
+        try:
+            return error(padded, ends) < _tolerance(model)
+        except FOREIGN:
+            return False
+
+    if works(True, PIECES):
+        return Caching(left_padding=True, pieces=True)
+    _require(model, "its KV cache cannot be used here", lambda: error(False, WHOLE))
+    left_padding = works(True, WHOLE)
+    return Caching(left_padding, pieces=not left_padding and works(False, PIECES))
+
+
+def _cached(model: PreTrainedModel, ids: Tensor, mask: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """Hidden states (B, L, H) from one forward after another, each up to a column of `ends`, as `decode` has them."""
+    decoder, cache = text_decoder(model), roomy_cache(model.config, ids.shape[1])
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, L)
+    states, start = [], 0
+    for end in ends:
+        past = None if mask.all() else mask[:, :end]
+        states.append(cached_forward(decoder, cache, ids[:, start:end], past, positions[:, start:end]))
+        keep_rows(cache, torch.arange(len(ids), device=ids.device))
+        start = end
+    return torch.cat(states, 1)
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Ids and mask (2, L): a row of tokens, and its beginning behind padding."""
+    vocabulary = model.config.get_text_config().vocab_size
+    row = torch.linspace(3, vocabulary // 2, TOKENS, device=model.device).long()
+    ids, mask = torch.stack([row, row.roll(PADDING)]), torch.ones(2, TOKENS, dtype=torch.bool, device=model.device)
+    ids[1, :PADDING], mask[1, :PADDING] = 0, False
+    return ids, mask
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The median over rows of the difference's norm, as a share of the expected one's.
+
+    Not the largest: in 16 bits rounding sends a token to another expert now and then.
+    """
+    difference = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-6)
+    return difference.median().item()
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """The difference that rounding may make."""
+    return 1e-4 if model.dtype == torch.float32 else 0.1
+
+
+def _require(model: PreTrainedModel, what: str, error: Callable[[], float]) -> None:
+    """Raises ValueError, naming the architecture, unless the error can be computed and is rounding."""
+    refusal = f"base.model: the architecture {model.config.model_type!r} is not supported: {what}"
+    try:
+        difference = error()
+    except FOREIGN as cause:
+        raise ValueError(f"{refusal} ({type(cause).__name__}: {cause}).") from cause
+    if not difference < _tolerance(model):
+        raise ValueError(f"{refusal} (a relative difference of {difference:.2g} on a few tokens).")
