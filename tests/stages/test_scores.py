@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.chat_templates import BY_NAME
+from support.rows import assistant, user
 from support.tiny_models import make_tokenizer, save_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from rlhf_recipes.model.sampler import Samples
+from rlhf_recipes.data.tokens import tokenize_pair
+from rlhf_recipes.model.sampler import Sampler, Samples
 from rlhf_recipes.stages.options import PPOConfig
 from rlhf_recipes.stages.scores import (
     ExternalRewardModel,
@@ -148,6 +151,24 @@ def test_trls_own_reward_functions_work(tmp_path: Path) -> None:
     spoken.texts = lambda samples: ["<think>so</think> 4", "4", "<think>so 4"]  # type: ignore[method-assign]
     rows = [{"prompt": [{"role": "user", "content": "2 + 2"}], "prompt_ids": [1]}] * 3
     assert found.plain(rows, spoken.samples)["score"].tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.xfail(strict=True, reason="rewards see the empty thought that Qwen3's template puts before an answer")
+def test_what_a_chat_template_writes_around_an_answer_reaches_no_reward_function(tmp_path: Path) -> None:
+    tokenizer = BY_NAME["qwen3"].tokenizer()
+    prompt, ids = tokenize_pair(tokenizer, [user("2 + 2?")], [assistant("four")])
+    mask = torch.ones(1, len(ids)).bool()
+    samples = Samples(torch.tensor([prompt + ids]), torch.ones(1, len(prompt + ids)).bool(), mask, torch.tensor([True]))
+    seen = {}
+
+    def judge(completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        seen.update(completions=completions, completion_ids=completion_ids)
+        return [0.0]
+
+    model = Spoken().model
+    scores = Rewards(Sampler(model, tokenizer, 8, 1.0, 1, []), PPOConfig(str(tmp_path), use_cpu=True), [judge])
+    scores.function_scores(judge, [{"prompt": [user("2 + 2?")], "prompt_ids": prompt}], samples)
+    assert seen == {"completions": [[assistant("four")]], "completion_ids": [ids]}
 
 
 # External models
