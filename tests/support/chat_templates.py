@@ -143,11 +143,11 @@ CHAT_MODELS = [
     ChatModel("cohere", "<|END_OF_TURN_TOKEN|>", bos="<BOS_TOKEN>", special=("<|START_OF_TURN_TOKEN|>",)),
     ChatModel("gptoss", "<|return|>", special=HARMONY, before="<|channel|>final<|message|>", says_date=True),
     # It writes nothing after an answer.
-    ChatModel("glm4moe", "<|endoftext|>", special=("[gMASK]", "<sop>", *PHI3), plain=THINK, before="\n<think></think>\n"),
+    ChatModel("glm4moe", "<|endoftext|>", special=("[gMASK]", *PHI3), plain=THINK, before="\n<think></think>\n"),
 ]
 # Their generation prompts begin a thought of which a conversation shows nothing.
 OPEN_THOUGHT = [
-    ChatModel(name, "<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>", plain=THINK)
+    ChatModel(name, "<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>", plain=THINK)  # noqa: RUF001
     for name in ("deepseek_r1_distill", "deepseekv3")
 ]
 BY_NAME = {model.name: model for model in (*CHAT_MODELS, *OPEN_THOUGHT)}

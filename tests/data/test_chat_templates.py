@@ -1,0 +1,89 @@
+"""The chat templates of the best-known models: what each writes, and that all stages see one tokenization of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.chat_templates import CHAT_MODELS, OPEN_THOUGHT, ChatModel
+from support.rows import assistant, user, write
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from rlhf_recipes.data.prepare import prepare
+from rlhf_recipes.data.tokens import stop_token_id, tokenize_pair, tokenize_prompt
+from rlhf_recipes.recipe.values import Stage
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+NO_THINK = {"role": "system", "content": "/no_think"}  # SmolLM3's word for an empty thought
+PROMPTS = {
+    "question": [user("Why?")],
+    "turns": [user("Hello."), assistant("Hi!"), user("Why?")],
+    "long": [user("1"), assistant("2"), user("3"), assistant("4"), user("5")],
+    "system": [SYSTEM, user("Hello."), assistant("Hi!"), user("Why?")],
+    "no thought": [NO_THINK, user("Why?")],
+}
+each_model = pytest.mark.parametrize("model", CHAT_MODELS, ids=lambda model: model.name)
+
+
+def prompts_of(model: ChatModel) -> list[list[dict[str, Any]]]:
+    """The prompts that the model's template takes."""
+    return [prompt for prompt in PROMPTS.values() if model.takes_system or prompt[0]["role"] != "system"]
+
+
+def rendered(tokenizer: FastTokenizer, messages: list[dict[str, Any]], **options: Any) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert isinstance(text, str)
+    return text
+
+
+@each_model
+def test_prompt_and_answer_are_one_tokenization_of_the_conversation(model: ChatModel) -> None:
+    tokenizer = model.tokenizer()
+    for prompt in prompts_of(model):
+        ids, completion = tokenize_pair(tokenizer, prompt, [assistant("Because of it.")])
+        assert ids == tokenize_prompt(tokenizer, prompt)
+        assert tokenizer.decode(ids) == rendered(tokenizer, prompt, add_generation_prompt=True)
+        beginning = tokenizer.decode([*ids, *completion[:-1]])
+        assert rendered(tokenizer, [*prompt, assistant("Because of it.")]).startswith(beginning)
+        assert tokenizer(beginning, add_special_tokens=False).input_ids == [*ids, *completion[:-1]]
+
+
+@each_model
+def test_an_answer_ends_where_the_model_ends_its_turn(model: ChatModel, request: pytest.FixtureRequest) -> None:
+    if model.name.startswith("phi3"):
+        reason = "Phi-3 ends its turn with <|end|>, and the whole conversation with EOS: sampling went on to that"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    tokenizer = model.tokenizer()
+    stop = tokenizer.convert_tokens_to_ids(model.stop)
+    assert stop_token_id(tokenizer, conversational=True) == stop
+    for prompt in prompts_of(model):
+        _, completion = tokenize_pair(tokenizer, prompt, [assistant("So.")])
+        assert completion.index(stop) == len(completion) - 1
+
+
+@each_model
+def test_no_system_message_is_lost(model: ChatModel, tmp_path: Path) -> None:
+    tokenizer = model.tokenizer()
+    row = {"prompt": [SYSTEM, user("Why?")], "completion": [assistant("So.")]}
+    if model.takes_system:
+        assert "Be kind." in tokenizer.decode(tokenize_prompt(tokenizer, row["prompt"]))
+        return
+    path = write(tmp_path / "data.jsonl", [row])
+    with pytest.raises(ValueError, match=r"refused by the chat template: .*role"):
+        prepare("sft", Stage(data=path, heldout=0.0), tokenizer, None)
+
+
+@pytest.mark.xfail(strict=True, reason="a chat with a system message that the template refuses ends in a traceback")
+@pytest.mark.parametrize(
+    "model", [model for model in CHAT_MODELS if not model.takes_system], ids=lambda model: model.name
+)
+def test_a_refused_role_is_one_clear_message(model: ChatModel) -> None:
+    with pytest.raises(ValueError, match=r"chat template refuses .*[Rr]ole"):
+        tokenize_prompt(model.tokenizer(), [SYSTEM, user("Why?")])
+
+
+@pytest.mark.parametrize("model", OPEN_THOUGHT, ids=lambda model: model.name)
+def test_a_generation_prompt_that_no_conversation_has_is_refused(model: ChatModel) -> None:
+    tokenizer = model.tokenizer()
+    assert tokenizer.decode(tokenize_prompt(tokenizer, [user("Why?")])).endswith("<think>\n")
+    with pytest.raises(ValueError, match=r"writes the prompt differently .*Set base\.chat_template.*<think>"):
+        tokenize_pair(tokenizer, [user("Why?")], [assistant("So.")])
