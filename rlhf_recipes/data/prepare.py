@@ -39,7 +39,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..recipe.values import Source
@@ -59,6 +58,7 @@ from .rows import (
 )
 from .split import prompt_hash, prompt_position, split_rows
 from .tokens import (
+    RefusedByTemplate,
     completion_token_ids,
     prompt_token_ids,
     render_completion,
@@ -260,8 +260,8 @@ def _render_row(tokenizer: PreTrainedTokenizerBase, row: Row, end: str) -> None:
         row.prompt_text = render_prompt(tokenizer, row.prompt)
         for column, completion in row.completions.items():
             row.texts[column] = render_completion(tokenizer, row.prompt, row.prompt_text, completion, end)
-    except TemplateError as error:
-        raise BadRow("refused by the chat template", "prompt", str(error)) from error
+    except RefusedByTemplate as error:
+        raise BadRow("refused by the chat template", "prompt", str(error.__cause__)) from error
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[Row], conversational: bool, stop: int) -> None:

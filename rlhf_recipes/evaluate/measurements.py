@@ -65,7 +65,9 @@ class Measurements:
 
     def _answer_settings(self, stop_token_ids: Sequence[int], with_kl: bool) -> AnswerSettings:
         plan = self.plan
-        return AnswerSettings(self.settings.seed, plan.response_length, plan.temperature, stop_token_ids, with_kl)
+        return AnswerSettings(
+            self.settings.seed, plan.response_length, plan.temperature, stop_token_ids, plan.conversational, with_kl
+        )
 
     def _measure_model(
         self, model: NamedModel, bench: Bench, prompts: list[list[int]], settings: AnswerSettings

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from ..data.tokens import (
     Messages,
+    RefusedByTemplate,
     completion_token_ids,
     prompt_token_ids,
     render_prompt,
+    response_texts,
     stop_token_id,
     tokenize_prompt,
 )
@@ -46,8 +47,8 @@ class LocalModel:
         """See `Client.chat`."""
         try:
             prompt = tokenize_prompt(self.tokenizer, messages)
-        except TemplateError as error:  # such as one that has no system message
-            return Completion(None, 0, 0, error=f"refused by the chat template: {error}")
+        except RefusedByTemplate as error:  # such as one that has no system message
+            return Completion(None, 0, 0, error=f"refused by the chat template: {error.__cause__}")
         if len(prompt) + max_tokens > self.context:
             return self._too_long(max_tokens)
         return await self._in_batch(("chat", max_tokens, temperature), (prompt, seed))
@@ -110,8 +111,9 @@ class LocalModel:
         answers = []
         for (prompt, _), ids in zip(requests, responses.tolist(), strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), None)
-            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            answers.append(Completion(text, len(prompt), len(ids) if end is None else end + 1, end is not None))
+            said = ids if end is None else ids[: end + 1]
+            text = response_texts(self.tokenizer, [said], True)[0].strip()
+            answers.append(Completion(text, len(prompt), len(said), end is not None))
         return answers
 
     def _weigh_options(self, requests: list[tuple[list[int], Spellings]]) -> list[Choice]:

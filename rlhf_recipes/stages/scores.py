@@ -130,7 +130,7 @@ class Rewards:
 
     def function_scores(self, reward_func: RewardFunc, rows: list[Row], samples: Samples) -> Tensor:
         """A reward function's scores (B,) of the samples."""
-        texts = self.sampler.texts(samples)
+        texts = self.sampler.texts(samples, is_conversational({"prompt": rows[0]["prompt"]}))
         scores = call_reward_func(reward_func, rows, samples.responses(), texts, self.state())
         return scores.to(samples.input_ids.device)
 

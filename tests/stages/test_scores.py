@@ -37,7 +37,7 @@ class Spoken:
         self.roles = roles or {}
         self.model = type("Heads", (), {"heads": list(self.roles)})()
 
-    def texts(self, samples: Samples) -> list[str]:
+    def texts(self, samples: Samples, conversational: bool) -> list[str]:
         return ["one two", "one two three", "one"]
 
     def reward_scores(self, samples: Samples, role: str = "reward") -> Tensor:
@@ -148,12 +148,11 @@ def test_each_source_is_normalised_by_itself(tmp_path: Path) -> None:
 def test_trls_own_reward_functions_work(tmp_path: Path) -> None:
     (own,) = resolve_rewards(["trl.rewards:think_format_reward"])
     found, spoken = rewards(tmp_path, [own])
-    spoken.texts = lambda samples: ["<think>so</think> 4", "4", "<think>so 4"]  # type: ignore[method-assign]
+    spoken.texts = lambda *arguments: ["<think>so</think> 4", "4", "<think>so 4"]  # type: ignore[method-assign]
     rows = [{"prompt": [{"role": "user", "content": "2 + 2"}], "prompt_ids": [1]}] * 3
     assert found.plain(rows, spoken.samples)["score"].tolist() == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.xfail(strict=True, reason="rewards see the empty thought that Qwen3's template puts before an answer")
 def test_what_a_chat_template_writes_around_an_answer_reaches_no_reward_function(tmp_path: Path) -> None:
     tokenizer = BY_NAME["qwen3"].tokenizer()
     prompt, ids = tokenize_pair(tokenizer, [user("2 + 2?")], [assistant("four")])

@@ -119,6 +119,7 @@ THINK = ("<think>", "</think>")
 TURNS = ("<start_of_turn>", "<eos>")
 PHI3 = ("<|system|>", "<|user|>", "<|assistant|>")
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+COHERE = ("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 CHAT_MODELS = [
@@ -140,7 +141,7 @@ CHAT_MODELS = [
     ChatModel("smollm3", "<|im_end|>", special=CHATML, plain=THINK, says_date=True),
     ChatModel("granite", "<|end_of_text|>", special=("<|start_of_role|>", "<|end_of_role|>"), says_date=True),
     ChatModel("olmo2", "<|endoftext|>", bos="<|endoftext|>"),
-    ChatModel("cohere", "<|END_OF_TURN_TOKEN|>", bos="<BOS_TOKEN>", special=("<|START_OF_TURN_TOKEN|>",)),
+    ChatModel("cohere2", "<|END_OF_TURN_TOKEN|>", bos="<BOS_TOKEN>", special=COHERE, after="<|END_RESPONSE|>"),
     ChatModel("gptoss", "<|return|>", special=HARMONY, before="<|channel|>final<|message|>", says_date=True),
     # It writes nothing after an answer.
     ChatModel("glm4moe", "<|endoftext|>", special=("[gMASK]", *PHI3), plain=THINK, before="\n<think></think>\n"),
