@@ -6,6 +6,7 @@ ids never depend on what follows it, and every response ends in exactly one stop
 
 import re
 from dataclasses import dataclass
+from datetime import date
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,19 @@ CHAT_TEMPLATES: dict[str, str] = {
 }
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None, today: str | None = None) -> None:
     """Give the tokenizer the chat template that all stages use.
 
     Args:
         tokenizer: changed in place.
         name: a name of `CHAT_TEMPLATES`, the path of a .jinja file, or None for the tokenizer's own ("transcript" if it
             has none).
+        today: the day (YYYY-MM-DD) that the template takes for today's, if it writes one; None: the day that it is.
     Raises:
-        ValueError: there is no such template or file, it cannot be rendered, or it uses a token like `<|im_end|>` that
-            the vocabulary lacks (it would be split into pieces that the model never saw in this role).
+        ValueError: there is no such template, file or day, it cannot be rendered, or it uses a token like `<|im_end|>`
+            that the vocabulary lacks (it would be split into pieces that the model never saw in this role).
     """
+    set_today(tokenizer, today)
     if name is None:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = CHAT_TEMPLATES["transcript"]
@@ -78,6 +81,32 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> N
         answer_frame(tokenizer)
     except RefusedByTemplate as error:
         raise ValueError(f"base.chat_template: {name} cannot be rendered: {error.__cause__}") from error
+
+
+def set_today(tokenizer: PreTrainedTokenizerBase, today: str | None) -> None:
+    """Fix the day that the tokenizer's chat template takes for today's. The template itself stays as it is.
+
+    Raises ValueError where it is none.
+    """
+    try:
+        day = None if today is None else date.fromisoformat(today)
+    except ValueError as error:
+        raise ValueError(f"base.chat_template_date must be a day like 2026-03-31, not {today!r}.") from error
+    tokenizer.date_macro = "" if day is None else _date_macro(day)
+
+
+def _date_macro(day: date) -> str:
+    """What before a template takes the place of transformers' `strftime_now`, by which it asks for the day."""
+    written = {"%-d": str(day.day), "%-m": str(day.month)}
+    written |= {f"%{letter}": day.strftime(f"%{letter}") for letter in "aAbBcdHIjmMpSUwWxXyY"}
+    filters = "".join(f" | replace({directive!r}, {word!r})" for directive, word in written.items())
+    # The line break after a block is no output.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's chat template writes the date of the day."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def stop_token_id(tokenizer: PreTrainedTokenizerBase, conversational: bool) -> int:
@@ -156,8 +185,8 @@ def answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
     Raises ValueError where the template refuses a question and an answer.
     """
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    prompt = _render(tokenizer, [question], add_generation_prompt=True)
-    whole, going_on = _render(tokenizer, [question, answer]), _render(tokenizer, [question, answer, question])
+    prompt = render(tokenizer, [question], add_generation_prompt=True)
+    whole, going_on = render(tokenizer, [question, answer]), render(tokenizer, [question, answer, question])
     before, _, after = whole.removeprefix(prompt).rpartition("answer")
     before = before if whole.startswith(prompt) else ""  # `render_completion` refuses such a template
     special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -204,10 +233,16 @@ class RefusedByTemplate(ValueError):
     """The chat template refuses a conversation: it has no system role, say, or wants turns in turn."""
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
-    """Messages as the chat template writes them. Raises RefusedByTemplate."""
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """Messages as the chat template writes them on the day of `set_today`. Raises RefusedByTemplate."""
+    macro = getattr(tokenizer, "date_macro", "")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=macro + tokenizer.get_chat_template() if macro else None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
     except TemplateError as error:
         raise RefusedByTemplate(f"The chat template refuses these messages: {error}") from error
     assert isinstance(text, str)
@@ -216,7 +251,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generati
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> str:
     """A prompt as text: messages with the template's generation prompt."""
-    return prompt if isinstance(prompt, str) else _render(tokenizer, prompt, add_generation_prompt=True)
+    return prompt if isinstance(prompt, str) else render(tokenizer, prompt, add_generation_prompt=True)
 
 
 def render_completion(
@@ -233,7 +268,7 @@ def render_completion(
     if isinstance(prompt, str) or isinstance(completion, str):
         assert isinstance(prompt, str) and isinstance(completion, str), "prompt and completion have different formats"
         return completion
-    whole = _render(tokenizer, prompt + completion)
+    whole = render(tokenizer, prompt + completion)
     if not whole.startswith(prompt_text):
         raise ValueError(
             "The chat template writes the prompt differently once an answer follows it, so a model trained with it "

@@ -87,7 +87,7 @@ class Measurements:
         """
         for judge in self.plan.judges:
             if judge.kind in ("function", "classifier"):
-                score_func = judge.score_func()
+                score_func = judge.score_func(self.plan.recipe.base.chat_template_date)
                 self.scores[judge.name] = {
                     name: function_scores(score_func, self.plan.rows, answers) for name, answers in self.answers.items()
                 }

@@ -18,7 +18,7 @@ class Fingerprint(TypedDict):
     quantization: str | None
     dtype: str  # as `bfloat16`
     tokenizer: str  # a hash of its vocabulary
-    chat_template: str  # a hash
+    chat_template: str  # a hash, of the date too where the template writes one
 
 
 class DroppedRows(TypedDict):

@@ -114,4 +114,10 @@ def make_evaluator(job: Job) -> Evaluator:
     assert isinstance(config, PPOConfig)
     gold = function(recipe.gold) if recipe.gold is not None else None
     texts = held_out_texts(job.extras.get("ptx"), config.ptx_max_length)
-    return Evaluator(sampler, Rewards(sampler, config, resolve_rewards(sources)), gold, recipe.seed, texts)
+    return Evaluator(
+        sampler,
+        Rewards(sampler, config, resolve_rewards(sources, recipe.base.chat_template_date)),
+        gold,
+        recipe.seed,
+        texts,
+    )

@@ -9,7 +9,16 @@ from support.rows import assistant, user, write
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from rlhf_recipes.data.prepare import prepare
-from rlhf_recipes.data.tokens import answer_frame, response_texts, stop_token_id, tokenize_pair, tokenize_prompt
+from rlhf_recipes.data.tokens import (
+    answer_frame,
+    render,
+    response_texts,
+    set_today,
+    stop_token_id,
+    tokenize_pair,
+    tokenize_prompt,
+    writes_date,
+)
 from rlhf_recipes.recipe.values import Stage
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -105,6 +114,27 @@ def test_no_system_message_is_lost(model: ChatModel, tmp_path: Path) -> None:
 def test_a_refused_role_is_one_clear_message(model: ChatModel) -> None:
     with pytest.raises(ValueError, match=r"chat template refuses .*[Rr]ole"):
         tokenize_prompt(model.tokenizer(), [SYSTEM, user("Why?")])
+
+
+@each_model
+def test_a_template_writes_the_day_that_it_is_given(model: ChatModel) -> None:
+    tokenizer = model.tokenizer()
+    set_today(tokenizer, "2019-02-03")
+    ids, _ = tokenize_pair(tokenizer, [user("Why?")], [assistant("So.")])
+    assert ids == tokenize_prompt(tokenizer, [user("Why?")])
+    assert ("2019" in tokenizer.decode(ids)) == model.says_date == writes_date(tokenizer)
+    set_today(tokenizer, None)
+    assert (tokenize_prompt(tokenizer, [user("Why?")]) == ids) != model.says_date
+
+
+def test_a_given_day_changes_nothing_else_of_a_template() -> None:
+    tokenizer = BY_NAME["llama3"].tokenizer()
+    tokenizer.chat_template = "\n  {% if true %}\nx{% endif %}\n {{ strftime_now('%-d. %B %Y, %a, %H:%M') }}\n"
+    set_today(tokenizer, "2019-02-03")
+    assert render(tokenizer, [user("Why?")]) == "\nx 3. February 2019, Sun, 00:00"
+    tokenizer.chat_template = tokenizer.chat_template.replace("strftime_now", "")
+    frozen, _ = render(tokenizer, [user("Why?")]), set_today(tokenizer, None)
+    assert render(tokenizer, [user("Why?")]) == frozen
 
 
 @pytest.mark.parametrize("model", OPEN_THOUGHT, ids=lambda model: model.name)

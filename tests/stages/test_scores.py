@@ -206,6 +206,9 @@ def test_an_external_model_scores_messages_in_its_own_template(classifier: Path)
         model(prompts, completions)
     model.tokenizer.chat_template = "{% for m in messages %}w20 {{ m.content }} {% endfor %}w21"
     assert model(prompts, completions) == pytest.approx(model(["w20 w5 w6 "], ["w20 w7 w21"]))
+    dated = ExternalRewardModel(str(classifier), today="2026-03-30")
+    dated.tokenizer.chat_template = "w{{ strftime_now('%d') }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    assert dated(prompts, completions) == pytest.approx(model(["w30 w5 w6"], [" w7"]))
 
 
 def test_sources_are_checked_before_anything_is_loaded(classifier: Path, tmp_path: Path) -> None:
