@@ -147,6 +147,24 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: 
     return prompt_ids[0].tolist(), completion_ids[0].tolist()
 
 
+def earlier_answers(tokenizer: PreTrainedTokenizerBase, prompt: Messages, prompt_ids: Ids) -> list[slice]:
+    """Where in a prompt's ids the assistant's messages stand, each with its stop token, as it is as a completion.
+
+    Raises ValueError where the template writes an earlier answer differently from the last.
+    """
+    answers = []
+    for place, message in enumerate(prompt):
+        if place and message["role"] == "assistant":
+            before, answer = tokenize_pair(tokenizer, prompt[:place], [message])
+            answers.append(slice(len(before), len(before) + len(answer)))
+            if not np.array_equal(prompt_ids[: answers[-1].stop], [*before, *answer]):
+                raise ValueError(
+                    f"the chat template writes an answer differently once a message follows it (of the row with "
+                    f"{message['content'][:40]!r}), and a model cannot learn both. Set base.chat_template."
+                )
+    return answers
+
+
 def response_end(tokenizer: PreTrainedTokenizerBase, conversational: bool) -> tuple[str, int]:
     """What is written after a response, from the stop token on ("" where nothing is), and the stop token's id."""
     if not conversational:

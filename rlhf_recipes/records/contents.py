@@ -37,6 +37,7 @@ class DataReport(DroppedRows):
     train: int
     heldout: int
     heldout_prompts: int  # different ones
+    cut: NotRequired[int]  # of the used rows those that were too long, where such rows are not dropped
 
 
 class WinRate(TypedDict):

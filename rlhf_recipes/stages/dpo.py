@@ -32,6 +32,7 @@ class DPOTrainer(trl.DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.data_collator.max_length = None  # no row is longer: see `truncation_mode`
         weights = dict(self.model.named_parameters())
         for name, weight in weights.items():
             if ".ref." in name:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.chat_templates import BY_NAME, CHAT_MODELS, OPEN_THOUGHT, ChatModel
 from support.rows import assistant, user, write
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.data.tokens import (
     answer_frame,
+    earlier_answers,
     render,
     response_texts,
     set_today,
@@ -114,6 +116,30 @@ def test_no_system_message_is_lost(model: ChatModel, tmp_path: Path) -> None:
 def test_a_refused_role_is_one_clear_message(model: ChatModel) -> None:
     with pytest.raises(ValueError, match=r"chat template refuses .*[Rr]ole"):
         tokenize_prompt(model.tokenizer(), [SYSTEM, user("Why?")])
+
+
+@each_model
+def test_earlier_answers_are_found_where_a_completion_would_be_the_same(model: ChatModel) -> None:
+    tokenizer = model.tokenizer()
+    prompt_ids = np.array(tokenize_prompt(tokenizer, PROMPTS["long"]))
+    if model.name in ("qwen3", "gptoss", "glm4moe"):  # only the last answer has a thought, or another stop token
+        with pytest.raises(ValueError, match="writes an answer differently once a message follows it"):
+            earlier_answers(tokenizer, PROMPTS["long"], prompt_ids)
+        return
+    found = [prompt_ids[answer].tolist() for answer in earlier_answers(tokenizer, PROMPTS["long"], prompt_ids)]
+    assert response_texts(tokenizer, found, conversational=True) == ["2", "4"]
+    assert all(ids[-1] == stop_token_id(tokenizer, True) for ids in found)
+
+
+def test_answers_are_those_that_trl_finds_by_the_marks_of_a_template() -> None:
+    tokenizer = BY_NAME["smollm3"].tokenizer()
+    conversation = [*PROMPTS["long"], assistant("6")]
+    prompt_ids, completion = tokenize_pair(tokenizer, conversation[:-1], conversation[-1:])
+    own = [0] * len(prompt_ids) + [1] * len(completion)
+    for answer in earlier_answers(tokenizer, conversation[:-1], np.array(prompt_ids)):
+        own[answer] = [1] * (answer.stop - answer.start)
+    marked = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+    assert marked["assistant_masks"][: len(own)] == own
 
 
 @each_model

@@ -19,8 +19,9 @@ from rlhf_recipes.data.prepare import Prepared
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import lora_config
 from rlhf_recipes.stages.configure import configure
-from rlhf_recipes.stages.inputs import prepare_stage
-from rlhf_recipes.stages.options import SFTConfig
+from rlhf_recipes.stages.dpo import DPOTrainer
+from rlhf_recipes.stages.inputs import prepare_stage, rows_line
+from rlhf_recipes.stages.options import DPOConfig, SFTConfig
 from rlhf_recipes.stages.sft import SFTTrainer
 
 
@@ -111,18 +112,15 @@ ANSWERS = [-100, -100, -100, 6, 7, 2, -100, -100, -100, 9, 2]
 COMPLETION = [-100] * 9 + [9, 2]
 
 
-REFUSED = pytest.mark.xfail(strict=True, reason="sft.completion_only_loss and sft.assistant_only_loss are refused")
-
-
 @pytest.mark.parametrize(
     ("args", "labels"),
     [
         ({}, COMPLETION),
-        pytest.param({"completion_only_loss": True}, COMPLETION, marks=REFUSED),
-        pytest.param({"completion_only_loss": False}, IDS, marks=REFUSED),
-        pytest.param({"assistant_only_loss": True}, ANSWERS, marks=REFUSED),
-        pytest.param({"assistant_only_loss": True, "completion_only_loss": False}, ANSWERS, marks=REFUSED),
-        pytest.param({"assistant_only_loss": True, "completion_only_loss": True}, COMPLETION, marks=REFUSED),
+        ({"completion_only_loss": True}, COMPLETION),
+        ({"completion_only_loss": False}, IDS),
+        ({"assistant_only_loss": True}, ANSWERS),
+        ({"assistant_only_loss": True, "completion_only_loss": False}, ANSWERS),
+        ({"assistant_only_loss": True, "completion_only_loss": True}, COMPLETION),
     ],
 )
 def test_the_loss_is_that_of_the_tokens_that_are_asked_for(
@@ -131,12 +129,12 @@ def test_the_loss_is_that_of_the_tokens_that_are_asked_for(
     data = prepared(base, tmp_path, conversations(), **args)
     for row in (*data.train, *data.heldout):
         first = row["input_ids"][1]
-        assert row == {"input_ids": [60, first, *IDS[2:]], "labels": [*labels[:1], min(labels[1], first), *labels[2:]]}
+        assert row["input_ids"] == [60, first, *IDS[2:]]
+        assert row["labels"] == [*labels[:1], first if labels[1] > 0 else -100, *labels[2:]]
     trainer = make_trainer(base, data.train, tmp_path, **args)
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="sft.truncation_mode is refused, and no row is cut")
 @pytest.mark.parametrize("length", (1, 8, 9, 10, 11, 12))
 def test_a_row_that_is_cut_gets_no_stop_token(base: Base, tmp_path: Path, length: int) -> None:
     if length <= 9:  # the prompt has 9 tokens
@@ -146,3 +144,26 @@ def test_a_row_that_is_cut_gets_no_stop_token(base: Base, tmp_path: Path, length
     data = prepared(base, tmp_path, conversations(), max_length=length, truncation_mode="keep_start")
     assert [row["input_ids"][2:] for row in (*data.train, *data.heldout)] == [IDS[2:length]] * 2
     assert [row["labels"] for row in (*data.train, *data.heldout)] == [COMPLETION[:length]] * 2
+
+
+def test_assistant_only_loss_is_refused_where_answers_are_not_known(base: Base, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sft\.assistant_only_loss is of the assistant's messages, and .* plain text"):
+        prepared(base, tmp_path, [{"prompt": f"w{i}", "completion": "w9"} for i in (5, 6)], assistant_only_loss=True)
+
+
+def test_dpo_cuts_responses(base: Base, tmp_path: Path) -> None:
+    rows = [{"prompt": [user(f"w{i}")], "chosen": [assistant("w5 w6")], "rejected": [assistant("w7")]} for i in (8, 9)]
+    data = prepared(base, tmp_path, rows, "dpo", max_length=5, truncation_mode="keep_start")
+    assert [(row["chosen_ids"], row["rejected_ids"]) for row in data.train] == [([5, 6], [7, 2])]
+    assert data.report["cut"] == 2 and rows_line(data.report).endswith("1 held out; cut 2")
+    config = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", truncation_mode="drop")
+    trainer = DPOTrainer(
+        model=load_base(base),
+        args=config,
+        train_dataset=data.train,
+        processing_class=load_tokenizer(base),
+        peft_config=lora_config(Lora(), TaskType.CAUSAL_LM),
+    )
+    (row,) = data.train
+    batch = trainer.data_collator([row])
+    assert batch["input_ids"].tolist() == [row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")]
