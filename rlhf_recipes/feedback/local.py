@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.tokens import (
     Messages,
     RefusedByTemplate,
+    answer_frame,
     completion_token_ids,
     prompt_token_ids,
     render_prompt,
@@ -57,7 +58,9 @@ class LocalModel:
         self, messages: Messages, options: Sequence[str], max_tokens: int, temperature: float, seed: int
     ) -> Choice:
         """See `Client.choose`. Raises ValueError where the tokenizer cannot tell the options apart."""
-        prompt, spellings = self._spell(render_prompt(self.tokenizer, messages), options)
+        # Where an answer's text begins: after the thought that a template writes. A space belongs to the spellings.
+        before = answer_frame(self.tokenizer).before.rstrip(" ")
+        prompt, spellings = self._spell(render_prompt(self.tokenizer, messages) + before, options)
         if len(prompt) + max(map(len, _all_spellings(spellings))) > self.context:
             return Choice(**vars(self._too_long(1)))
         return await self._in_batch(("choose",), (prompt, spellings))

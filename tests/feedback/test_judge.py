@@ -571,7 +571,6 @@ def test_probabilities_are_those_of_the_models_logits(letters: LocalModel) -> No
         assert alone.probabilities == pytest.approx(found.probabilities, rel=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="options are weighed where a model that thinks begins its thought")
 def test_options_stand_where_the_template_puts_an_answer(tmp_path: Path) -> None:
     tokenizer = BY_NAME["qwen3"].tokenizer()
     client = local(save_judge_of(tmp_path, len(tokenizer)), tokenizer)
