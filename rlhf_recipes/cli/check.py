@@ -81,26 +81,33 @@ def check_data(options: argparse.Namespace) -> dict[str, Any]:
         columns = ", ".join(survey.ours) or "none"
         raise ValueError(f"{source.data} has the columns: {columns}. Map them with --columns. A stage takes:{takes}")
     survey.format(stage)
-    tokenizer, limit = None, options.max_length
+    tokenizer, limit, truncate = None, options.max_length, False
     if base is not None:
         from ..model.base import load_tokenizer
 
         tokenizer = load_tokenizer(base)
-        limit = _longest_row(base, recipe, stage) if limit is None else limit
+        config = _config(recipe, stage)
+        limit = _longest_row(base, config, stage) if limit is None else limit
+        truncate = getattr(config, "truncation_mode", "drop") == "keep_start"
     second = {"data": options.other, "split": options.other_split}
     second = {key: value for key, value in second.items() if value is not None}
     other = replace(source, **second, limit=None) if second else None
     seed = 0 if recipe is None else recipe.seed
-    return examine(survey, stage, tokenizer, limit, seed, other, options.rows, options.refused)
+    return examine(survey, stage, tokenizer, limit, seed, other, options.rows, options.refused, truncate)
 
 
-def _longest_row(base: Base, recipe: Recipe | None, stage: str) -> int | None:
-    """Tokens of the longest row that the recipe's stage takes, or without a recipe the stage as it is by default."""
-    from ..model.base import longest_row
+def _config(recipe: Recipe | None, stage: str) -> Any:
+    """The configuration of the recipe's stage, or without a recipe that of the stage as it is by default."""
     from ..pipeline.check import check_recipe
     from ..stages.configure import CONFIGS
 
-    config = check_recipe(recipe).get(stage) if recipe is not None else CONFIGS.get(stage)
+    return check_recipe(recipe).get(stage) if recipe is not None else CONFIGS.get(stage)
+
+
+def _longest_row(base: Base, config: Any, stage: str) -> int | None:
+    """Tokens of the longest row that a stage of this configuration takes."""
+    from ..model.base import longest_row
+
     if config is None:
         return None
     if stage == "ppo":

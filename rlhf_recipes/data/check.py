@@ -56,6 +56,7 @@ def examine(
     other: Source | None = None,
     show: int = 3,
     refused: int = 20,
+    truncate: bool = False,
 ) -> dict[str, Any]:
     """Find out what a stage will do with a source.
 
@@ -68,6 +69,7 @@ def examine(
         other: a second source of the same format, of which no prompt should be in this one.
         show: so many of the first usable rows are in the report as the model will see them.
         refused: so many of the refused rows are named in it.
+        truncate: as for `prepare`.
     Returns:
         The report, of plain JSON values. Its rows, used, dropped, examples, train, heldout and heldout_prompts are what
         `prepare` reports; `problems` are reasons for which it, or the stage, would refuse the source.
@@ -75,7 +77,7 @@ def examine(
         ValueError: the source cannot be read again, or has no format that the stage takes.
     """
     source = survey.source
-    examined = Examination(stage, survey, tokenizer, max_length, seed, show, refused)
+    examined = Examination(stage, survey, tokenizer, max_length, seed, show, refused, truncate)
     for rows in _chunks(read(stage, source), f"checking {source.data}", survey.total):
         examined.add(rows)
     report = _report(examined)

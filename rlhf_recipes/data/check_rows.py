@@ -71,10 +71,12 @@ class Examination:
         seed: int,
         show: int,
         keep_refused: int,
+        truncate: bool,
     ) -> None:
         """As the arguments of `check.examine`."""
         self.stage, self.survey, self.source = stage, survey, survey.source
         self.tokenizer, self.max_length, self.seed, self.show = tokenizer, max_length, seed, show
+        self.truncate = truncate
         self.columns = survey.format(stage)
         self.refused = Refused(keep_refused)
         self.tallies = {kind: Tally(Refused(keep_refused), Refused(keep_refused)) for kind in (False, True)}
@@ -118,7 +120,7 @@ class Examination:
         for row in rows:
             self._measure(tally, row)
         if self.tokenizer is not None:
-            rows = sift(rows, lambda row: check_length(row, self.max_length), bad)
+            rows = sift(rows, lambda row: check_length(row, self.max_length, self.truncate), bad)
         tally.refused.add(bad)
         tally.used += len(rows)
         tally.first += rows[: self.show - len(tally.first)]

@@ -39,7 +39,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..recipe.values import Source
@@ -59,13 +58,18 @@ from .rows import (
 )
 from .split import prompt_hash, prompt_position, split_rows
 from .tokens import (
+    RefusedByTemplate,
     completion_token_ids,
+    earlier_answers,
     prompt_token_ids,
     render_completion,
     render_prompt,
     response_end,
     stop_token_id,
 )
+
+# The tokens of a demonstration that have a loss: those of the completion; those of each answer, in the prompt too; all.
+LossOn = Literal["completion", "answers", "all"]
 
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # arguments of reward functions, and our column
 
@@ -76,7 +80,7 @@ class Prepared:
 
     The columns of `train` and `heldout`, by stage:
 
-    sft     input_ids, and labels: the same with -100 on the prompt
+    sft     input_ids, and labels: the same with -100 where there is no loss, which is on the prompt unless asked for
     reward  responses_ids (K lists, each prompt + response), ranking (K ranks, 1 for the best) and prompt_length in
             tokens; where the source has them margin, weight (of mean 1 on the training side), source and, of rankings,
             preferences (C(K, 2) probabilities or None). A chosen and a rejected response are K = 2 with ranks [1, 2].
@@ -101,7 +105,13 @@ class Prepared:
 
 
 def prepare(
-    stage: StageName, source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int = 0
+    stage: StageName,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    seed: int = 0,
+    truncate: bool = False,
+    loss_on: LossOn = "completion",
 ) -> Prepared:
     """Read, check, tokenize and split the data of a stage.
 
@@ -112,17 +122,22 @@ def prepare(
         max_length: longest row in tokens: prompt + completion, or for ppo the prompt alone. None: any.
         seed: of the held-out split. The same prompt falls on the same side in every stage with this seed, save that a
             split never leaves either side empty.
+        truncate: cut what is longer than `max_length`, instead of dropping its row (see `check_length`).
+        loss_on: the tokens of a demonstration that have a loss, and so a label.
     Raises:
-        ValueError: the source cannot be read or understood, a column is mapped wrongly, no usable row is left, or
-            `source.bad_rows` is "refuse" and there are bad rows.
+        ValueError: the source cannot be read or understood, a column is mapped wrongly, no usable row is left,
+            `source.bad_rows` is "refuse" and there are bad rows, or the answers that are to have a loss are not known.
     """
     check_shares(stage, source)
     rows, bad, survey = load_rows(stage, source)
     total, conversational = survey.total, bool(rows) and rows[0].conversational
     numbers = [column for column in survey.numbers(stage) if any(column in row.columns for row in rows)]
     rows = encode(stage, rows, numbers, tokenizer, conversational, bad)
-    rows = sift(rows, lambda row: check_length(row, max_length), bad)
+    rows = sift(rows, lambda row: check_length(row, max_length, truncate), bad)
     used, dropped = len(rows), report_bad(stage, source, bad, total)
+
+    if loss_on == "answers":
+        _find_answers(stage, source, tokenizer, rows)
 
     train, heldout = split_rows(rows, source.heldout, seed)
     if stage == "ppo":
@@ -138,11 +153,13 @@ def prepare(
         "heldout_prompts": prompts,
         **dropped,
     }
+    if truncate:
+        report["cut"] = sum(row.is_cut for row in rows)
     if stage == "reward" and "weight" in train[0].columns:
         mean = math.fsum(row.columns["weight"] for row in train) / len(train)
         for row in rows:
             row.columns["weight"] /= mean
-    heldout_rows, train_rows = _cut(_table(stage, source, [*heldout, *train]), len(heldout))
+    heldout_rows, train_rows = _cut(_table(stage, source, [*heldout, *train], loss_on), len(heldout))
     return Prepared(train_rows, heldout_rows, conversational, stop_token_id(tokenizer, conversational), report)
 
 
@@ -260,8 +277,8 @@ def _render_row(tokenizer: PreTrainedTokenizerBase, row: Row, end: str) -> None:
         row.prompt_text = render_prompt(tokenizer, row.prompt)
         for column, completion in row.completions.items():
             row.texts[column] = render_completion(tokenizer, row.prompt, row.prompt_text, completion, end)
-    except TemplateError as error:
-        raise BadRow("refused by the chat template", "prompt", str(error)) from error
+    except RefusedByTemplate as error:
+        raise BadRow("refused by the chat template", "prompt", str(error.__cause__)) from error
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[Row], conversational: bool, stop: int) -> None:
@@ -285,14 +302,27 @@ def trained_on(stage: StageName, source: Source, seed: int) -> set[int]:
     return {prompt_hash(row.prompt, seed) for row in split_rows(rows, source.heldout, seed)[0]}
 
 
-def _table(stage: str, source: Source, rows: list[Row]) -> datasets.Dataset:
+def _find_answers(stage: str, source: Source, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> None:
+    """Fill in where the assistant's messages stand in the rows' prompts. Raises ValueError where they are not known."""
+    key = f"{stage}.assistant_only_loss"
+    if rows and not rows[0].conversational:
+        raise ValueError(f"{key} is of the assistant's messages, and {source.data} is plain text: leave it out.")
+    try:
+        for row in rows:
+            assert not isinstance(row.prompt, str)
+            row.earlier_answers = earlier_answers(tokenizer, row.prompt, row.prompt_ids)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _table(stage: str, source: Source, rows: list[Row], loss_on: LossOn) -> datasets.Dataset:
     """The rows in the columns that the stage's trainer takes as they are (see `Prepared`).
 
     Raises ValueError where a column mixes types, or has a name that reward functions have for something else.
     """
     match stage:
         case "sft":
-            columns = _demonstration_columns(rows)
+            columns = _demonstration_columns(rows, loss_on)
         case "reward":
             columns = _comparison_columns(rows)
         case "dpo":
@@ -311,13 +341,17 @@ def _table(stage: str, source: Source, rows: list[Row]) -> datasets.Dataset:
     return datasets.concatenate_datasets(tables, axis=1)
 
 
-def _demonstration_columns(rows: list[Row]) -> dict[str, list[Any]]:
-    """Ids of prompt and completion together, and labels that leave the prompt out of the loss."""
-    pairs = [(row.prompt_ids, ids) for row in rows for ids in row.ids.values()]
-    return {
-        "input_ids": [np.append(prompt, ids) for prompt, ids in pairs],
-        "labels": [np.append(np.full_like(prompt, -100), ids) for prompt, ids in pairs],
-    }
+def _demonstration_columns(rows: list[Row], loss_on: LossOn) -> dict[str, list[Any]]:
+    """Ids of prompt and completion together, and labels that leave out of the loss what is to have none."""
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+    for row in rows:
+        (ids,) = row.ids.values()
+        labels = row.prompt_ids if loss_on == "all" else np.full_like(row.prompt_ids, -100)
+        for answer in row.earlier_answers:
+            labels[answer] = row.prompt_ids[answer]
+        columns["input_ids"].append(np.append(row.prompt_ids, ids))
+        columns["labels"].append(np.append(labels, ids))
+    return columns
 
 
 def _comparison_columns(rows: list[Row]) -> dict[str, list[Any]]:

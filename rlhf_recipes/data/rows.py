@@ -65,7 +65,9 @@ class Row:
     prompt_text: str = ""  # the prompt rendered
     texts: dict[str, str] = field(default_factory=dict)  # the completions rendered, without the end of the turn
     prompt_ids: Ids = field(default_factory=lambda: np.empty(0, np.int32))
-    ids: dict[str, Ids] = field(default_factory=dict)  # the completions tokenized, with the stop token
+    ids: dict[str, Ids] = field(default_factory=dict)  # the completions tokenized, with the stop token unless cut
+    earlier_answers: list[slice] = field(default_factory=list)  # in `prompt_ids`, where they have a loss
+    is_cut: bool = False  # whether a completion was too long
 
     @property
     def conversational(self) -> bool:
@@ -379,12 +381,21 @@ def check_number(row: Row, column: str) -> None:
         raise BadRow("not above 0", column, f"{cell!r}")
 
 
-def check_length(row: Row, limit: int | None) -> None:
-    """Raises BadRow where a tokenized row, prompt and completion together, is longer than `limit` tokens."""
+def check_length(row: Row, limit: int | None, truncate: bool = False) -> None:
+    """Raises BadRow where a tokenized row, prompt and completion together, is longer than `limit` tokens.
+
+    Args:
+        truncate: cut a completion there instead, so that it ends in no stop token. A prompt that leaves no room for one
+            is too long all the same.
+    """
     for column, ids in row.ids.items() or (("prompt", ()),):
         length = len(row.prompt_ids) + len(ids)
-        if limit is not None and length > limit:
+        if limit is None or length <= limit:
+            continue
+        room = limit - len(row.prompt_ids)
+        if not truncate or room < 1:
             raise BadRow("too long", column, f"{length} tokens, limit {limit}")
+        row.ids[column], row.is_cut = row.ids[column][:room], True
 
 
 def report_bad(stage: str, source: Source, bad: list[tuple[int, BadRow]], total: int) -> DroppedRows:

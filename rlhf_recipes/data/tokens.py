@@ -5,6 +5,9 @@ ids never depend on what follows it, and every response ends in exactly one stop
 """
 
 import re
+from dataclasses import dataclass
+from datetime import date
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +44,19 @@ CHAT_TEMPLATES: dict[str, str] = {
 }
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None, today: str | None = None) -> None:
     """Give the tokenizer the chat template that all stages use.
 
     Args:
         tokenizer: changed in place.
         name: a name of `CHAT_TEMPLATES`, the path of a .jinja file, or None for the tokenizer's own ("transcript" if it
             has none).
+        today: the day (YYYY-MM-DD) that the template takes for today's, if it writes one; None: the day that it is.
     Raises:
-        ValueError: there is no such template or file, it cannot be rendered, or it uses a token like `<|im_end|>` that
-            the vocabulary lacks (it would be split into pieces that the model never saw in this role).
+        ValueError: there is no such template, file or day, it cannot be rendered, or it uses a token like `<|im_end|>`
+            that the vocabulary lacks (it would be split into pieces that the model never saw in this role).
     """
+    set_today(tokenizer, today)
     if name is None:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = CHAT_TEMPLATES["transcript"]
@@ -73,20 +78,46 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> N
             )
     tokenizer.chat_template = template
     try:
-        _turn_end(tokenizer)
-    except TemplateError as error:
-        raise ValueError(f"base.chat_template: {name} cannot be rendered: {error}") from error
+        answer_frame(tokenizer)
+    except RefusedByTemplate as error:
+        raise ValueError(f"base.chat_template: {name} cannot be rendered: {error.__cause__}") from error
+
+
+def set_today(tokenizer: PreTrainedTokenizerBase, today: str | None) -> None:
+    """Fix the day that the tokenizer's chat template takes for today's. The template itself stays as it is.
+
+    Raises ValueError where it is none.
+    """
+    try:
+        day = None if today is None else date.fromisoformat(today)
+    except ValueError as error:
+        raise ValueError(f"base.chat_template_date must be a day like 2026-03-31, not {today!r}.") from error
+    tokenizer.date_macro = "" if day is None else _date_macro(day)
+
+
+def _date_macro(day: date) -> str:
+    """What before a template takes the place of transformers' `strftime_now`, by which it asks for the day."""
+    written = {"%-d": str(day.day), "%-m": str(day.month)}
+    written |= {f"%{letter}": day.strftime(f"%{letter}") for letter in "aAbBcdHIjmMpSUwWxXyY"}
+    filters = "".join(f" | replace({directive!r}, {word!r})" for directive, word in written.items())
+    # The line break after a block is no output.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's chat template writes the date of the day."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def stop_token_id(tokenizer: PreTrainedTokenizerBase, conversational: bool) -> int:
     """The id of the token that ends a response: what generation stops at, and the last of a tokenized completion.
 
-    Conversational rows end with the last special token that the chat template writes after an assistant's text
-    (`<|im_end|>`, `<|eot_id|>`, ...); text rows, and templates that write none, end with EOS.
-    Raises ValueError if that is EOS and the tokenizer has none.
+    Conversational rows end with the special token that the chat template writes after an answer (`<|im_end|>`,
+    `<|eot_id|>`, ...: see `answer_frame`); text rows, and templates that write none, end with EOS.
+    Raises ValueError if that is EOS and the tokenizer has none, or the template cannot be rendered.
     """
     if conversational:
-        return _turn_end(tokenizer)[1]
+        return answer_frame(tokenizer).stop
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer {tokenizer.name_or_path!r} has no eos_token: a response could never end.")
     return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
@@ -116,33 +147,129 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: 
     return prompt_ids[0].tolist(), completion_ids[0].tolist()
 
 
+def earlier_answers(tokenizer: PreTrainedTokenizerBase, prompt: Messages, prompt_ids: Ids) -> list[slice]:
+    """Where in a prompt's ids the assistant's messages stand, each with its stop token, as it is as a completion.
+
+    Raises ValueError where the template writes an earlier answer differently from the last.
+    """
+    answers = []
+    for place, message in enumerate(prompt):
+        if place and message["role"] == "assistant":
+            before, answer = tokenize_pair(tokenizer, prompt[:place], [message])
+            answers.append(slice(len(before), len(before) + len(answer)))
+            if not np.array_equal(prompt_ids[: answers[-1].stop], [*before, *answer]):
+                raise ValueError(
+                    f"the chat template writes an answer differently once a message follows it (of the row with "
+                    f"{message['content'][:40]!r}), and a model cannot learn both. Set base.chat_template."
+                )
+    return answers
+
+
 def response_end(tokenizer: PreTrainedTokenizerBase, conversational: bool) -> tuple[str, int]:
     """What is written after a response, from the stop token on ("" where nothing is), and the stop token's id."""
-    return _turn_end(tokenizer) if conversational else ("", stop_token_id(tokenizer, False))
-
-
-def _turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """What the template writes after an answer from the stop token on ("" if it has none), and that token's id."""
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    after = _render(tokenizer, probe).rpartition("answer")[2]
-    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    written = [token for token in special if token in after]
-    if not written:
+    if not conversational:
         return "", stop_token_id(tokenizer, False)
-    stop = max(written, key=lambda token: (after.rfind(token) + len(token), len(token)))
-    return after[after.rfind(stop) :], special[stop]
+    frame = answer_frame(tokenizer)
+    return frame.end, frame.stop
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
-    """Messages as the chat template writes them."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+@dataclass(frozen=True)
+class AnswerFrame:
+    """What a chat template writes around an answer's text. None of it is the answer, but a model is trained to say it.
+
+    Qwen3's puts an empty thought before every last answer, Llama-2's a space before and after.
+    """
+
+    before: str  # between the generation prompt and the text
+    after: str  # between the text and the stop token
+    end: str  # from the stop token on; "" where the template writes none
+    stop: int  # the stop token's id
+    special: tuple[str, ...]  # the tokenizer's special tokens
+
+    def without_special(self, text: str) -> str:
+        """A text as it is decoded without special tokens."""
+        for token in self.special:
+            text = text.replace(token, "")
+        return text
+
+
+def answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
+    """What the tokenizer's chat template writes around an answer, found out by rendering one.
+
+    The stop token is the last special token that follows an answer wherever it stands. What ends the whole conversation
+    besides, as Phi-3's EOS, comes too late: the model has begun the next turn. Where the template has no such token, as
+    GPT-OSS's, it is the last that follows the last answer, and where that has none, EOS.
+
+    Raises ValueError where the template refuses a question and an answer.
+    """
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    prompt = render(tokenizer, [question], add_generation_prompt=True)
+    whole, going_on = render(tokenizer, [question, answer]), render(tokenizer, [question, answer, question])
+    before, _, after = whole.removeprefix(prompt).rpartition("answer")
+    before = before if whole.startswith(prompt) else ""  # `render_completion` refuses such a template
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(after, going_on.rpartition("answer")[2], strict=False))
+    for place in ("".join(letter for letter, _ in alike), after):
+        if written := [token for token in special if token in place]:
+            stop = max(written, key=lambda token: (place.rfind(token) + len(token), len(token)))
+            start = place.rfind(stop)
+            return AnswerFrame(before, after[:start], after[start:], special[stop], tuple(special))
+    return AnswerFrame(before, after, "", stop_token_id(tokenizer, False), tuple(special))
+
+
+def response_texts(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]], conversational: bool) -> list[str]:
+    """The texts of responses (token ids), without special tokens and what a chat template writes around an answer.
+
+    Args:
+        conversational: whether the prompts were messages. Other responses are their text.
+    """
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    if not conversational or tokenizer.chat_template is None:
+        return texts
+    frame = answer_frame(tokenizer)
+    return [_answer_text(tokenizer, frame, ids, text) for ids, text in zip(responses, texts, strict=True)]
+
+
+def _answer_text(tokenizer: PreTrainedTokenizerBase, frame: AnswerFrame, ids: list[int], text: str) -> str:
+    """The text of a response of which `text` is all, as far as it is the answer's own."""
+    # By tokens, because special ones may be among what comes before, as GPT-OSS's; the last may end inside a token.
+    start, written = 0, ""
+    while start < len(ids) and frame.before.startswith(longer := _decode(tokenizer, ids[: start + 1])) and longer:
+        start, written = start + 1, longer
+    own, rest = _decode(tokenizer, ids[start:], skip_special_tokens=True), frame.before[len(written) :]
+    text = own.removeprefix(rest) if own.startswith(rest) else text
+    return text.removesuffix(frame.without_special(frame.after)) if ids[-1:] == [frame.stop] else text
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = False) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)
+    return text
+
+
+class RefusedByTemplate(ValueError):
+    """The chat template refuses a conversation: it has no system role, say, or wants turns in turn."""
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """Messages as the chat template writes them on the day of `set_today`. Raises RefusedByTemplate."""
+    macro = getattr(tokenizer, "date_macro", "")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=macro + tokenizer.get_chat_template() if macro else None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except TemplateError as error:
+        raise RefusedByTemplate(f"The chat template refuses these messages: {error}") from error
     assert isinstance(text, str)
     return text
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> str:
     """A prompt as text: messages with the template's generation prompt."""
-    return prompt if isinstance(prompt, str) else _render(tokenizer, prompt, add_generation_prompt=True)
+    return prompt if isinstance(prompt, str) else render(tokenizer, prompt, add_generation_prompt=True)
 
 
 def render_completion(
@@ -159,7 +286,7 @@ def render_completion(
     if isinstance(prompt, str) or isinstance(completion, str):
         assert isinstance(prompt, str) and isinstance(completion, str), "prompt and completion have different formats"
         return completion
-    whole = _render(tokenizer, prompt + completion)
+    whole = render(tokenizer, prompt + completion)
     if not whole.startswith(prompt_text):
         raise ValueError(
             "The chat template writes the prompt differently once an answer follows it, so a model trained with it "

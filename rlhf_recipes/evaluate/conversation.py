@@ -13,7 +13,7 @@ from rich.text import Text as Line
 from transformers import TextStreamer
 
 from ..data.text import printable
-from ..data.tokens import Messages, stop_token_id, tokenize_prompt
+from ..data.tokens import Messages, answer_frame, response_texts, stop_token_id, tokenize_prompt
 from ..model.backends import generation_config, sampling
 from ..model.base import load_tokenizer, longest_row
 from ..model.open import open_models
@@ -42,12 +42,19 @@ class Reply:
 class Streamer(TextStreamer):
     """Prints an answer while it comes, control characters escaped."""
 
-    begun = False
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        frame = answer_frame(tokenizer)
+        self.before, self.held, self.begun = frame.without_special(frame.before), "", False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print the next part of the answer, from its first letter on."""
-        text = text if self.begun else text.lstrip()
-        self.begun = self.begun or bool(text)
+        """Print the next part of the answer, from the first letter of its own text on."""
+        if not self.begun:
+            self.held += text
+            if self.before.startswith(self.held) and not stream_end:
+                return
+            text = self.held.removeprefix(self.before).lstrip()
+            self.begun = bool(text)
         print(printable(text, keep="\n\t"), end="\n" if stream_end else "", flush=True)
 
 
@@ -113,8 +120,7 @@ class Conversation:
             )
         response = output[0, len(prompt) :].tolist()
         ended = response[-1] in self.sampler.stop_token_ids
-        text = self.tokenizer.decode(response, skip_special_tokens=True)
-        assert isinstance(text, str)
+        (text,) = response_texts(self.tokenizer, [response], conversational=True)
         return Reply(name, text.strip(), len(response), ended, self.score(prompt + response))
 
     def score(self, row: list[int]) -> float | None:
@@ -168,7 +174,7 @@ def _next_line() -> str | None:
 def _print_reply(talk: Conversation, main: str, compare: str | None, console: Console) -> None:
     """Print the next answer as it comes, or two side by side. The conversation goes on from the first model's."""
     if compare is None:
-        replies = [talk.answer(main, Streamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True))]
+        replies = [talk.answer(main, Streamer(talk.tokenizer))]
         console.print(Line(_about(replies[0]), style="dim"))
     else:
         replies = [talk.answer(name) for name in (main, compare)]

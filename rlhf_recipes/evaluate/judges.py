@@ -51,9 +51,13 @@ class Judge:
     folders: tuple[Path, ...] = ()  # of its adapters, an ensemble if there are several
     source: str = ""  # the function, the classifier, or the model that is asked
 
-    def score_func(self) -> RewardFunc:
-        """What scores texts, of a judge that is a function or a classifier. A classifier is loaded."""
-        return ExternalRewardModel(self.source) if self.kind == "classifier" else function(self.source)
+    def score_func(self, today: str | None = None) -> RewardFunc:
+        """What scores texts, of a judge that is a function or a classifier. A classifier is loaded.
+
+        Args:
+            today: of a classifier's chat template, as in `set_chat_template`.
+        """
+        return ExternalRewardModel(self.source, today=today) if self.kind == "classifier" else function(self.source)
 
 
 def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judge:

@@ -65,7 +65,9 @@ class Measurements:
 
     def _answer_settings(self, stop_token_ids: Sequence[int], with_kl: bool) -> AnswerSettings:
         plan = self.plan
-        return AnswerSettings(self.settings.seed, plan.response_length, plan.temperature, stop_token_ids, with_kl)
+        return AnswerSettings(
+            self.settings.seed, plan.response_length, plan.temperature, stop_token_ids, plan.conversational, with_kl
+        )
 
     def _measure_model(
         self, model: NamedModel, bench: Bench, prompts: list[list[int]], settings: AnswerSettings
@@ -85,7 +87,7 @@ class Measurements:
         """
         for judge in self.plan.judges:
             if judge.kind in ("function", "classifier"):
-                score_func = judge.score_func()
+                score_func = judge.score_func(self.plan.recipe.base.chat_template_date)
                 self.scores[judge.name] = {
                     name: function_scores(score_func, self.plan.rows, answers) for name, answers in self.answers.items()
                 }

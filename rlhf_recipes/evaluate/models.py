@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.tokens import response_texts
 from ..model.base import fingerprint, load_base, load_tokenizer
 from ..model.sampler import Sampler
 from ..model.shared import BIAS, SharedBase
@@ -115,6 +116,7 @@ class AnswerSettings:
     response_length: int  # tokens at most
     temperature: float
     stop_token_ids: Sequence[int]  # beside the tokenizer's EOS
+    conversational: bool  # whether the prompts are messages
     with_kl: bool = True  # measure the KL to the reference
 
 
@@ -193,7 +195,7 @@ class Bench:
             return [dict(zip(("ids", "ended", "kl"), row, strict=True)) for row in columns]
 
         values = self.cache.fill(keys, draw, f"{model.name}: {label}", self.batch_size)
-        texts = self.tokenizer.batch_decode([value["ids"] for value in values], skip_special_tokens=True)
+        texts = response_texts(self.tokenizer, [value["ids"] for value in values], settings.conversational)
         return [
             Answer(key, model.name, *slot, **value, text=text)
             for key, slot, value, text in zip(keys, slots, values, texts, strict=True)

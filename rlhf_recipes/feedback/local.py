@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from ..data.tokens import (
     Messages,
+    RefusedByTemplate,
+    answer_frame,
     completion_token_ids,
     prompt_token_ids,
     render_prompt,
+    response_texts,
     stop_token_id,
     tokenize_prompt,
 )
@@ -46,8 +48,8 @@ class LocalModel:
         """See `Client.chat`."""
         try:
             prompt = tokenize_prompt(self.tokenizer, messages)
-        except TemplateError as error:  # such as one that has no system message
-            return Completion(None, 0, 0, error=f"refused by the chat template: {error}")
+        except RefusedByTemplate as error:  # such as one that has no system message
+            return Completion(None, 0, 0, error=f"refused by the chat template: {error.__cause__}")
         if len(prompt) + max_tokens > self.context:
             return self._too_long(max_tokens)
         return await self._in_batch(("chat", max_tokens, temperature), (prompt, seed))
@@ -56,7 +58,9 @@ class LocalModel:
         self, messages: Messages, options: Sequence[str], max_tokens: int, temperature: float, seed: int
     ) -> Choice:
         """See `Client.choose`. Raises ValueError where the tokenizer cannot tell the options apart."""
-        prompt, spellings = self._spell(render_prompt(self.tokenizer, messages), options)
+        # Where an answer's text begins: after the thought that a template writes. A space belongs to the spellings.
+        before = answer_frame(self.tokenizer).before.rstrip(" ")
+        prompt, spellings = self._spell(render_prompt(self.tokenizer, messages) + before, options)
         if len(prompt) + max(map(len, _all_spellings(spellings))) > self.context:
             return Choice(**vars(self._too_long(1)))
         return await self._in_batch(("choose",), (prompt, spellings))
@@ -110,8 +114,9 @@ class LocalModel:
         answers = []
         for (prompt, _), ids in zip(requests, responses.tolist(), strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), None)
-            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            answers.append(Completion(text, len(prompt), len(ids) if end is None else end + 1, end is not None))
+            said = ids if end is None else ids[: end + 1]
+            text = response_texts(self.tokenizer, [said], True)[0].strip()
+            answers.append(Completion(text, len(prompt), len(said), end is not None))
         return answers
 
     def _weigh_options(self, requests: list[tuple[list[int], Spellings]]) -> list[Choice]:

@@ -174,7 +174,9 @@ def _responses(
             torch.manual_seed(zlib.crc32(f"{settings.seed} {start} {attempt} {number}".encode()))
             samples = sampler.sample(name, [part[index][1]["prompt_ids"] for index, _ in missing])
             origin = {"model": name, "temperature": temperature, "seed": settings.seed, "attempt": attempt}
-            for (index, slot), text in zip(missing, sampler.texts(samples), strict=True):
+            for (index, slot), text in zip(
+                missing, sampler.texts(samples, not isinstance(part[0][1]["prompt"], str)), strict=True
+            ):
                 text = text.strip()
                 others = [other for other, _ in filled[index].values()]
                 if text and not any(alike(text, other, settings.similarity) for other in others):

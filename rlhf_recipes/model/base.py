@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..data.tokens import set_chat_template, stop_token_id
+from ..data.tokens import set_chat_template, stop_token_id, writes_date
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Base
 from ..records.contents import Fingerprint
@@ -108,7 +108,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(
         model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
     )
-    set_chat_template(tokenizer, base.chat_template)
+    set_chat_template(tokenizer, base.chat_template, base.chat_template_date)
     if tokenizer.eos_token is None:
         raise ValueError(f"base.model={base.model}: its tokenizer has no EOS token, so a response could never end.")
     ends = {tokenizer.eos_token_id, stop_token_id(tokenizer, conversational=True)}
@@ -184,6 +184,7 @@ def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     elif base.revision is None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
         revision = getattr(config, "_commit_hash", None)
+    today = base.chat_template_date if writes_date(tokenizer) else None
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {
         "model": model,
@@ -191,7 +192,7 @@ def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
         "quantization": base.quantization,
         "dtype": str(precision(base)).removeprefix("torch."),
         "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
-        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
+        "chat_template": hashlib.sha256(f"{tokenizer.chat_template}{today or ''}".encode()).hexdigest()[:16],
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
+from ..data.tokens import response_texts
 from .decode import TOKENS_AT_ONCE
 from .memory import halved, ran_out
 from .shared import SharedBase
@@ -223,9 +224,9 @@ class Sampler:
             self.in_batches(torch.tensor([len(text) for text in texts]), work, TOKENS_AT_ONCE)
         return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
 
-    def texts(self, samples: Samples) -> list[str]:
-        """The responses as text, without special tokens."""
-        return self.tokenizer.batch_decode(samples.responses(), skip_special_tokens=True)
+    def texts(self, samples: Samples, conversational: bool) -> list[str]:
+        """The responses as text: see `response_texts`."""
+        return response_texts(self.tokenizer, samples.responses(), conversational)
 
 
 def autocast_of(model: SharedBase) -> AbstractContextManager:

@@ -1,6 +1,7 @@
 """A run without variants: the run folder, the stages in order, skip and resume, progress and the final table."""
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import datasets
@@ -10,20 +11,22 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from ..data.prepare import Prepared
+from ..data.tokens import writes_date
 from ..model.base import fingerprint, load_tokenizer
 from ..model.quiet import quiet_libraries
 from ..plan.fit import check_memory
-from ..recipe.overrides import to_dict
+from ..recipe.overrides import replace, to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
 from ..records.contents import Summary
-from ..records.files import write_json
+from ..records.files import read_json, write_json
 from ..records.folder import round_folder
 from ..records.manifest import Manifest, open_run
 from ..records.summary import footnote, summarize, table
 from ..report.write import write_report
 from ..stages.configure import stages_of
 from ..stages.inputs import check_same_format, prepare_extras, prepare_stage
+from ..stages.scores import is_external, reward_tokenizer
 from .check import check_recipe
 from .rounds import fresh_prompts, later_rounds, run_rounds, unfinished_rounds
 from .stage import ActiveRun
@@ -50,6 +53,7 @@ def run_one(
         ahead = {*todo, *(("reward", "ppo") if rounds else ())}
         to_run = {stage: config for stage, config in configs.items() if stage in ahead}
         is_planned = check_memory(recipe, to_run, force, console)
+        recipe = dated(recipe, run_dir)
         tokenizer = load_tokenizer(recipe.base)
         base = fingerprint(recipe.base, tokenizer)
         run = ActiveRun(recipe, run_dir, configs, tokenizer, base, is_planned, tuple(callbacks), console)
@@ -69,6 +73,23 @@ def run_one(
     if waiting is not None:
         console.print(Text(waiting, style="bold"))
     return summary
+
+
+def dated(recipe: Recipe, run_dir: Path) -> Recipe:
+    """The recipe with the day on which its run is begun, where a chat template that the run uses writes the date.
+
+    So a run that goes on later sees the same prompts. One that is there already keeps what its recipe says.
+    """
+    if recipe.base.chat_template_date is not None:
+        return recipe
+    there = read_json(run_dir / "recipe.json")
+    if there is not None:
+        today = there["base"].get("chat_template_date")
+    else:
+        models = [name for name in recipe.ppo.reward_sources if is_external(name)] if recipe.ppo is not None else []
+        tokenizers = [load_tokenizer(recipe.base), *map(reward_tokenizer, models)]
+        today = date.today().isoformat() if any(map(writes_date, tokenizers)) else None
+    return replace(recipe, base={"chat_template_date": today})
 
 
 def prepare_inputs(run: ActiveRun, stages: Sequence[str]) -> dict[str, tuple[Prepared, dict[str, Prepared]]]:

@@ -28,7 +28,7 @@ from ..records.summary import models_table
 from ..report import overoptimization
 from ..report.write import write_report
 from ..stages.configure import stages_of
-from .one_run import run_one
+from .one_run import dated, run_one
 from .rounds import unfinished_rounds
 from .variants import checked_variants, expand, naming_variant
 
@@ -70,6 +70,7 @@ def run_sweep(
     if jobs > 1 and callbacks:
         raise ValueError("callbacks cannot reach the processes that run variants side by side: leave out jobs.")
     checked_variants(recipe)
+    recipe = dated(recipe, run_dir)  # one day for all, because they share stages
     sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, Console())
     sweep.open()
     write_json(run_dir / "recipe.json", to_dict(recipe))

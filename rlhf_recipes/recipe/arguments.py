@@ -34,7 +34,6 @@ ONE_PROCESS = "a run is one process with one model on one device"
 UPLOAD = "nothing is uploaded during a run; upload a finished stage's folder with `hf upload`"
 TOKENIZED = "rows are tokenized before TRL sees them; map columns with {stage}.columns"
 NO_LOGITS = "evaluations here keep no logits"
-COMPLETION = "the loss is always that of the completion alone"
 
 REFUSED = {  # in every stage that has it
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "local_rank"), ONE_PROCESS),
@@ -48,7 +47,6 @@ REFUSED = {  # in every stage that has it
     **dict.fromkeys(("prediction_loss_only", "include_for_metrics", "batch_eval_metrics"), NO_LOGITS),
     **dict.fromkeys(("eval_accumulation_steps", "eval_do_concat_batches"), NO_LOGITS),
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "dataset_num_proc"), TOKENIZED),
-    "truncation_mode": "no row is cut; one longer than {stage}.max_length is a bad row",
     "enable_jit_checkpoint": "it ends training early, as if the stage were done; a run that is killed resumes anyway",
     "length_column_name": "lengths are counted from the tokens",
     "optim_target_modules": "GaLore and APOLLO, which it is for, train whole weights, and here only adapters train",
@@ -60,7 +58,6 @@ NOT_WHOLE = "PPO calls the adapters one after another, and not the model as a wh
 
 REFUSED_IN = {
     "sft": {
-        **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), COMPLETION),
         "shuffle_dataset": "each epoch is shuffled; sft.train_sampling_strategy sets its order",
         "padding_free": "set sft.packing, which leaves the padding out",
         "packing_strategy": "packing keeps rows whole and apart (bfd)",

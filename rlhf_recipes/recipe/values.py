@@ -24,6 +24,7 @@ class Base:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where a GPU has it or the base is quantized
     attn_implementation: str | None = None  # None: what transformers chooses
     chat_template: str | None = None  # transcript, chatml, a .jinja file; None: the tokenizer's own
+    chat_template_date: str | None = None  # YYYY-MM-DD, a template's today; None: the day on which the run is begun
     trust_remote_code: bool = False  # run code that comes with the model
 
 

@@ -18,7 +18,7 @@ class Fingerprint(TypedDict):
     quantization: str | None
     dtype: str  # as `bfloat16`
     tokenizer: str  # a hash of its vocabulary
-    chat_template: str  # a hash
+    chat_template: str  # a hash, of the date too where the template writes one
 
 
 class DroppedRows(TypedDict):
@@ -37,6 +37,7 @@ class DataReport(DroppedRows):
     train: int
     heldout: int
     heldout_prompts: int  # different ones
+    cut: NotRequired[int]  # of the used rows those that were too long, where such rows are not dropped
 
 
 class WinRate(TypedDict):

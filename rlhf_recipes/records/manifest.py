@@ -76,6 +76,8 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
     if there is None:
         return
     here = json.loads(json.dumps(to_dict(recipe)))
+    if recipe.base.chat_template_date is None:  # then the run keeps its own
+        here["base"]["chat_template_date"] = there["base"].get("chat_template_date")
     differences = _differences(there, here)
     compared = _without_memory(there), _without_memory(here)
     if not there.get("rounds"):  # rounds may follow a finished run

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from trl.data_utils import is_conversational
 
 from ..data.prepare import Prepared
 from ..model.sampler import Sampler
@@ -54,7 +55,7 @@ class Evaluator:
         kl = (self.sampler.log_probs(role, samples)[0] - self.sampler.log_probs("reference", samples)[0]).sum(1)
         columns: dict[str, list[Any]] = {
             "prompt": [row["prompt"] for row in rows],
-            "completion": self.sampler.texts(samples),
+            "completion": self.sampler.texts(samples, is_conversational({"prompt": rows[0]["prompt"]})),
             "response_length": samples.lengths.tolist(),
             "ended": samples.ended.tolist(),
             "kl": kl.tolist(),

@@ -32,6 +32,7 @@ class DPOTrainer(trl.DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.data_collator.max_length = None  # no row is longer: see `truncation_mode`
         weights = dict(self.model.named_parameters())
         for name, weight in weights.items():
             if ".ref." in name:
@@ -116,4 +117,10 @@ def make_evaluator(job: Job) -> Evaluator:
     assert isinstance(config, PPOConfig)
     gold = function(recipe.gold) if recipe.gold is not None else None
     texts = held_out_texts(job.extras.get("ptx"), config.ptx_max_length)
-    return Evaluator(sampler, Rewards(sampler, config, resolve_rewards(sources)), gold, recipe.seed, texts)
+    return Evaluator(
+        sampler,
+        Rewards(sampler, config, resolve_rewards(sources, recipe.base.chat_template_date)),
+        gold,
+        recipe.seed,
+        texts,
+    )

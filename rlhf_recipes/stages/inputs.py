@@ -15,7 +15,7 @@ from .configure import Configs, stage_config
 
 
 def prepare_stage(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """A stage's own data. Rows longer than the stage's limit, or than the model's context, are bad ones.
+    """A stage's own data. Rows longer than the stage's limit, or than the model's context, are bad ones, or cut.
 
     Raises ValueError, naming the key, as `prepare` does, and where nothing is held out.
     """
@@ -23,7 +23,11 @@ def prepare_stage(recipe: Recipe, stage: Any, config: Any, tokenizer: PreTrained
         limit = longest_row(recipe.base, config.max_prompt_length, config.response_length, "ppo.response_length")
     else:
         limit = longest_row(recipe.base, config.max_length)
-    prepared = _prepare_with_heldout(stage, stage, getattr(recipe, stage), tokenizer, limit, recipe.seed)
+    options = {
+        "truncate": getattr(config, "truncation_mode", "drop") == "keep_start",
+        "loss_on": getattr(config, "loss_on", "completion"),
+    }
+    prepared = _prepare_with_heldout(stage, stage, getattr(recipe, stage), tokenizer, limit, recipe.seed, **options)
     if stage == "reward":  # what is wrong with the split is said now, and not after the SFT stage
         set_aside(prepared.train, config.judge_share, recipe.seed)
     return prepared
@@ -86,15 +90,22 @@ def prepare_comparison(
 
 
 def _prepare_with_heldout(
-    kind: Any, key: str, source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None, seed: int
+    kind: Any,
+    key: str,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    seed: int,
+    **options: Any,
 ) -> Prepared:
     """`prepare`, for a source of which some rows must be held out.
 
     Args:
         kind: the stage whose columns are made.
         key: of the recipe, for messages.
+        options: of `prepare`.
     """
-    prepared = prepare(kind, source, tokenizer, limit, seed)
+    prepared = prepare(kind, source, tokenizer, limit, seed, **options)
     if len(prepared.heldout) == 0:
         raise ValueError(
             f"{key}.data: no row of {source.data} is held out to evaluate on. It needs two prompts "
@@ -123,6 +134,9 @@ def check_same_format(prepared: dict[str, Prepared], extras: dict[str, dict[str,
 def rows_line(report: DataReport) -> str:
     """How many rows a stage has, and how many were dropped why: `90 rows to train on, 10 held out`."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
-    return f"{report['train']:,} rows to train on, {report['heldout']:,} held out" + (
-        f"; dropped {dropped}" if dropped else ""
+    cut = report.get("cut")
+    return (
+        f"{report['train']:,} rows to train on, {report['heldout']:,} held out"
+        + (f"; dropped {dropped}" if dropped else "")
+        + (f"; cut {cut}" if cut else "")
     )

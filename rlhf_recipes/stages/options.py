@@ -10,6 +10,8 @@ from typing import Any, Literal
 import trl
 from transformers import TrainingArguments
 
+from ..data.prepare import LossOn
+
 # Metrics of PPO's evaluations of which less is better. Where `metric_for_best_model` names one of them, the best policy
 # is that of its lowest value, and for every other metric that of the highest.
 LESS_IS_BETTER = ("kl", "ensemble_std", "perplexity", "response_length", "without_eos")
@@ -28,7 +30,16 @@ def _check_range(stage: str, config: Any, names: tuple[str, ...], low: float, hi
 
 
 def _max_length(default: int | None) -> Any:
-    return _option(default, "A row with more tokens, prompt and response together, is a bad row: none is cut.")
+    meaning = "A row with more tokens, prompt and response together, is a bad row, or cut: see truncation_mode."
+    return _option(default, f"{meaning} [TRL cuts]")
+
+
+def _truncation_mode() -> Any:
+    return _option(
+        "drop",
+        "What becomes of a row with more than max_length tokens. drop: it is a bad row. keep_start: it is cut there, "
+        "and has no stop token then; where its prompt alone is as long it is a bad row. [keep_start: TRL]",
+    )
 
 
 @dataclass
@@ -36,6 +47,17 @@ class SFTConfig(trl.SFTConfig):
     """Arguments of `SFTTrainer`, beside TRL's and transformers' own."""
 
     max_length: int | None = _max_length(1024)
+    truncation_mode: Literal["drop", "keep_start"] = _truncation_mode()  # type: ignore[assignment]
+    completion_only_loss: bool | None = _option(
+        None,
+        "The loss is that of the completion alone, of `messages` the last answer. false: of the prompt too. "
+        "[TRL; its None is false for `messages`]",
+    )
+    assistant_only_loss: bool = _option(
+        False,
+        "The loss is that of all messages of the assistant, those in the prompt too unless completion_only_loss=true. "
+        "[TRL]",
+    )
     packing: bool = _option(
         False,
         "Put several examples into each row of max_length tokens, without padding. They do not attend to each other, "
@@ -43,12 +65,23 @@ class SFTConfig(trl.SFTConfig):
     )
     eval_packing: bool | None = False  # the held-out loss must not depend on how rows are packed
 
+    @property
+    def loss_on(self) -> LossOn:
+        """The tokens that have a loss."""
+        if self.assistant_only_loss and not self.completion_only_loss:
+            return "answers"
+        return "all" if self.completion_only_loss is False else "completion"
+
 
 @dataclass
 class RewardConfig(trl.RewardConfig):
     """Arguments of `RewardTrainer`, beside TRL's and transformers' own."""
 
-    max_length: int | None = _max_length(1024)
+    max_length: int | None = _option(
+        1024,
+        "A row of which a response has more tokens, together with the prompt, is a bad row: the score is read at the "
+        "end of the response. [TRL]",
+    )
     label_smoothing: float = _option(
         0.0, "Share of the comparisons taken to be labelled the wrong way round. [conservative loss: arXiv:2401.06080]"
     )
@@ -338,6 +371,7 @@ class DPOConfig(trl.DPOConfig):
     """
 
     max_length: int | None = _max_length(1024)
+    truncation_mode: Literal["drop", "keep_start"] = _truncation_mode()  # type: ignore[assignment]
 
     learning_rate: float = _option(1e-5, "Learning rate of the adapter. [TRL's 1e-6, times the 10 that LoRA wants]")
     response_length: int = _option(53, "Sample at most so many tokens to a held-out prompt. [as ppo]")

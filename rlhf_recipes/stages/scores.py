@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_callable_name
 
+from ..data.tokens import render, set_today
 from ..model.base import device
 from ..model.sampler import Sampler, Samples
 from ..recipe.lookup import function, is_function
@@ -130,7 +131,7 @@ class Rewards:
 
     def function_scores(self, reward_func: RewardFunc, rows: list[Row], samples: Samples) -> Tensor:
         """A reward function's scores (B,) of the samples."""
-        texts = self.sampler.texts(samples)
+        texts = self.sampler.texts(samples, is_conversational({"prompt": rows[0]["prompt"]}))
         scores = call_reward_func(reward_func, rows, samples.responses(), texts, self.state())
         return scores.to(samples.input_ids.device)
 
@@ -160,13 +161,27 @@ def check_reward_weights(weights: Sequence[float] | None, names: Sequence[str]) 
         raise ValueError(f"ppo.reward_weights has {len(weights)} weights for {len(names)} rewards: {', '.join(names)}.")
 
 
-def resolve_rewards(sources: Sequence[RewardFunc | str]) -> list[RewardFunc | str]:
-    """Sources as `Rewards` takes them, from functions and names (see `PPOStage`). Loads external reward models."""
-    return [_resolve(source) if isinstance(source, str) and source != ROLE else source for source in sources]
+def resolve_rewards(sources: Sequence[RewardFunc | str], today: str | None = None) -> list[RewardFunc | str]:
+    """Sources as `Rewards` takes them, from functions and names (see `PPOStage`). Loads external reward models.
+
+    Args:
+        today: of external reward models, as in `set_chat_template`.
+    """
+    return [_resolve(source, today) if isinstance(source, str) and source != ROLE else source for source in sources]
 
 
-def _resolve(name: str) -> RewardFunc:
-    return function(name) if is_function(name) else ExternalRewardModel(name)
+def _resolve(name: str, today: str | None) -> RewardFunc:
+    return ExternalRewardModel(name, today=today) if is_external(name) else function(name)
+
+
+def is_external(name: str) -> bool:
+    """Whether a source of `ppo.reward_funcs` is a model with a base of its own."""
+    return name != ROLE and not is_function(name)
+
+
+def reward_tokenizer(name: str) -> Any:
+    """The tokenizer of an external reward model, which reads the end of what is too long for it."""
+    return AutoTokenizer.from_pretrained(name, padding_side="right", truncation_side="left")
 
 
 def check_reward_source(name: str, has_reward_stage: bool) -> None:
@@ -190,13 +205,15 @@ def check_reward_source(name: str, has_reward_stage: bool) -> None:
 class ExternalRewardModel:
     """A sequence-classification model with its own tokenizer and chat template, as a function of TRL's signature."""
 
-    def __init__(self, name: str, batch_size: int = 8) -> None:
+    def __init__(self, name: str, batch_size: int = 8, today: str | None = None) -> None:
         """
         Args:
             name: Hub id or folder of a model with one label.
+            today: of its chat template, as in `set_chat_template`.
         """
         self.__name__ = Path(name).name
-        self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", truncation_side="left")
+        self.tokenizer = reward_tokenizer(name)
+        set_today(self.tokenizer, today)
         self.model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device()).eval()
         # Without a padding token the model reads the last position, which is right for a single row only.
         self.batch_size = batch_size if self.tokenizer.pad_token is not None else 1
@@ -208,7 +225,7 @@ class ExternalRewardModel:
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if conversational and self.tokenizer.chat_template is None:
             raise ValueError(f"The reward model {self.__name__!r} has no chat template, and the prompts are messages.")
-        texts = [self.tokenizer.apply_chat_template(w, tokenize=False) if conversational else w for w in whole]
+        texts = [render(self.tokenizer, w) if conversational else w for w in whole]
         scores = []
         for start in range(0, len(texts), self.batch_size):
             batch = self.tokenizer(

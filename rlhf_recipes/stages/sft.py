@@ -1,5 +1,6 @@
-"""The `sft` stage: supervised fine-tuning on demonstrations with TRL's SFTTrainer, loss on the completion only."""
+"""The `sft` stage: supervised fine-tuning on demonstrations with TRL's SFTTrainer."""
 
+import copy
 from typing import Any
 
 import trl
@@ -10,6 +11,7 @@ from ..model.base import load_base, write_fingerprint
 from ..model.shared import lora_config, set_adapter
 from ..records.contents import StageResults
 from .job import Job
+from .options import SFTConfig
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -17,6 +19,11 @@ class SFTTrainer(trl.SFTTrainer):
 
     With `packing` a row holds several of them, which do not attend to each other: their positions begin anew.
     """
+
+    def __init__(self, *, args: SFTConfig, **kwargs: Any) -> None:
+        args = copy.copy(args)
+        args.assistant_only_loss = False  # the labels say it, and TRL would look for messages
+        super().__init__(args=args, **kwargs)
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: trl.SFTConfig, packing: bool, *rest: Any

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.chat_templates import BY_NAME
 from support.command_line import error_of
 from support.worded import make_recipe
 
 from rlhf_recipes import Recipe, replace, run
 from rlhf_recipes.cli.main import main_cli
-from rlhf_recipes.data.tokens import tokenize_pair, tokenize_prompt
+from rlhf_recipes.data.tokens import response_texts, tokenize_pair, tokenize_prompt
 from rlhf_recipes.evaluate.conversation import Conversation, Streamer
 from rlhf_recipes.records.folder import adapter_folder, last_model, newest_round_first, policy_checkpoints
 from rlhf_recipes.stages.reward.adapters import score_rows
@@ -108,6 +109,17 @@ def test_a_model_can_do_nothing_to_the_terminal(finished: Path, capsys: pytest.C
     streamer.on_finalized_text(" \x1b[2J")
     streamer.on_finalized_text("a\tb\n\x07\u202e", stream_end=True)
     assert capsys.readouterr().out == "\\x1b[2Ja\tb\n\\x07\\u202e\n"
+
+
+def test_what_the_template_puts_before_an_answer_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = BY_NAME["qwen3"].tokenizer()
+    for text in ("<think>\n\n</think>\n\nYes, it is.", "Yes, it is.", "<think>\nHm.</think>"):
+        ids = tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
+        streamer = Streamer(tokenizer)
+        for part in ([1, 2], *([token] for token in ids)):  # the first is the prompt
+            streamer.put(torch.tensor(part))
+        streamer.end()
+        assert capsys.readouterr().out == response_texts(tokenizer, [ids], conversational=True)[0] + "\n"
 
 
 def test_what_cannot_be_is_said(

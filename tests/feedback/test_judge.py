@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from starlette.responses import PlainTextResponse, Response
+from support.chat_templates import BY_NAME
 from support.command_line import error_of, failed
 from support.endpoint import Body, Endpoint, answers, completion, error, longer, save_judge, serve
 from support.paths import SHARED
@@ -522,9 +523,9 @@ def local(folder: Path, tokenizer: Any = None) -> LocalModel:
     return LocalModel(SharedBase(load_base(base)), tokenizer or load_tokenizer(base), "local")
 
 
-def by_hand(client: LocalModel, content: str, ways: dict[str, list[str]]) -> dict[str, float]:
+def by_hand(client: LocalModel, content: str, ways: dict[str, list[str]], after: str = "") -> dict[str, float]:
     """The probability of each option by whole forwards of transformers: the product over its tokens, for each way."""
-    text = render_prompt(client.tokenizer, [{"role": "user", "content": content}])
+    text = render_prompt(client.tokenizer, [{"role": "user", "content": content}]) + after
     prompt = client.tokenizer(text, add_special_tokens=False)["input_ids"]
     result = {}
     for option, forms in ways.items():
@@ -568,6 +569,14 @@ def test_probabilities_are_those_of_the_models_logits(letters: LocalModel) -> No
         assert found.option == max(expected, key=lambda key: expected[key]) == found.text
         (alone,) = choose(letters, [content])  # batching changes nothing
         assert alone.probabilities == pytest.approx(found.probabilities, rel=1e-5)
+
+
+def test_options_stand_where_the_template_puts_an_answer(tmp_path: Path) -> None:
+    tokenizer = BY_NAME["qwen3"].tokenizer()
+    client = local(save_judge_of(tmp_path, len(tokenizer)), tokenizer)
+    (found,) = choose(client, ["which"])
+    expected = by_hand(client, "which", {"A": ["A", "Ġ+A"], "B": ["B", "Ġ+B"]}, after="<think>\n\n</think>\n\n")
+    assert found.mass == pytest.approx(sum(expected.values()), rel=1e-4)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/models")

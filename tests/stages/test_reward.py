@@ -1,6 +1,7 @@
 """Reward models from rankings: the loss by hand and against TRL's, the rows, ensembles, and a whole stage."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -23,7 +24,14 @@ from rlhf_recipes.data.split import set_aside
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import BIAS, SharedBase
 from rlhf_recipes.stages.options import RewardConfig
-from rlhf_recipes.stages.reward.adapters import add_reward_roles, check_probes, judge_folder, member_folders, score_rows
+from rlhf_recipes.stages.reward.adapters import (
+    add_reward_roles,
+    check_probes,
+    judge_folder,
+    member_folders,
+    score_rows,
+    set_bias,
+)
 from rlhf_recipes.stages.reward.loss import fold, ranking_loss, stack_preferences, untied
 from rlhf_recipes.stages.reward.stage import count_pairs
 from rlhf_recipes.stages.reward.trainer import RewardTrainer
@@ -446,6 +454,21 @@ def test_members_are_whole_adapters_of_their_own(recipe: Recipe, finished: Path)
     assert not torch.allclose(*scores, atol=1e-2), "the members have different seeds"
     with pytest.raises(RuntimeError, match="scores its probe rows differently"):
         check_probes(shared, folders["reward_1"], "reward")
+
+
+def test_a_demonstration_that_was_cut_counts_for_no_bias(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
+    assert recipe.sft is not None
+    tokenizer = load_tokenizer(recipe.base)
+    data = prepare("sft", recipe.sft, tokenizer, None)
+    whole, short = data.heldout["input_ids"][:], data.heldout["input_ids"][0][:-1]
+    data = dataclasses.replace(data, heldout=Dataset.from_dict({"input_ids": [*whole, short]}))
+    shared = SharedBase(load_base(recipe.base), recipe.lora)
+    add_reward_roles(shared, {"reward": finished / "reward"})
+    written = json.loads((finished / "reward" / BIAS).read_text())
+    assert len(set_bias(shared, tmp_path, "reward", data)) == len(whole)
+    assert json.loads((tmp_path / BIAS).read_text())["bias"] == pytest.approx(written["bias"], abs=1e-5)
+    nothing = dataclasses.replace(data, heldout=Dataset.from_dict({"input_ids": [short]}))
+    assert set_bias(shared, tmp_path, "reward", nothing) == []
 
 
 def killed(whole: Path, adapter: str, copy: Path) -> Path:

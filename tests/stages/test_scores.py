@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.chat_templates import BY_NAME
+from support.rows import assistant, user
 from support.tiny_models import make_tokenizer, save_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from rlhf_recipes.model.sampler import Samples
+from rlhf_recipes.data.tokens import tokenize_pair
+from rlhf_recipes.model.sampler import Sampler, Samples
 from rlhf_recipes.stages.options import PPOConfig
 from rlhf_recipes.stages.scores import (
     ExternalRewardModel,
@@ -34,7 +37,7 @@ class Spoken:
         self.roles = roles or {}
         self.model = type("Heads", (), {"heads": list(self.roles)})()
 
-    def texts(self, samples: Samples) -> list[str]:
+    def texts(self, samples: Samples, conversational: bool) -> list[str]:
         return ["one two", "one two three", "one"]
 
     def reward_scores(self, samples: Samples, role: str = "reward") -> Tensor:
@@ -145,9 +148,26 @@ def test_each_source_is_normalised_by_itself(tmp_path: Path) -> None:
 def test_trls_own_reward_functions_work(tmp_path: Path) -> None:
     (own,) = resolve_rewards(["trl.rewards:think_format_reward"])
     found, spoken = rewards(tmp_path, [own])
-    spoken.texts = lambda samples: ["<think>so</think> 4", "4", "<think>so 4"]  # type: ignore[method-assign]
+    spoken.texts = lambda *arguments: ["<think>so</think> 4", "4", "<think>so 4"]  # type: ignore[method-assign]
     rows = [{"prompt": [{"role": "user", "content": "2 + 2"}], "prompt_ids": [1]}] * 3
     assert found.plain(rows, spoken.samples)["score"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_what_a_chat_template_writes_around_an_answer_reaches_no_reward_function(tmp_path: Path) -> None:
+    tokenizer = BY_NAME["qwen3"].tokenizer()
+    prompt, ids = tokenize_pair(tokenizer, [user("2 + 2?")], [assistant("four")])
+    mask = torch.ones(1, len(ids)).bool()
+    samples = Samples(torch.tensor([prompt + ids]), torch.ones(1, len(prompt + ids)).bool(), mask, torch.tensor([True]))
+    seen = {}
+
+    def judge(completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        seen.update(completions=completions, completion_ids=completion_ids)
+        return [0.0]
+
+    model = Spoken().model
+    scores = Rewards(Sampler(model, tokenizer, 8, 1.0, 1, []), PPOConfig(str(tmp_path), use_cpu=True), [judge])
+    scores.function_scores(judge, [{"prompt": [user("2 + 2?")], "prompt_ids": prompt}], samples)
+    assert seen == {"completions": [[assistant("four")]], "completion_ids": [ids]}
 
 
 # External models
@@ -186,6 +206,9 @@ def test_an_external_model_scores_messages_in_its_own_template(classifier: Path)
         model(prompts, completions)
     model.tokenizer.chat_template = "{% for m in messages %}w20 {{ m.content }} {% endfor %}w21"
     assert model(prompts, completions) == pytest.approx(model(["w20 w5 w6 "], ["w20 w7 w21"]))
+    dated = ExternalRewardModel(str(classifier), today="2026-03-30")
+    dated.tokenizer.chat_template = "w{{ strftime_now('%d') }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    assert dated(prompts, completions) == pytest.approx(model(["w30 w5 w6"], [" w7"]))
 
 
 def test_sources_are_checked_before_anything_is_loaded(classifier: Path, tmp_path: Path) -> None:

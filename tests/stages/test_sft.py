@@ -1,6 +1,7 @@
-"""The `sft` stage: packing changes no loss and no step."""
+"""The `sft` stage: which tokens have a loss and what becomes of long rows; packing changes no loss and no step."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import TaskType
+from support.rows import assistant, user
 from support.tiny_models import save_model
+from support.worded import write
 from torch import Tensor
 
-from rlhf_recipes import Base, Lora
+from rlhf_recipes import Base, DPOStage, Lora, Recipe, Stage
+from rlhf_recipes.data.prepare import Prepared
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import lora_config
-from rlhf_recipes.stages.options import SFTConfig
+from rlhf_recipes.stages.configure import configure
+from rlhf_recipes.stages.dpo import DPOTrainer
+from rlhf_recipes.stages.inputs import prepare_stage, rows_line
+from rlhf_recipes.stages.options import DPOConfig, SFTConfig
 from rlhf_recipes.stages.sft import SFTTrainer
 
 
@@ -75,3 +82,89 @@ def test_a_step_on_packed_rows_is_the_same_step(base: Base, tmp_path: Path) -> N
         trainer.train()
     assert (weights(trainers[0]) - before).abs().max() > 1e-3
     torch.testing.assert_close(*map(weights, trainers), atol=1e-6, rtol=0)
+
+
+# --- What the loss is of ----------------------------------------------------------------------------------------------
+
+TURNS = """\
+{%- for message in messages %}{{ ('w60 ' if message.role == 'user' else 'w61 ') ~ message.content }}
+    {{- ' <eos> ' if message.role == 'assistant' else ' ' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'w61' }}{% endif %}"""
+CONVERSATION = [user("w5"), assistant("w6 w7"), user("w8"), assistant("w9")]
+IDS = [60, 5, 61, 6, 7, 2, 60, 8, 61, 9, 2]
+
+
+def prepared(base: Base, folder: Path, rows: list[dict[str, Any]], stage: str = "sft", **args: Any) -> Prepared:
+    """The rows of a stage with these arguments, each of them twice, in the template `TURNS`."""
+    (folder / "turns.jinja").write_text(TURNS)
+    base = replace(base, chat_template=str(folder / "turns.jinja"))
+    section = {"sft": Stage, "dpo": DPOStage}[stage](str(write(folder / "rows.jsonl", rows)), heldout=0.5, args=args)
+    recipe = Recipe("tokens", base, **{stage: section}, tracker="none")
+    return prepare_stage(recipe, stage, configure(recipe, folder)[stage], load_tokenizer(base))
+
+
+def conversations(count: int = 2) -> list[dict[str, Any]]:
+    """The same but for a first word that is in no loss."""
+    return [{"messages": [user(f"w{5 + number}"), *CONVERSATION[1:]]} for number in range(count)]
+
+
+ANSWERS = [-100, -100, -100, 6, 7, 2, -100, -100, -100, 9, 2]
+COMPLETION = [-100] * 9 + [9, 2]
+
+
+@pytest.mark.parametrize(
+    ("args", "labels"),
+    [
+        ({}, COMPLETION),
+        ({"completion_only_loss": True}, COMPLETION),
+        ({"completion_only_loss": False}, IDS),
+        ({"assistant_only_loss": True}, ANSWERS),
+        ({"assistant_only_loss": True, "completion_only_loss": False}, ANSWERS),
+        ({"assistant_only_loss": True, "completion_only_loss": True}, COMPLETION),
+    ],
+)
+def test_the_loss_is_that_of_the_tokens_that_are_asked_for(
+    base: Base, tmp_path: Path, args: dict[str, Any], labels: list[int]
+) -> None:
+    data = prepared(base, tmp_path, conversations(), **args)
+    for row in (*data.train, *data.heldout):
+        first = row["input_ids"][1]
+        assert row["input_ids"] == [60, first, *IDS[2:]]
+        assert row["labels"] == [*labels[:1], first if labels[1] > 0 else -100, *labels[2:]]
+    trainer = make_trainer(base, data.train, tmp_path, **args)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("length", (1, 8, 9, 10, 11, 12))
+def test_a_row_that_is_cut_gets_no_stop_token(base: Base, tmp_path: Path, length: int) -> None:
+    if length <= 9:  # the prompt has 9 tokens
+        with pytest.raises(ValueError, match=r"too long 2\)"):
+            prepared(base, tmp_path, conversations(), max_length=length, truncation_mode="keep_start")
+        return
+    data = prepared(base, tmp_path, conversations(), max_length=length, truncation_mode="keep_start")
+    assert [row["input_ids"][2:] for row in (*data.train, *data.heldout)] == [IDS[2:length]] * 2
+    assert [row["labels"] for row in (*data.train, *data.heldout)] == [COMPLETION[:length]] * 2
+
+
+def test_assistant_only_loss_is_refused_where_answers_are_not_known(base: Base, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sft\.assistant_only_loss is of the assistant's messages, and .* plain text"):
+        prepared(base, tmp_path, [{"prompt": f"w{i}", "completion": "w9"} for i in (5, 6)], assistant_only_loss=True)
+
+
+def test_dpo_cuts_responses(base: Base, tmp_path: Path) -> None:
+    rows = [{"prompt": [user(f"w{i}")], "chosen": [assistant("w5 w6")], "rejected": [assistant("w7")]} for i in (8, 9)]
+    data = prepared(base, tmp_path, rows, "dpo", max_length=5, truncation_mode="keep_start")
+    assert [(row["chosen_ids"], row["rejected_ids"]) for row in data.train] == [([5, 6], [7, 2])]
+    assert data.report["cut"] == 2 and rows_line(data.report).endswith("1 held out; cut 2")
+    config = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", truncation_mode="drop")
+    trainer = DPOTrainer(
+        model=load_base(base),
+        args=config,
+        train_dataset=data.train,
+        processing_class=load_tokenizer(base),
+        peft_config=lora_config(Lora(), TaskType.CAUSAL_LM),
+    )
+    (row,) = data.train
+    batch = trainer.data_collator([row])
+    assert batch["input_ids"].tolist() == [row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")]

@@ -11,6 +11,7 @@ from ...records.contents import Sample, StageResults
 from ...records.recorder import Recorder
 from ..compare import compare
 from ..job import Job
+from ..scores import resolve_rewards
 from .roles import add_roles, ppo_roles
 from .trainer import PPOTrainer
 
@@ -41,7 +42,7 @@ def train_ppo(job: Job) -> StageResults:
         train_dataset=job.data.train,
         eval_dataset=job.data.heldout,
         processing_class=job.tokenizer,
-        reward_funcs=recipe.ppo.reward_sources,
+        reward_funcs=resolve_rewards(recipe.ppo.reward_sources, recipe.base.chat_template_date),
         gold=function(recipe.gold) if recipe.gold else None,
         stop_token_ids=[job.data.stop_token_id],
         ptx=job.extras.get("ptx"),

@@ -47,14 +47,16 @@ def add_reward_roles(shared: SharedBase, folders: dict[str, Path]) -> None:
 
 
 def set_bias(shared: SharedBase, folder: Path, role: str, demonstrations: Prepared | None) -> list[float]:
-    """Write the bias with which demonstrations score 0 on average, as InstructGPT's, and give it to the role.
+    """Write the bias with which whole demonstrations score 0 on average, as InstructGPT's, and give it to the role.
 
     Returns the demonstrations' scores without it; none, and no bias, where there are no demonstrations.
     """
-    if demonstrations is None:
+    ids = [] if demonstrations is None else demonstrations.heldout["input_ids"]
+    whole = [row for row in ids if row[-1] == demonstrations.stop_token_id]  # not those that were cut
+    if not whole:
         return []
     shared.biases[role] = 0.0  # a stage that was killed here has written one, and must find the same again
-    scores = score_rows(shared, demonstrations.heldout["input_ids"], role).tolist()
+    scores = score_rows(shared, whole, role).tolist()
     shared.biases[role] = -sum(scores) / len(scores)
     (folder / BIAS).write_text(json.dumps({"bias": shared.biases[role], "demonstrations": len(scores)}) + "\n")
     return scores

@@ -49,7 +49,7 @@ def test_conversational_prompts_get_messages(make: Make) -> None:
     rows = [{"prompt_ids": p, "prompt": [{"role": "user", "content": f"w{p[0]}"}]} for p in PROMPTS]
     trainer = make(train_dataset=Dataset.from_list(rows), reward_funcs=judge)
     rollout = trainer.advantages(trainer.rollout(rows))
-    texts = trainer.sampler.texts(rollout)
+    texts = trainer.sampler.texts(rollout, conversational=True)
     assert seen == [
         (row["prompt"], [{"role": "assistant", "content": text}]) for row, text in zip(rows, texts, strict=True)
     ]
