@@ -8,6 +8,8 @@ LoRA r16 on all linear layers, four roles, 512 prompt and 512 response tokens (n
 update in 4 mini-batches, one PPO epoch (`update` takes as many times its seconds as there are epochs), gradient
 checkpointing, the process capped at 24 GiB. Every shape is a process of its own, which warms up on short rows and then
 makes one update; one that fails is a line of the table. On a CPU memory is metered byte by byte, which takes time.
+With `--work hh=1` prompts have the lengths of Anthropic's HH, and so have the responses that are scored and trained on:
+every response is sampled to its full length and then cut, and limits of the hardware are not given.
 `--decoded=N` samples only the last N tokens of each response, behind random ones, and scales the seconds to all: the
 peaks are the same, since the cache has its full size, and the attention of each token is that of the last.
 
@@ -39,10 +41,11 @@ from unittest.mock import patch
 ROOT = Path(__file__).parents[2]
 TRL_SCRIPT = ROOT.parent / "shared" / "baselines" / "trl112_ppo.py"
 GIB = 2**30
+STOP = 3  # a token that no prompt has
 PHASES = ("generate", "score", "update")
 # The numbers of each model's config.json on the Hub; `work` is what is run on it: rows sampled at once (as many as fit
 # beside the weights), rows of a training micro-batch.
-WORK = {"prompt": 512, "response": 512, "rollouts": 64, "mini_batches": 4, "epochs": 1, "r": 16}
+WORK = {"prompt": 512, "response": 512, "rollouts": 64, "mini_batches": 4, "epochs": 1, "r": 16, "hh": 0}
 QWEN = {"model_type": "qwen2", "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8}
 QWEN |= {"vocab_size": 152064, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -142,7 +145,15 @@ def measure(shape: str, backend: str | None, device: str, cap: float, decoded: i
     import torch
     from support.memory_meter import Meter, measured, weight_bytes
     from transformers import AutoConfig
-    from workload import PhasedTrainer, add_roles, endless_tokenizer, random_prompts
+    from workload import (
+        HH_PROMPTS,
+        HH_RESPONSES,
+        PhasedTrainer,
+        add_roles,
+        endless_tokenizer,
+        lengths_by,
+        random_prompts,
+    )
 
     from rlhf_recipes import Lora, PPOConfig, SharedBase
     from rlhf_recipes.model import decode
@@ -159,7 +170,14 @@ def measure(shape: str, backend: str | None, device: str, cap: float, decoded: i
         seconds = 0.0
         sampling = 0.0  # seconds of the whole responses, where only their ends are sampled
 
-        def generate(self, input_ids: Any, attention_mask: Any, uniforms: Any, *rest: Any) -> Any:
+        def generate(self, *args: Any) -> Any:
+            responses = self.sample(*args)
+            if work["hh"]:
+                ends = torch.tensor(lengths_by(HH_RESPONSES, len(responses), responses.shape[1])) - 1
+                responses[torch.arange(len(ends)), ends] = STOP
+            return responses
+
+        def sample(self, input_ids: Any, attention_mask: Any, uniforms: Any, *rest: Any) -> Any:
             drawn = uniforms.shape[1] - decoded if decoded else 0
             if drawn <= 0:
                 return super().generate(input_ids, attention_mask, uniforms, *rest)
@@ -211,7 +229,10 @@ def measure(shape: str, backend: str | None, device: str, cap: float, decoded: i
     built = time.perf_counter() - start
 
     def update(work: dict[str, int]) -> dict[str, float]:
-        rows = random_prompts(work["rollouts"], work["prompt"], config.vocab_size)
+        lengths = [work["prompt"]] * work["rollouts"]
+        if work["hh"]:
+            lengths = lengths_by(HH_PROMPTS, len(lengths), work["prompt"])
+        rows = random_prompts(lengths, config.vocab_size)
         with tempfile.TemporaryDirectory() as folder:
             arguments = PPOConfig(folder, total_episodes=work["rollouts"], **options(work, backend, on_gpu))
             trainer = Metered(shared, arguments, rows, endless_tokenizer(config.vocab_size))
@@ -220,15 +241,16 @@ def measure(shape: str, backend: str | None, device: str, cap: float, decoded: i
             trainer.held, shared.seconds, shared.sampling = meter.left, 0.0, 0.0
             trainer.train()
         (found,) = [row for row in trainer.state.log_history if "time/update" in row]
-        assert found["response_length"] == work["response"]
+        assert work["hh"] or found["response_length"] == work["response"]
         return found
 
     update(work | {"prompt": 16, "response": 16, "rollouts": work["mini_batches"] * work["train_rows"]})
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    seconds = {name: row for name, row in update(work).items() if name.startswith("time/")}
-    seconds = {name: seconds[f"time/{name}"] for name in PHASES}
+    sampled = update(work)
+    seconds = {name: sampled[f"time/{name}"] for name in PHASES}
+    trained = work["epochs"] * work["rollouts"] * sampled["response_length"]
     seconds["generate"] = shared.sampling or seconds["generate"]
     total = sum(seconds.values())
     peak = max(one["allocated_gib"] for one in peaks.values())
@@ -246,9 +268,9 @@ def measure(shape: str, backend: str | None, device: str, cap: float, decoded: i
         "plan_error": max(planned.values()) / peak - 1,
         "episodes_per_s": work["rollouts"] / total,
         "decoded_tokens_per_s": work["rollouts"] * work["response"] / seconds["generate"],
-        "trained_tokens_per_s": work["epochs"] * work["rollouts"] * work["response"] / seconds["update"],
+        "trained_tokens_per_s": trained / seconds["update"],
         "switching": shared.seconds / total,
-        **fractions(shared, work, seconds, bandwidth, rate),
+        **({} if work["hh"] else fractions(shared, work, seconds, bandwidth, rate)),
     }
 
 
@@ -281,6 +303,7 @@ def options(work: dict[str, int], backend: str | None, on_gpu: bool) -> dict[str
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        **({"stop_token_id": STOP} if work["hh"] else {}),
         **({"generation_backend": backend} if backend else {}),
     }
 

@@ -101,7 +101,7 @@ def measure(point: dict[str, int]) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
         )
-        rows = random_prompts(point["episodes"], point["prompt"], point["vocab"])
+        rows = random_prompts([point["prompt"]] * point["episodes"], point["vocab"])
         trainer = Metered(shared, arguments, rows, endless_tokenizer(point["vocab"]))
         trainer.train()
     logged = [row for row in trainer.state.log_history if "time/update" in row][1]

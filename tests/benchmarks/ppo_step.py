@@ -80,7 +80,7 @@ def ours(shape: dict[str, int], precision: Any, updates: int) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
         )
-        rows = random_prompts(256, PROMPT, shape["vocab"])
+        rows = random_prompts([PROMPT] * 256, shape["vocab"])
         # Their responses never end early, so ours must not.
         trainer = PPOTrainer(shared, arguments, rows, endless_tokenizer(shape["vocab"]), callbacks=[Clock()])
         trainer.train()

@@ -86,7 +86,7 @@ def test_flops_are_what_torch_counts(tmp_path: Path) -> None:
 
     work = WORK | {"prompt": 5, "response": 4}  # short rows, because torch does not know that half of the pairs count
     arguments = gpu_7b.options(work, None, on_gpu=False) | {"bf16": False, "output_dir": str(tmp_path)}
-    rows = workload.random_prompts(work["rollouts"], work["prompt"], config.vocab_size)
+    rows = workload.random_prompts([work["prompt"]] * work["rollouts"], config.vocab_size)
     tokenizer = workload.endless_tokenizer(config.vocab_size)
     Counted(shared, PPOConfig(**arguments, total_episodes=work["rollouts"]), rows, tokenizer).train()
     assert counted["score"] == pytest.approx(gpu_7b.score_flops(shared, work), rel=0.02)

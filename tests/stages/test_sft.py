@@ -158,12 +158,13 @@ def test_dpo_cuts_responses(base: Base, tmp_path: Path) -> None:
     assert [(row["chosen_ids"], row["rejected_ids"]) for row in data.train] == [([5, 6], [7, 2])]
     assert data.report["cut"] == 2 and rows_line(data.report).endswith("1 held out; cut 2")
     config = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", truncation_mode="drop")
+    model = load_base(base)
     trainer = DPOTrainer(
-        model=load_base(base),
+        model=model,
         args=config,
         train_dataset=data.train,
         processing_class=load_tokenizer(base),
-        peft_config=lora_config(Lora(), TaskType.CAUSAL_LM),
+        peft_config=lora_config(Lora(), TaskType.CAUSAL_LM, model),
     )
     (row,) = data.train
     batch = trainer.data_collator([row])
