@@ -141,6 +141,16 @@ def test_nobody_disagrees() -> None:
     assert found["between"][0]["agreement"]["low"] == pytest.approx(30 / (30 + 1.959964**2))  # Wilson's of 30 of 30
 
 
+@pytest.mark.xfail(strict=True, reason="issue: resamples of labelers who agree all agree")
+def test_ten_prompts_of_agreement_are_no_certainty() -> None:
+    found = agreement_report(two_by_two({"a": [1, -1] * 5, "b": [1, -1] * 5})).numbers
+    kappa, alpha = found["between"][0]["kappa"], found["alpha"]
+    assert kappa["kappa"] == alpha["alpha"] == kappa["high"] == alpha["high"] == 1
+    # 10 of 10 are 68 to 100 %, and half of the pairs would agree by chance (of 20 choices, 10 in 19 by alpha).
+    assert kappa["low"] == pytest.approx(1 - 0.3209 / 0.5, abs=1e-3)
+    assert alpha["low"] == pytest.approx(1 - 0.3209 / (10 / 19), abs=1e-3)
+
+
 def test_a_prompt_judged_twice_by_one_labeler() -> None:
     rows = two_by_two({"a": [1, 1, -1, 0], "b": [1, -1, -1, 0]})
     again = [label("p0", [2, 1], "a", time="2026-01-02"), label("p1", [1, 2], "a", time="2026-01-02")]
