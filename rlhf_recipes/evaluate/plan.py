@@ -38,7 +38,7 @@ class EvaluationSettings:
     task_limit: int | None = None  # questions of each task (default: all)
     temperature: float | None = None  # of sampling (default: as the stage trained, else 1)
     response_length: int | None = None  # tokens at most (default: as the stage trained, else 256)
-    seed: int = 0  # of answers and bootstraps
+    seed: int = 0  # of answers
     batch_size: int = 64
     asking: Asking = field(default_factory=lambda: Asking({}, JudgeSettings(), Prices()))
 

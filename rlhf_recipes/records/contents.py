@@ -41,7 +41,7 @@ class DataReport(DroppedRows):
 
 
 class WinRate(TypedDict):
-    """A share of prompts, from 0 to 1, with Wilson's 95 % interval."""
+    """A share of answers to prompts, from 0 to 1, with its 95 % interval (`records.rates`)."""
 
     rate: float
     low: float

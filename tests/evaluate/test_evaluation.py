@@ -37,25 +37,26 @@ def test_a_win_rate_counts_ties_half_and_says_their_share() -> None:
     assert 0 <= found["low"] < 0.625 < found["high"] <= 1
 
 
-def test_the_interval_is_the_bootstraps_over_prompts() -> None:
+def test_the_interval_is_over_prompts() -> None:
     rng = np.random.default_rng(1)
     preferred, prompts = rng.choice([0.0, 1.0], 400, p=[0.4, 0.6]), np.arange(400)
     found = wins.win_rate(preferred, np.zeros(400, bool), np.zeros(400), prompts)
     error = preferred.std() / math.sqrt(400)  # for a mean of many it is the normal interval
-    assert found["low"] == pytest.approx(found["rate"] - 1.96 * error, abs=0.006)
-    assert found["high"] == pytest.approx(found["rate"] + 1.96 * error, abs=0.006)
-    same = wins.win_rate(preferred, np.zeros(400, bool), np.zeros(400), prompts)
-    assert found == same and found != wins.win_rate(preferred, np.zeros(400, bool), np.zeros(400), prompts, seed=1)
+    assert found["low"] == pytest.approx(found["rate"] - 1.96 * error, abs=0.002)
+    assert found["high"] == pytest.approx(found["rate"] + 1.96 * error, abs=0.002)
     # Answers to one prompt that are all alike say no more than one of them.
     alike = wins.win_rate(
         np.repeat(preferred[:100], 4), np.zeros(400, bool), np.zeros(400), np.repeat(prompts[:100], 4)
     )
-    assert alike["prompts"] == 100 and alike["high"] - alike["low"] > 1.7 * (found["high"] - found["low"])
+    one = wins.win_rate(preferred[:100], np.zeros(100, bool), np.zeros(100), prompts[:100])
+    assert alike == {**one, "low": pytest.approx(one["low"]), "high": pytest.approx(one["high"])} | {
+        "length_controlled": pytest.approx(one["length_controlled"])
+    }
 
 
 def controlled(preferred: Any, lengths: Any) -> float:
     preferred, lengths = np.asarray(preferred, float), np.asarray(lengths, float)
-    return float(wins.length_controlled(preferred, lengths, np.ones((1, len(preferred))))[0])
+    return wins.length_controlled(preferred, lengths, np.arange(len(preferred)))["rate"]
 
 
 def test_what_length_alone_decides_is_even_at_equal_lengths() -> None:

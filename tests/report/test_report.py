@@ -20,7 +20,7 @@ from rlhf_recipes import Recipe, load, replace
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.recipe.overrides import parse_overrides, to_dict
 from rlhf_recipes.records.files import read_rows
-from rlhf_recipes.records.rates import with_interval
+from rlhf_recipes.records.rates import mean_rate
 from rlhf_recipes.report import charts, warnings
 from rlhf_recipes.report.blocks import number
 from rlhf_recipes.report.gather import gather, title_of
@@ -77,8 +77,8 @@ def write_run(
             model: {"score": 0.0, "gold": 0.0, "kl": 0.0, "response_length": 14.5, "without_eos": 0.5}
             for model in ("base", "sft", "ppo")
         },
-        "win_rate_vs_sft": with_interval(2 / 3, len(PROMPTS)),
-        "reward_win_rate_vs_sft": with_interval(2 / 3, len(PROMPTS)),
+        "win_rate_vs_sft": mean_rate([1.0, 1.0, 0.0] * 10),
+        "reward_win_rate_vs_sft": mean_rate([1.0, 1.0, 0.0] * 10),
     }
     results = {
         "sft": {"heldout_loss": 0.5, "heldout_token_accuracy": 0.8},
@@ -350,7 +350,7 @@ def test_the_second_reward_model_is_shown_as_a_judge(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     results = {stage: of["results"] for stage, of in manifest["stages"].items()}
     results["reward"] |= {"judge_accuracy": 0.625, "members_accuracy": [0.75, 0.5]}
-    results["ppo"] |= {"judge_win_rate_vs_sft": with_interval(0.6, 30)}
+    results["ppo"] |= {"judge_win_rate_vs_sft": mean_rate([1.0, 1.0, 1.0, 0.0, 0.0] * 6)}
     del results["ppo"]["win_rate_vs_sft"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     rows = read_rows(folder / "metrics.jsonl")

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from rlhf_recipes.records.rates import mean_rate
 from rlhf_recipes.stages.reward.card import (
     accuracy,
     by_length,
@@ -39,14 +40,10 @@ def test_accuracy_counts_ties_half_and_is_split_by_source() -> None:
     assert [part["pairs"] for part in found["by_source"].values()] == [2, 1], "a row without a source is in neither"
 
 
-def test_the_interval_is_wilsons() -> None:
-    found = accuracy([row(1, 0)] * 8 + [row(0, 1)] * 2)
-    assert found == {
-        "rate": 0.8,
-        "low": pytest.approx(0.4902, abs=1e-4),
-        "high": pytest.approx(0.9433, abs=1e-4),
-        "pairs": 10,
-    }
+def test_the_interval_of_a_pair_a_prompt_is_that_of_a_rate() -> None:
+    wanted = mean_rate([1.0] * 8 + [0.0] * 2)
+    del wanted["prompts"]
+    assert accuracy([row(1, 0)] * 8 + [row(0, 1)] * 2) == {**wanted, "pairs": 10}
 
 
 def test_length_is_judged_as_a_rule_of_its_own() -> None:
