@@ -50,11 +50,12 @@ class WinRate(TypedDict):
 
 
 class PairShare(TypedDict):
-    """A share of comparisons, from 0 to 1, with Wilson's 95 % interval."""
+    """A share of comparisons, from 0 to 1, with its 95 % interval (`records.rates`)."""
 
     rate: float
     low: float
     high: float
+    prompts: int
     pairs: int
 
 

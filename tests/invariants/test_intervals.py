@@ -97,6 +97,27 @@ def test_all_of_the_table(name: str, prompts: int, each: int) -> None:
     assert min(found.values()) >= LEAST - 0.008, found  # of 4,000 sets the share has a standard error of 0.4 points
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("prompts", PROMPTS[:-1])
+@pytest.mark.parametrize("responses", [2, 4, 9])
+def test_all_of_the_table_of_rankings(responses: int, prompts: int) -> None:
+    """The pairs of rankings, by a reward model that sees quality as far as `signal`, and another one on each prompt."""
+    rng, found = np.random.default_rng(0), {}
+    better, worse = np.triu_indices(responses, 1)
+    for signal in (0.0, 0.5, 1.2, 3.0, 10.0):
+        seen = signal * np.exp(0.5 * rng.normal(size=(4000 * prompts, 1)))
+        quality = -np.sort(-rng.normal(size=(4000 * prompts, responses)))
+        scores = seen * quality + rng.normal(size=quality.shape)
+        right = (scores[:, better] > scores[:, worse]).astype(float)
+        groups, inside = np.repeat(np.arange(prompts), len(better)), []
+        for values in right.reshape(4000, prompts * len(better)):
+            rate = mean_rate(values, groups)
+            inside.append(rate["low"] <= right.mean() <= rate["high"])
+        found[round(float(right.mean()), 2)] = float(np.mean(inside))
+    print(responses, prompts, found)
+    assert min(found.values()) >= LEAST - 0.008, found
+
+
 def held_at_equal_lengths(rate: float, slope: float, shift: float, prompts: int, each: int, sets: int) -> float:
     """The same of the length-controlled rate, where the logit of a win is that of `rate` at equal lengths.
 

@@ -53,7 +53,9 @@ def write_run(
         {"chosen_score": 1.0, "rejected_score": n % 4 - 1.5, "chosen_length": 5 + n % 3, "rejected_length": 5}
         for n in range(40)
     ]
-    card = measure([{**row, "source": "people", "swapped_difference": 0.0} for row in pairs], [], 36)
+    card = measure(
+        [{**row, "prompt": n, "source": "people", "swapped_difference": 0.0} for n, row in enumerate(pairs)], [], 36
+    )
     metrics: list[dict[str, Any]] = [{"stage": "sft", "step": step, "loss": 1 / step} for step in (10, 20)]
     metrics += [{"stage": "reward", "step": step, "loss": 0.6, "accuracy": 0.7} for step in (10, 20)]
     samples = []

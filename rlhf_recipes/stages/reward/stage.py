@@ -135,8 +135,11 @@ def comparisons(rows: list[Row], ranking: Tensor, scores: Tensor, swapped: Tenso
         ranking, scores, swapped: (N, K) each, `scores` from rows in their order, `swapped` from the reverse.
     """
     lengths = [[len(ids) - row["prompt_length"] for ids in row["responses_ids"]] for row in rows]
+    numbers: dict[tuple[int, ...], int] = {}  # of the prompts, which several rows may share
+    prompts = [tuple(row["responses_ids"][0][: row["prompt_length"]]) for row in rows]
     return [
         {
+            "prompt": numbers.setdefault(prompts[row], len(numbers)),
             "chosen_score": scores[row, better].item(),
             "rejected_score": scores[row, worse].item(),
             "chosen_length": lengths[row][better],
