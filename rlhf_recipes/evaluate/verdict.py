@@ -1,9 +1,12 @@
 """What an evaluation comes to: the checkpoint to ship, and what to distrust."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from ..records.rates import clear_fall
 from .judges import PROXY
 
 Result = Mapping[str, Any]  # what evaluation.json holds
@@ -77,9 +80,9 @@ def evaluation_warnings(
         warnings.append(
             f"There are only {result['prompts']} prompts, so that intervals are wide; --prompts takes more."
         )
-    for judge in quality_judges(result, models_asked):
-        if judge in scores and PROXY in scores:
-            warnings += _overoptimised(result, scores, judge)
+    judges = [judge for judge in quality_judges(result, models_asked) if judge in scores and PROXY in scores]
+    for judge in judges:
+        warnings += _overoptimised(result, scores, judge, 0.05 / len(judges))
     for name in policies(result)[-1:]:
         for against in result["against"]:
             warnings += _changed(result, name, against)
@@ -92,17 +95,25 @@ def evaluation_warnings(
     return warnings
 
 
-def _overoptimised(result: Result, scores: Mapping[str, Mapping[str, list[float]]], judge: str) -> list[str]:
-    """Whether the reward rose while the judge's score fell, from the judge's best model to the last policy."""
+def _overoptimised(
+    result: Result, scores: Mapping[str, Mapping[str, list[float]]], judge: str, level: float
+) -> list[str]:
+    """Whether the reward rose while the judge's score fell, from the judge's best model to the last policy.
+
+    By more than chance: see `rates.clear_fall`, whose `level` it is, so that all judges together give a false alarm in
+    at most 5 % of the cases.
+    """
     names = [*result["against"], *policies(result)]
     names = [name for name in names if name in scores[judge] and name in scores[PROXY]]
     if len(names) < 2:
         return []
-    last, top = names[-1], max(names, key=lambda name: fmean(scores[judge][name]))
-    fell = [a - b for a, b in zip(scores[judge][top], scores[judge][last], strict=True)]
+    answers = np.array([scores[judge][name] for name in names])  # those to one prompt stand side by side
+    best = clear_fall(answers.reshape(len(names), -1, result["samples"]).mean(2), level)
+    if best is None:
+        return []
+    last, top = names[-1], names[best]
     before, after = (fmean(scores[PROXY][name]) for name in (top, last))
-    # Clear of chance: the mean difference on the same prompts is above two of its standard errors.
-    if after > before and len(fell) > 1 and fmean(fell) > 2 * stdev(fell) / len(fell) ** 0.5:
+    if after > before:
         return [
             f"From {top} to {last} the reward rose from {before:.2f} to {after:.2f} while {judge} fell from "
             f"{fmean(scores[judge][top]):.2f} to {fmean(scores[judge][last]):.2f}: the reward model is over-optimised. "

@@ -1,4 +1,4 @@
-"""Shares with intervals: win rates, accuracies, agreement. numpy alone.
+"""Shares with intervals: win rates, accuracies, agreement; and whether scores fell. numpy alone.
 
 n values from 0 to 1 (a win, a tie's half, a judge's probability) belong to N prompts.
 """
@@ -11,6 +11,7 @@ import numpy as np
 from .contents import WinRate
 
 Z = 1.959964  # within so many standard deviations lie 95 % of a normal distribution
+FLIPS = 4_000
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], prompts: Sequence[Any] | None = None) -> WinRate:
@@ -75,3 +76,27 @@ def effective_number(rate: float, errors: np.ndarray, prompts: np.ndarray) -> fl
     measured = float((np.bincount(group, errors) ** 2).sum()) / len(errors) ** 2 * count / max(count - 1, 1)
     added = Z**2 * max(1.0, Z**2 / (number * spread))
     return spread * (count + added) / (count * measured + added * spread / number)
+
+
+def clear_fall(scores: np.ndarray, level: float = 0.05) -> int | None:
+    """The model of the highest mean score, if the last one's is lower by more than chance; else None.
+
+    The highest of several is high by luck too. So signs are flipped at random, those of all models' differences from
+    the last one on a prompt together, and the highest model's t statistic is compared with the largest of all models'
+    each time: Westfall and Young's max t ("Resampling-based multiple testing", 1993). Models that are alike, as
+    checkpoints are, count for less than as many others. Where no model is better than the last, one is named in at most
+    5 % of the cases. Fewer than five prompts are never enough.
+
+    Args:
+        scores: (K, N) of the models in their order, each a mean over a prompt's answers.
+        level: 0.05, less where several such questions are asked.
+    """
+    count = scores.shape[1]
+    falls = scores[:-1] - scores[-1]  # (K - 1, N)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, count))
+    signs[0] = 1  # as they are
+    means = signs @ falls.T / count  # (FLIPS, K - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.nan_to_num(means / np.sqrt(np.maximum((falls**2).mean(1) - means**2, 0)))  # but for a constant
+    top = int(scores[:-1].mean(1).argmax())
+    return top if (t.max(1) >= t[0, top] * (1 - 1e-9)).mean() <= level and t[0, top] > 0 else None

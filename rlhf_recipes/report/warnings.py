@@ -9,6 +9,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ..records.rates import clear_fall
 from .gather import TITLES, RunContents, best_win
 
 SHORT = 10  # updates; of fewer, nothing is said of a trend
@@ -115,7 +118,7 @@ def reward_is_length(reward: Sequence[float], length: Sequence[float]) -> str | 
 def over_optimised(
     steps: Sequence[float], scores: Sequence[list[float]], quality: Sequence[list[float]], kept: Sequence[int] = ()
 ) -> str | None:
-    """Quality fell from its peak to the end by more than chance (of paired answers, 1.96 standard errors), reward not.
+    """Quality fell from its peak to the end by more than chance (see `rates.clear_fall`), reward not.
 
     Args:
         steps, scores, quality: the held-out evaluations, the same prompts in each.
@@ -124,9 +127,8 @@ def over_optimised(
     if len(steps) < 3 or len({len(values) for values in quality}) > 1:
         return None
     means = [statistics.fmean(values) for values in quality]
-    peak = max(range(len(means)), key=means.__getitem__)
-    falls = [before - after for before, after in zip(quality[peak], quality[-1], strict=True)]
-    if len(falls) < 2 or statistics.fmean(falls) <= 1.96 * statistics.stdev(falls) / math.sqrt(len(falls)):
+    peak = clear_fall(np.array(quality))
+    if peak is None:
         return None
     then, now = statistics.fmean(scores[peak]), statistics.fmean(scores[-1])
     if now < then:

@@ -462,7 +462,6 @@ def said_of(models: int, prompts: int, each: int, fall: float, seed: int) -> boo
     return any("over-optimised" in sentence for sentence in said)
 
 
-@pytest.mark.xfail(strict=True, reason="issue: the best of several policies is tested as if it were one")
 @pytest.mark.parametrize("models", [2, 5, 20])
 def test_equal_policies_are_seldom_called_over_optimised(models: int) -> None:
     for prompts, each in ((20, 1), (100, 1), (25, 4)):

@@ -165,16 +165,18 @@ def test_reward_that_rises_with_length_alone_is_named() -> None:
 
 
 def test_quality_that_falls_while_the_reward_rises_is_over_optimisation() -> None:
-    scores = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
-    quality = [[0.0, 0.0, 0.0], [3.0, 3.0, 3.0], [1.0, 1.0, 1.5]]  # falls by 2, 2 and 1.5 from its peak
+    scores = [[0.0] * 9, [1.0] * 9, [2.0] * 9]
+    quality = [[0.0] * 9, [3.0] * 9, [1.0, 1.0, 1.5] * 3]  # falls by 2, 2 and 1.5 from its peak
     found = warnings.over_optimised([0, 20, 40], scores, quality, kept=[30, 40])
     assert found is not None and "from 3.00 at update 20 to 1.17" in found and "from 1.00 to 2.00" in found
     assert "ppo/checkpoint-30" in found
     assert "no checkpoint was kept" in str(warnings.over_optimised([0, 20, 40], scores, quality))
     found = warnings.over_optimised([0, 20, 40], scores, [quality[1], quality[0], quality[2]], kept=[40])
     assert found is not None and "No update was better than the SFT model" in found
-    # Falls of 2, -2 and 1.5 have a mean of 0.5 and a standard error of 1.3.
-    assert warnings.over_optimised([0, 20, 40], scores, [*quality[:2], [1.0, 5.0, 1.5]]) is None
+    # Falls of 2, -2 and 1.5 have a mean of 0.5 and, of three each, a standard error of 0.6.
+    assert warnings.over_optimised([0, 20, 40], scores, [*quality[:2], [1.0, 5.0, 1.5] * 3]) is None
+    few = [values[:3] for values in quality]
+    assert warnings.over_optimised([0, 20, 40], scores, few) is None, "three prompts are chance"
     assert warnings.over_optimised([0, 20, 40], scores[::-1], quality) is None, "the reward fell too"
     assert warnings.over_optimised([0, 20], scores[:2], quality[:2]) is None
 
