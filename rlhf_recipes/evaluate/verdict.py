@@ -38,10 +38,12 @@ def policies(result: Result) -> list[str]:
     return [name for name in result["models"] if ":" not in name and "ppo" in name.split("/")]
 
 
-def policy_to_ship(result: Result, models_asked: Sequence[str] = ()) -> dict[str, str] | None:
+def policy_to_ship(result: Result, models_asked: Sequence[str] = ()) -> dict[str, Any] | None:
     """Which of the policies to ship, if any: the one that wins most by the most trusted judge. None without a judge.
 
-    Returns model, judge, and words: the sentence that says so.
+    The best of several is the best by luck as well: one half of the prompts chooses it, the other says what it wins.
+
+    Returns model, judge, win (its win rate, as an entry of `wins`) and words: the sentence that says so.
     """
     candidates = policies(result)
     for judge in quality_judges(result, models_asked):
@@ -50,9 +52,12 @@ def policy_to_ship(result: Result, models_asked: Sequence[str] = ()) -> dict[str
         rates = {name: rates[name] for name in candidates if name in rates}
         if not rates:
             continue
-        last = list(rates)[-1]
-        name = max(reversed(rates), key=lambda model: rates[model]["rate"])  # the later of two that win alike
-        rate = f"by {judge} it wins {percent(rates[name])} of the prompts against {against}"
+        last, several = list(rates)[-1], len(rates) > 1
+        # The later of two that win alike.
+        name = max(reversed(rates), key=lambda model: rates[model]["halves"][0]["rate"])
+        rates = {model: w["halves"][-1] if several else w for model, w in rates.items()}
+        rate = f"by {judge} it wins {percent(rates[name])} of the {rates[name]['prompts']:,} prompts"
+        rate += f"{' that did not choose it' * several} against {against}"
         beats = rates[name]["rate"] > 0.5
         words = f"{name} is the one to ship" if beats else f"None beats {against}. {name} comes nearest"
         words += f": {rate}"
@@ -61,8 +66,10 @@ def policy_to_ship(result: Result, models_asked: Sequence[str] = ()) -> dict[str
             words += f", and {last}, the last, {percent(rates[last])}. The two intervals "
             words += "are apart." if apart else "overlap, so the difference may be chance."
         else:
-            words += ", and no checkpoint before it wins more." if len(rates) > 1 else "."
-        return {"model": name, "judge": judge, "words": words}
+            words += ", and no checkpoint before it wins more of those that chose." if several else "."
+        keys = {"rate", "low", "high", "prompts"}
+        win = {"model": name, "against": against, "judge": judge, **{key: rates[name][key] for key in keys}}
+        return {"model": name, "judge": judge, "win": win, "words": words}
     return None
 
 

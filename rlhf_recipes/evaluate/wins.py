@@ -29,12 +29,19 @@ def win_rate(preferred: Array, ties: Array, lengths: Array, prompts: Array) -> d
         preferred: (n,) preferences for our model.
         ties: (n,) bool, pairs that are ties: half a win each, unless the judge gave probabilities.
         lengths: (n,) by how many characters our answer is longer.
-        prompts: (n,) to which prompt each pair belongs.
+        prompts: (n,) to which prompt each pair belongs, by its number.
     Returns:
-        rate, low, high, prompts (N), ties (their share) and length_controlled (rate, low, high).
+        rate, low, high, prompts (N), ties (their share), length_controlled (rate, low, high), and halves (rate, low,
+        high and prompts of every other prompt, and of the others; one entry where only one has pairs).
     """
     controlled = length_controlled(preferred, lengths, prompts)
-    return {**mean_rate(preferred, prompts), "ties": float(ties.mean()), "length_controlled": controlled}
+    sides = [side for side in (prompts % 2 == 0, prompts % 2 == 1) if side.any()]
+    return {
+        **mean_rate(preferred, prompts),
+        "ties": float(ties.mean()),
+        "length_controlled": controlled,
+        "halves": [mean_rate(preferred[side], prompts[side]) for side in sides],
+    }
 
 
 def length_controlled(preferred: Array, lengths: Array, prompts: Array) -> dict[str, float]:

@@ -63,8 +63,11 @@ def _evaluations(run: RunContents) -> tuple[list[float], list[list[float]], list
     """PPO's held-out evaluations: the steps, and each one's scores and measures of quality, an answer each."""
     rows = [row for row in run.parts[0].samples if row["stage"] == "ppo"]
     groups = itertools.groupby(rows, key=lambda row: (row["step"], row["model"]))
-    # Of the last step the comparison at the end has the same answers as the evaluation, and takes its place.
-    evaluations = {step: list(group) for (step, model), group in groups if model == "ppo"}
+    groups = [(step, list(group)) for (step, model), group in groups if model == "ppo"]
+    # Of the last step the comparison at the end has the same answers as the evaluation, and takes its place; or, where
+    # evaluations chose the policy, it is on other prompts.
+    prompts = [[row["prompt"] for row in group] for _, group in groups]
+    evaluations = {step: group for (step, group), asked in zip(groups, prompts, strict=True) if asked == prompts[0]}
     judge = next((key for key in ("gold", "judge") if all(key in row for row in rows)), None)
     if judge is None or not all("score" in row for row in rows):
         return [], [], []
