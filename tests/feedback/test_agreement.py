@@ -21,6 +21,7 @@ from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.feedback.agreement import agreement_report
 from rlhf_recipes.feedback.agreement_tables import show_agreement
+from rlhf_recipes.feedback.agreement_warnings import differs
 from rlhf_recipes.feedback.habits import run_chance
 from rlhf_recipes.feedback.pairs import (
     alpha_disagreements,
@@ -139,6 +140,16 @@ def test_a_coefficients_interval_holds_the_truth_as_often_as_it_says(prompts: in
         found = coefficient_interval(tables, kappa_disagreements)
         inside.append(found["low"] <= 2 * agree - 1 <= found["high"])
     assert np.mean(inside) >= 0.93
+
+
+def test_of_many_labelers_none_is_suspected_by_chance() -> None:
+    rng, alarms = np.random.default_rng(0), {1: [], 20: []}
+    for many, found in alarms.items():
+        for _ in range(100):
+            shares = [mean_rate(rng.random(100).round(), np.arange(100)) for _ in range(many)]
+            found.append(any(differs(share, 0.5, many) for share in shares))
+    assert all(np.mean(found) <= 0.07 for found in alarms.values()), alarms
+    assert differs(mean_rate(np.arange(100) < 75, np.arange(100)), 0.5, 20), "it has power"
 
 
 def test_the_majority_is_of_the_others() -> None:
