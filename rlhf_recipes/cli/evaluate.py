@@ -45,7 +45,7 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
     add("--samples", type=positive_int, default=1, metavar="K", help="answers of each model to a prompt (default: 1)")
     add("--temperature", type=float, metavar="T", help="of sampling, above 0 (default: as in training)")
     add("--response-length", type=positive_int, metavar="N", help="tokens at most (default: as in training)")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling, bootstraps, drawn principles (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling and of drawn principles (default: 0)")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="rows at once: memory and speed (default: 64)")
     add("--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation)")
     add("--json", action="store_true", help="print evaluation.json in place of tables")

@@ -47,12 +47,33 @@ def set_aside(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets
     """
     if share == 0:
         return rows, rows.select([])
-    columns = zip(rows["responses_ids"], rows["prompt_length"], strict=True)
-    prompts = [responses[0][:length] for responses, length in columns]  # each response begins with the prompt
-    rest, aside = _sides_by_position([prompt_position(json.dumps(ids), seed) for ids in prompts], share)
+    rest, aside = _sides_by_position(_positions_by_ids(rows, seed), share)
     if not aside:
         raise ValueError("reward.judge_share shares out the training prompts, and there is only one.")
     return rows.select(rest), rows.select(aside)
+
+
+def halve(heldout: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Held-out rows by which a checkpoint is chosen, and those of the other prompts, by which it is judged.
+
+    A prompt falls on the same side in every stage. Either has about half of the prompts; both are all rows where there
+    is one prompt.
+    """
+    judging, choosing = _sides_by_position(_positions_by_ids(heldout, seed), 0.5)
+    return heldout.select(choosing or judging), heldout.select(judging)
+
+
+def _positions_by_ids(rows: datasets.Dataset, seed: int) -> list[float]:
+    """The positions of prepared rows' prompts as token ids, which do not depend on those of their texts."""
+    if "prompt_ids" in rows.column_names:
+        prompts = rows["prompt_ids"]
+    elif "responses_ids" in rows.column_names:  # each response begins with the prompt
+        columns = zip(rows["responses_ids"], rows["prompt_length"], strict=True)
+        prompts = [responses[0][:length] for responses, length in columns]
+    else:  # demonstrations, whose prompts have no label
+        columns = zip(rows["input_ids"], rows["labels"], strict=True)
+        prompts = [ids[: labels.count(-100)] for ids, labels in columns]
+    return [prompt_position(json.dumps(ids), seed) for ids in prompts]
 
 
 def _sides_by_position(positions: list[float], share: float) -> tuple[list[int], list[int]]:

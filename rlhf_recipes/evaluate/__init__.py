@@ -7,7 +7,7 @@ judges        who says which answer is better: gold, reward models, functions, m
 measurements  what is measured of each model, base by base, and what each judge says
 behaviour     what answers are like, whatever their quality; opinions.yaml asks for agreement with both sides
 tax           the tasks of lm-evaluation-harness
-wins          win rates with bootstrap intervals, plain and length-controlled
+wins          win rates with intervals, plain and length-controlled
 results       evaluation.json and answers.jsonl, with what earlier calls found of the same
 verdict       which checkpoint to ship, and what to distrust
 tables        the tables for the terminal

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.prepare import Prepared, prepare, trained_on
 from ..data.rows import StageName
-from ..data.split import prompt_hash
+from ..data.split import halve, prompt_hash
 from ..feedback.judge import JudgeSettings
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
@@ -38,7 +38,7 @@ class EvaluationSettings:
     task_limit: int | None = None  # questions of each task (default: all)
     temperature: float | None = None  # of sampling (default: as the stage trained, else 1)
     response_length: int | None = None  # tokens at most (default: as the stage trained, else 256)
-    seed: int = 0  # of answers and bootstraps
+    seed: int = 0  # of answers
     batch_size: int = 64
     asking: Asking = field(default_factory=lambda: Asking({}, JudgeSettings(), Prices()))
 
@@ -83,7 +83,8 @@ def plan_evaluation(run_dir: Path, recipe: Recipe, tokenizer: Any, settings: Eva
     tasks = Tasks(settings.tasks, settings.task_dir, settings.task_limit) if settings.tasks else None
     config, held_out = prepare_comparison(recipe, run_dir, tokenizer)
     length = settings.response_length or getattr(config, "response_length", 256)
-    rows, warnings = _find_prompts(recipe, tokenizer, settings, held_out["prompts"], length)
+    chooses = config.metric_for_best_model is not None
+    rows, warnings = _find_prompts(recipe, tokenizer, settings, held_out["prompts"], length, chooses)
     stop = getattr(config, "stop_token_id", None)
     return EvaluationPlan(
         recipe=recipe,
@@ -113,15 +114,21 @@ def _judge_names(run_dir: Path, recipe: Recipe, settings: EvaluationSettings) ->
 
 
 def _find_prompts(
-    recipe: Recipe, tokenizer: Any, settings: EvaluationSettings, held_out: Prepared, response_length: int
+    recipe: Recipe, tokenizer: Any, settings: EvaluationSettings, held_out: Prepared, response_length: int, chose: bool
 ) -> tuple[list[Row], list[str]]:
     """The prompts, and what there is to say of those that were left out.
 
-    Raises ValueError where none is left, or one leaves no room for the response.
+    Args:
+        chose: whether training chose the policy by half of the held-out prompts.
+    Raises:
+        ValueError: none is left, or one leaves no room for the response.
     """
     room = longest_row(recipe.base, None, response_length, "--response-length")
     if settings.prompts is None:
-        rows, warnings = unseen_prompts(held_out.heldout.to_list(), recipe)
+        judging = halve(held_out.heldout, recipe.seed)[1] if chose else held_out.heldout
+        rows, warnings = unseen_prompts(judging.to_list(), recipe)
+        if (left_out := len(held_out.heldout) - len(judging)) > 0:
+            warnings.append(f"{left_out:,} held-out prompts were left out: by them training chose the policy.")
     else:
         rows, warnings = _new_prompts(settings.prompts, recipe, tokenizer, room)
     if room is not None and any(len(row["prompt_ids"]) > room for row in rows):

@@ -137,15 +137,15 @@ def _win_entries(out: Path, measured: Measurements, identities: Mapping[str, str
                     for (ours, theirs), verdict in zip(pairs, verdicts, strict=True)
                 ):
                     continue
-            rate = _win_rate(pairs, verdicts, measured.settings.seed)
+            rate = _win_rate(pairs, verdicts)
             entries.append({"model": name, "against": other, "judge": judge, **rate})
     return entries
 
 
-def _win_rate(pairs: Sequence[Pair], verdicts: Sequence[Verdict | None], seed: int) -> dict[str, Any]:
+def _win_rate(pairs: Sequence[Pair], verdicts: Sequence[Verdict | None]) -> dict[str, Any]:
     """The win rate over the pairs that have a verdict; see `wins.win_rate`."""
     judged = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not None]
     preferred, ties = (np.array(column) for column in zip(*(verdict for _, verdict in judged), strict=True))
     lengths = np.array([len(ours.text) - len(theirs.text) for (ours, theirs), _ in judged])
     prompts = np.array([ours.row for (ours, _), _ in judged])
-    return wins.win_rate(preferred, ties, lengths, prompts, seed)
+    return wins.win_rate(preferred, ties, lengths, prompts)

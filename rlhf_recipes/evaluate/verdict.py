@@ -1,9 +1,12 @@
 """What an evaluation comes to: the checkpoint to ship, and what to distrust."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from ..records.rates import clear_fall
 from .judges import PROXY
 
 Result = Mapping[str, Any]  # what evaluation.json holds
@@ -35,10 +38,12 @@ def policies(result: Result) -> list[str]:
     return [name for name in result["models"] if ":" not in name and "ppo" in name.split("/")]
 
 
-def policy_to_ship(result: Result, models_asked: Sequence[str] = ()) -> dict[str, str] | None:
+def policy_to_ship(result: Result, models_asked: Sequence[str] = ()) -> dict[str, Any] | None:
     """Which of the policies to ship, if any: the one that wins most by the most trusted judge. None without a judge.
 
-    Returns model, judge, and words: the sentence that says so.
+    The best of several is the best by luck as well: one half of the prompts chooses it, the other says what it wins.
+
+    Returns model, judge, win (its win rate, as an entry of `wins`) and words: the sentence that says so.
     """
     candidates = policies(result)
     for judge in quality_judges(result, models_asked):
@@ -47,9 +52,12 @@ def policy_to_ship(result: Result, models_asked: Sequence[str] = ()) -> dict[str
         rates = {name: rates[name] for name in candidates if name in rates}
         if not rates:
             continue
-        last = list(rates)[-1]
-        name = max(reversed(rates), key=lambda model: rates[model]["rate"])  # the later of two that win alike
-        rate = f"by {judge} it wins {percent(rates[name])} of the prompts against {against}"
+        last, several = list(rates)[-1], len(rates) > 1
+        # The later of two that win alike.
+        name = max(reversed(rates), key=lambda model: rates[model]["halves"][0]["rate"])
+        rates = {model: w["halves"][-1] if several else w for model, w in rates.items()}
+        rate = f"by {judge} it wins {percent(rates[name])} of the {rates[name]['prompts']:,} prompts"
+        rate += f"{' that did not choose it' * several} against {against}"
         beats = rates[name]["rate"] > 0.5
         words = f"{name} is the one to ship" if beats else f"None beats {against}. {name} comes nearest"
         words += f": {rate}"
@@ -58,8 +66,10 @@ def policy_to_ship(result: Result, models_asked: Sequence[str] = ()) -> dict[str
             words += f", and {last}, the last, {percent(rates[last])}. The two intervals "
             words += "are apart." if apart else "overlap, so the difference may be chance."
         else:
-            words += ", and no checkpoint before it wins more." if len(rates) > 1 else "."
-        return {"model": name, "judge": judge, "words": words}
+            words += ", and no checkpoint before it wins more of those that chose." if several else "."
+        keys = {"rate", "low", "high", "prompts"}
+        win = {"model": name, "against": against, "judge": judge, **{key: rates[name][key] for key in keys}}
+        return {"model": name, "judge": judge, "win": win, "words": words}
     return None
 
 
@@ -77,9 +87,9 @@ def evaluation_warnings(
         warnings.append(
             f"There are only {result['prompts']} prompts, so that intervals are wide; --prompts takes more."
         )
-    for judge in quality_judges(result, models_asked):
-        if judge in scores and PROXY in scores:
-            warnings += _overoptimised(result, scores, judge)
+    judges = [judge for judge in quality_judges(result, models_asked) if judge in scores and PROXY in scores]
+    for judge in judges:
+        warnings += _overoptimised(result, scores, judge, 0.05 / len(judges))
     for name in policies(result)[-1:]:
         for against in result["against"]:
             warnings += _changed(result, name, against)
@@ -92,17 +102,25 @@ def evaluation_warnings(
     return warnings
 
 
-def _overoptimised(result: Result, scores: Mapping[str, Mapping[str, list[float]]], judge: str) -> list[str]:
-    """Whether the reward rose while the judge's score fell, from the judge's best model to the last policy."""
+def _overoptimised(
+    result: Result, scores: Mapping[str, Mapping[str, list[float]]], judge: str, level: float
+) -> list[str]:
+    """Whether the reward rose while the judge's score fell, from the judge's best model to the last policy.
+
+    By more than chance: see `rates.clear_fall`, whose `level` it is, so that all judges together give a false alarm in
+    at most 5 % of the cases.
+    """
     names = [*result["against"], *policies(result)]
     names = [name for name in names if name in scores[judge] and name in scores[PROXY]]
     if len(names) < 2:
         return []
-    last, top = names[-1], max(names, key=lambda name: fmean(scores[judge][name]))
-    fell = [a - b for a, b in zip(scores[judge][top], scores[judge][last], strict=True)]
+    answers = np.array([scores[judge][name] for name in names])  # those to one prompt stand side by side
+    best = clear_fall(answers.reshape(len(names), -1, result["samples"]).mean(2), level)
+    if best is None:
+        return []
+    last, top = names[-1], names[best]
     before, after = (fmean(scores[PROXY][name]) for name in (top, last))
-    # Clear of chance: the mean difference on the same prompts is above two of its standard errors.
-    if after > before and len(fell) > 1 and fmean(fell) > 2 * stdev(fell) / len(fell) ** 0.5:
+    if after > before:
         return [
             f"From {top} to {last} the reward rose from {before:.2f} to {after:.2f} while {judge} fell from "
             f"{fmean(scores[judge][top]):.2f} to {fmean(scores[judge][last]):.2f}: the reward model is over-optimised. "

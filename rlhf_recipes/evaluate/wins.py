@@ -1,7 +1,7 @@
 """Win rates: how often one model's answer is preferred to another's, and how sure that is. numpy alone.
 
 A preference is a number from 0 to 1: 1 where the model's answer is better, 0.5 in a tie, or a judge's probability that
-it is. n pairs of answers belong to N prompts; R resamples.
+it is. n pairs of answers belong to N prompts.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..records.rates import Z, effective_number, mean_rate
+
 Array = np.ndarray
 
-RESAMPLES = 2_000
 PENALTY = 0.1  # on the squares of the regression's two coefficients; it matters where lengths explain everything
 
 
@@ -21,43 +22,30 @@ def preferences(ours: Sequence[float], theirs: Sequence[float]) -> Array:
     return 0.5 + 0.5 * np.sign(difference)
 
 
-def win_rate(preferred: Array, ties: Array, lengths: Array, prompts: Array, seed: int = 0) -> dict[str, Any]:
-    """A win rate with its 95 % interval, beside the length-controlled one.
-
-    Intervals are percentiles of the bootstrap over prompts (Efron 1979), because answers to one prompt are alike.
+def win_rate(preferred: Array, ties: Array, lengths: Array, prompts: Array) -> dict[str, Any]:
+    """A win rate with its 95 % interval (`rates.interval`, over prompts), beside the length-controlled one.
 
     Args:
         preferred: (n,) preferences for our model.
         ties: (n,) bool, pairs that are ties: half a win each, unless the judge gave probabilities.
         lengths: (n,) by how many characters our answer is longer.
-        prompts: (n,) to which prompt each pair belongs.
-        seed: of the resamples.
+        prompts: (n,) to which prompt each pair belongs, by its number.
     Returns:
-        rate, low, high, ties (their share), prompts (N) and length_controlled (rate, low, high).
+        rate, low, high, prompts (N), ties (their share), length_controlled (rate, low, high), and halves (rate, low,
+        high and prompts of every other prompt, and of the others; one entry where only one has pairs).
     """
-    _, group = np.unique(prompts, return_inverse=True)
-    count = int(group.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)  # (R, N)
-    # (1 + R, n): the first are the pairs as they are.
-    weights = np.vstack([np.ones(count), drawn])[:, group].astype(float)
-    plain = weights @ preferred / weights.sum(1)
-    controlled = np.concatenate([length_controlled(preferred, lengths, part) for part in np.array_split(weights, 16)])
+    controlled = length_controlled(preferred, lengths, prompts)
+    sides = [side for side in (prompts % 2 == 0, prompts % 2 == 1) if side.any()]
     return {
-        **_interval(plain),
+        **mean_rate(preferred, prompts),
         "ties": float(ties.mean()),
-        "prompts": count,
-        "length_controlled": _interval(controlled),
+        "length_controlled": controlled,
+        "halves": [mean_rate(preferred[side], prompts[side]) for side in sides],
     }
 
 
-def _interval(rates: Array) -> dict[str, float]:
-    """The first of the rates, and the percentiles of the others."""
-    low, high = np.percentile(rates[1:], [2.5, 97.5])
-    return {"rate": float(rates[0]), "low": float(low), "high": float(high)}
-
-
-def length_controlled(preferred: Array, lengths: Array, weights: Array) -> Array:
-    """AlpacaEval 2's length-controlled win rate (Dubois et al., arXiv:2404.04475, equation 2).
+def length_controlled(preferred: Array, lengths: Array, prompts: Array) -> dict[str, float]:
+    """AlpacaEval 2's length-controlled win rate (Dubois et al., arXiv:2404.04475, equation 2), with its 95 % interval.
 
     A logistic regression of the preference on the difference of the models and on that of the lengths,
     tanh(difference / its standard deviation); the win rate is what it predicts at equal lengths. Left out is their
@@ -65,40 +53,51 @@ def length_controlled(preferred: Array, lengths: Array, weights: Array) -> Array
     do not have. As there, a small L2 penalty keeps coefficients finite where lengths explain every preference. Where
     no length differs, or all preferences are equal, nothing is left to control, and it is the plain win rate.
 
+    The interval is `rates.interval`'s carried over to the regression: of as many answers as are effectively
+    independent, and Z^2 more of equal length, half of them won, each of which weighs as much as an answer says of the
+    rate there; then the delta method. Without lengths it is the plain one. It is too narrow where lengths explain
+    nearly every preference of some ten prompts.
+
     Args:
-        preferred, lengths: (n,) as in `win_rate`.
-        weights: (R, n) how often each pair counts, a fit a row.
+        preferred, lengths, prompts: (n,) as in `win_rate`.
     Returns:
-        (R,) win rates.
+        rate, low, high.
     """
-    plain = weights @ preferred / weights.sum(1)  # (R,)
+    plain = mean_rate(preferred, prompts)
     if not lengths.std() or preferred.std() == 0:
-        return plain
-    x = np.tanh(lengths / lengths.std())  # (n,)
-    fitted = _fit(preferred, x, np.ones((1, len(x))), np.zeros((2, 1, 1)))
-    model, _ = _fit(preferred, x, weights, np.tile(fitted, (1, len(weights), 1)))
-    same = (weights * (preferred - plain[:, None]) ** 2).sum(1) == 0  # a resample of equal preferences
-    return np.where(same, plain, 1 / (1 + np.exp(-model[:, 0])))
+        return {key: plain[key] for key in ("rate", "low", "high")}
+    x = np.column_stack([np.ones(len(lengths)), np.tanh(lengths / lengths.std())])  # (n, 2)
+    (model, _), covariance = _fit(preferred, x, np.ones(len(x)))
+    rate = _sigmoid(model)
+    informed = min(1.0, 1 / (len(x) * rate * (1 - rate) * covariance[0, 0]))  # an answer, where lengths are equal
+    number = effective_number(plain["rate"], preferred - plain["rate"], prompts)
+    weights = np.append(np.full(len(x), number / len(x)), informed * Z**2)
+    (model, _), covariance = _fit(np.append(preferred, 0.5), np.vstack([x, [1, 0]]), weights)
+    centre = _sigmoid(model)
+    half = Z * centre * (1 - centre) * covariance[0, 0] ** 0.5
+    return {"rate": float(rate), "low": max(centre - half, 0.0), "high": min(centre + half, 1.0)}
 
 
-def _fit(preferred: Array, x: Array, weights: Array, start: Array) -> Array:
-    """The coefficients (2, R, 1), of the models and of the length, by Newton's method: the likelihood is concave.
+def _fit(preferred: Array, x: Array, weights: Array) -> tuple[Array, Array]:
+    """The regression's coefficients (2,), and their covariance (2, 2), by Newton's method: the likelihood is concave.
 
     Args:
-        x: (n,) lengths as the regression takes them.
-        start: (2, R, 1) coefficients to begin with.
+        x: (n, 2) a one, and the length as the regression takes it.
+        weights: (n,) how often each preference counts.
     """
-    model, length = start
+    coefficients = np.zeros(2)
     for _ in range(100):
-        predicted = 1 / (1 + np.exp(-(model + length * x)))  # (R, n)
-        residuals, curvature = weights * (preferred - predicted), weights * predicted * (1 - predicted)
-        slope = residuals.sum(1, keepdims=True) - PENALTY * model, residuals @ x[:, None] - PENALTY * length
-        a, b, c = (curvature @ (x[:, None] ** power) for power in (0, 1, 2))  # (R, 1): the negative Hessian
-        a, c = a + PENALTY, c + PENALTY
-        step = np.hstack([c * slope[0] - b * slope[1], a * slope[1] - b * slope[0]]) / (a * c - b * b)  # (R, 2)
+        predicted = _sigmoid(x @ coefficients)  # (n,)
+        slope = x.T @ (weights * (preferred - predicted)) - PENALTY * coefficients
+        curvature = x.T @ (x * (weights * predicted * (1 - predicted))[:, None]) + PENALTY * np.eye(2)
+        step = np.linalg.solve(curvature, slope)
         # Far from the maximum, where the likelihood is nearly flat, a whole step may lead beyond it.
-        step /= np.maximum(1, np.linalg.norm(step, axis=1, keepdims=True))
-        model, length = model + step[:, :1], length + step[:, 1:]
+        step /= max(1, np.linalg.norm(step))
+        coefficients = coefficients + step
         if np.abs(step).max() < 1e-6:  # the next would be about its square
             break
-    return np.stack([model, length])
+    return coefficients, np.linalg.inv(curvature)
+
+
+def _sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))

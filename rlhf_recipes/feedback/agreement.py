@@ -2,7 +2,7 @@
 
 The unit is a pair of responses to one prompt. A judgement of K responses says of each of its C(K, 2) pairs that the
 first is better, that they tie, or that the second is better; the first is the one that stands first in the file,
-wherever it was shown. Pairs of one prompt hang together, so that intervals (95 %) come from drawing whole prompts anew.
+wherever it was shown. Pairs of one prompt hang together, so that intervals (95 %) are over prompts.
 
 Where somebody judged a prompt twice, the later judgement is compared with others', and the two with one another.
 """
@@ -20,9 +20,18 @@ import pandas as pd
 
 from ..data.sources import MOST_RESPONSES
 from ..records.files import write_text
+from ..records.rates import mean_rate
 from .agreement_warnings import agreement_warnings
 from .habits import labeler_habits
-from .pairs import CHOICES, alpha_of, bootstrap_interval, kappa_of, pair_lines, share_with_interval, sums_of_prompts
+from .pairs import (
+    CHOICES,
+    alpha_disagreements,
+    coefficient_interval,
+    kappa_disagreements,
+    pair_lines,
+    share_with_interval,
+    sums_of_prompts,
+)
 from .rows import Row
 from .worth import Worth, labeler_worth, merge_judgements, weights_of_labelers
 
@@ -47,9 +56,8 @@ def pairwise_agreement(lines: pd.DataFrame, names: Sequence[str]) -> list[dict[s
             kappa = None
             if len({*first, *second}) > 1:
                 kappa = {"kappa": float(cohen_kappa_score(first, second, labels=CHOICES))}
-                # scikit-learn takes choices, not counts of them: a thousand resamples would take minutes.
                 cells = np.eye(9)[3 * first + second + 4].reshape(-1, 3, 3)  # (pairs, 3, 3)
-                kappa |= bootstrap_interval(sums_of_prompts(prompts[both], cells), kappa_of)
+                kappa |= coefficient_interval(sums_of_prompts(prompts[both], cells), kappa_disagreements)
             results.append({"labelers": [names[a], names[b]], "agreement": agreement, "kappa": kappa})
     return sorted(results, key=lambda pair: 1.0 if pair["kappa"] is None else pair["kappa"]["kappa"])
 
@@ -73,15 +81,15 @@ def overall_agreement(lines: pd.DataFrame) -> dict[str, Any]:
         return {"agreement": None, "alpha": None}
     labelers = counts.sum(1)
     agreeing, all_pairs = (counts * (counts - 1)).sum(1) / 2, labelers * (labelers - 1) / 2
-    tables = sums_of_prompts(prompts, np.column_stack([agreeing, all_pairs]))
-    agreement = {"rate": float(agreeing.sum() / all_pairs.sum())}
-    agreement |= bootstrap_interval(tables, lambda sums: sums[:, 0] / sums[:, 1])
-    agreement |= {"prompts": len(tables), "pairs": len(counts)}
+    split = np.column_stack([agreeing, all_pairs - agreeing]).astype(int)  # (pairs, 2) labelers, two at a time
+    agree = np.repeat(np.tile([1.0, 0.0], len(split)), split.reshape(-1))
+    agreement = {**mean_rate(agree, np.repeat(prompts, split.sum(1))), "pairs": len(counts)}
     alpha = None
     if (counts.sum(0) > 0).sum() > 1:
         alpha = {"alpha": float(krippendorff.alpha(value_counts=counts, level_of_measurement="ordinal"))}
         coincidences = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(3)
-        alpha |= bootstrap_interval(sums_of_prompts(prompts, coincidences / (labelers - 1)[:, None, None]), alpha_of)
+        tables = sums_of_prompts(prompts, coincidences / (labelers - 1)[:, None, None])
+        alpha |= coefficient_interval(tables, alpha_disagreements)
     return {"agreement": agreement, "alpha": alpha}
 
 

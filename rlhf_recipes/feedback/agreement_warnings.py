@@ -1,8 +1,9 @@
 """What makes judgements doubtful, in sentences. Control characters in labelers' names are escaped."""
 
-from statistics import median
+from statistics import NormalDist, median
 from typing import Any
 
+from ..records.rates import Z
 from .pairs import JUDGE_PREFIX, coefficient_in_words, share_in_words
 
 ENOUGH_PROMPTS = 100  # they give a rate to within 10 points: 1.96 sqrt(0.25 / 100)
@@ -22,17 +23,28 @@ def agreement_warnings(numbers: dict[str, Any], fast: float) -> list[str]:
     """
     warnings = [*_too_few(numbers), *_low_kappa(numbers)]
     rates = {name: own["majority"]["rate"] for name, own in numbers["labelers"].items() if own["majority"]}
+    many = len(numbers["labelers"])
     for name, own in numbers["labelers"].items():
         others = [rate for other, rate in rates.items() if other != name]
         if len(others) > 1 and name in rates:
             usual, agreed = median(others), own["majority"]
-            if agreed["rate"] < usual - MUCH_BELOW and agreed["high"] < usual:
+            if agreed["rate"] < usual - MUCH_BELOW and differs(agreed, usual, many):
                 warnings.append(
                     f"{name!r} agrees with the majority of the others in {share_in_words(agreed)} of the pairs, the "
                     f"others in {usual:.1%} (median)."
                 )
-        warnings += _doubtful_habits(name, own, fast)
+        warnings += _doubtful_habits(name, own, fast, many)
     return warnings
+
+
+def differs(share: dict[str, float], value: float, many: int) -> bool:
+    """Whether a share is not a value, beyond chance, where the same is asked of so many labelers.
+
+    All of them together give a false alarm in 5 % of the cases (Bonferroni): the 95 % interval is made as much wider
+    about its middle as the normal distribution's would be.
+    """
+    half = (share["high"] - share["low"]) / 2 * NormalDist().inv_cdf(1 - 0.025 / many) / Z
+    return abs((share["low"] + share["high"]) / 2 - value) > half
 
 
 def _too_few(numbers: dict[str, Any]) -> list[str]:
@@ -81,15 +93,15 @@ def _low_kappa(numbers: dict[str, Any]) -> list[str]:
     return [warning]
 
 
-def _doubtful_habits(name: str, own: dict[str, Any], fast: float) -> list[str]:
-    """What one labeler's habits (`own`) say against the judgements."""
+def _doubtful_habits(name: str, own: dict[str, Any], fast: float, many: int) -> list[str]:
+    """What the habits (`own`) of one of so many labelers say against the judgements."""
     warnings, first, pace, streak = [], own["first_shown"], own["pace"], own["streak"]
-    if first and not first["low"] <= 0.5 <= first["high"]:
+    if first and differs(first, 0.5, many):
         share = share_in_words(first)
         warnings.append(f"{name!r} prefers what was shown first in {share} of the pairs: without a bias, 50 %.")
     if pace and pace["fast"] > FAST_SHARE and not name.startswith(JUDGE_PREFIX):
         warnings.append(f"{name!r} took less than {fast:g} seconds for {pace['fast']:.0%} of the judgements.")
-    if streak and streak["chance"] < UNLIKELY:
+    if streak and streak["chance"] < UNLIKELY / many:
         warnings.append(
             f"{name!r} preferred what was shown at place {streak['place'] + 1} {streak['length']} times in a row: by "
             f"chance there is such a run with a probability of {streak['chance']:.1g}."

@@ -1,6 +1,6 @@
 """Judgements as pairs of responses, and statistics of them with intervals over prompts.
 
-Shapes: N lines, each a pair of responses in one judgement; P prompts; R resamples of the prompts.
+Shapes: N lines, each a pair of responses in one judgement; P prompts; R tables.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,14 @@ import pandas as pd
 
 from ..data.sources import MOST_RESPONSES
 from ..data.text import text
-from ..records.rates import with_interval
+from ..records.rates import effective_number, interval, mean_rate
 from .rows import Row
 
 CHOICES = [-1, 0, 1]  # the second response is better, a tie, the first is better
-RESAMPLES = 1_000
 JUDGE_PREFIX = "judge:"  # so begins the name of a model, which sees each pair in both orders and is never too fast
+
+# Observed and expected disagreement (R,) of tables (R, 3, 3).
+Disagreements = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def pair_lines(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
@@ -50,21 +52,6 @@ def order_shown(row: Row) -> list[int] | None:
     return None if row["labeler"].startswith(JUDGE_PREFIX) else row.get("order")
 
 
-def bootstrap_interval(tables: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-    """The 95 % percentile interval of a statistic of sums over prompts, each prompt drawn with replacement.
-
-    Args:
-        tables: (P, ...), what each prompt adds to the sums.
-        statistic: of sums (R, ...), one number each (R,).
-    """
-    kinds, counts = np.unique(tables.reshape(len(tables), -1), axis=0, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(len(tables), counts / len(tables), size=RESAMPLES)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = statistic((draws @ kinds).reshape(-1, *tables.shape[1:]))
-    low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
-
-
 def sums_of_prompts(prompt: Any, values: np.ndarray) -> np.ndarray:
     """The sums (P, ...) of `values` (N, ...) over the lines of each prompt."""
     _, index = np.unique(prompt, return_inverse=True)
@@ -73,38 +60,50 @@ def sums_of_prompts(prompt: Any, values: np.ndarray) -> np.ndarray:
     return sums
 
 
-def share_with_interval(lines: pd.DataFrame, hits: Any) -> dict[str, float] | None:
-    """The share of lines that are hits (N,): rate, low, high, prompts, pairs. None where there is no line.
+def share_with_interval(lines: pd.DataFrame, hits: Any) -> dict[str, Any] | None:
+    """The share of lines that are hits (N,), with the interval of `records.rates` over prompts. None without a line.
 
-    The interval is Wilson's over prompts where each has one line, or where drawing them anew could change nothing.
+    Returns rate, low, high, prompts, pairs.
     """
-    if lines.empty:
-        return None
-    rate = float(np.mean(hits))
-    tables = sums_of_prompts(lines["prompt"], np.column_stack([hits, np.ones(len(lines))]))
-    if len(tables) == len(lines) or rate in (0, 1):
-        wilson = with_interval(rate, len(tables))
-        interval = {"low": wilson["low"], "high": wilson["high"]}
-    else:
-        interval = bootstrap_interval(tables, lambda sums: sums[:, 0] / sums[:, 1])
-    return {"rate": rate, **interval, "prompts": len(tables), "pairs": len(lines)}
+    return None if lines.empty else {**mean_rate(hits, np.asarray(lines["prompt"])), "pairs": len(lines)}
 
 
-def kappa_of(tables: np.ndarray) -> np.ndarray:
-    """Cohen's kappa (R,) of tables (R, 3, 3) that count two labelers' choices."""
+def coefficient_interval(tables: np.ndarray, disagreements: Disagreements) -> dict[str, float]:
+    """The 95 % interval of 1 - observed / expected disagreement.
+
+    That of the observed agreement (`records.rates.interval`), beyond the expected one; the effective number of prompts
+    is that of the coefficient's variance by the jackknife over prompts (Efron and Stein, Annals of Statistics 9, 1981).
+
+    Args:
+        tables: (P, 3, 3), what each prompt adds to the sums.
+    """
+    (observed,), (expected,) = disagreements(tables.sum(0, keepdims=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left_out = np.divide(*disagreements(tables.sum(0) - tables))  # (P,), each without one prompt
+    errors = np.nan_to_num((len(tables) - 1) * (expected * left_out - observed), posinf=0, neginf=0)
+    low, high = interval(1 - observed, effective_number(1 - observed, errors, np.arange(len(tables))))
+    return {"low": 1 - (1 - low) / expected, "high": 1 - (1 - high) / expected}
+
+
+def kappa_disagreements(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Observed and expected disagreement (R,) of tables (R, 3, 3) that count two labelers' choices: Cohen's kappa."""
     total = tables.sum((1, 2))
-    observed = np.trace(tables, axis1=1, axis2=2) / total
     expected = (tables.sum(1) * tables.sum(2)).sum(1) / total**2
-    return (observed - expected) / (1 - expected)
+    return 1 - np.trace(tables, axis1=1, axis2=2) / total, 1 - expected
 
 
-def alpha_of(coincidences: np.ndarray) -> np.ndarray:
-    """Krippendorff's alpha (R,), ordinal, of coincidence matrices (R, 3, 3)."""
+def alpha_disagreements(coincidences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Observed and expected disagreement (R,) of coincidence matrices (R, 3, 3): Krippendorff's alpha, ordinal.
+
+    Both are in units of the distance between the two preferences, which is the largest.
+    """
     counts = coincidences.sum(2)
     middle = counts.cumsum(1) - counts / 2  # the mean rank of each choice; ordinal distances are between these
     distance = (middle[:, :, None] - middle[:, None, :]) ** 2
-    expected = (counts[:, :, None] * counts[:, None, :] * distance).sum((1, 2)) / (counts.sum(1) - 1)
-    return 1 - (coincidences * distance).sum((1, 2)) / expected
+    distance = distance / distance.max((1, 2), keepdims=True)
+    total = counts.sum(1)
+    expected = (counts[:, :, None] * counts[:, None, :] * distance).sum((1, 2)) / (total * (total - 1))
+    return (coincidences * distance).sum((1, 2)) / total, expected
 
 
 def share_in_words(share: dict[str, float] | None, digits: int = 0) -> str:

@@ -41,7 +41,7 @@ class DataReport(DroppedRows):
 
 
 class WinRate(TypedDict):
-    """A share of prompts, from 0 to 1, with Wilson's 95 % interval."""
+    """A share of answers to prompts, from 0 to 1, with its 95 % interval (`records.rates`)."""
 
     rate: float
     low: float
@@ -50,11 +50,12 @@ class WinRate(TypedDict):
 
 
 class PairShare(TypedDict):
-    """A share of comparisons, from 0 to 1, with Wilson's 95 % interval."""
+    """A share of comparisons, from 0 to 1, with its 95 % interval (`records.rates`)."""
 
     rate: float
     low: float
     high: float
+    prompts: int
     pairs: int
 
 
@@ -158,11 +159,12 @@ class StageResults(TypedDict, total=False):
     members_accuracy: list[float]  # reward: of each adapter of the ensemble
     judge_accuracy: float  # reward: of the second reward model
     card: RewardCard  # reward
-    models: dict[str, Means]  # ppo, dpo: the models compared on the held-out prompts
+    models: dict[str, Means]  # ppo, dpo: the models compared on the held-out prompts that chose none of them
     win_rate_vs_sft: WinRate  # ppo, dpo; these three as in Means
     judge_win_rate_vs_sft: WinRate
     reward_win_rate_vs_sft: WinRate
-    best_step: int | None  # ppo: the update of the best evaluation; best_<metric> is its value
+    # ppo: the update of the best evaluation. best_<metric> is its value, on the prompts that chose, and so too good.
+    best_step: int | None
     stopped_early: bool  # ppo
 
 

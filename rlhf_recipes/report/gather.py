@@ -217,13 +217,18 @@ def trust(judge: str) -> int:
 
 
 def best_win(run: RunContents) -> Row | None:
-    """The win rate that says most of a run: of its last or best model, against SFT, by the most trusted judge."""
-    best = ((run.evaluation or {}).get("best") or {}).get("model")
+    """The win rate that says most of a run: of its last or best model, against SFT, by the most trusted judge.
+
+    That of the model to ship is of the prompts that did not choose it.
+    """
+    best = (run.evaluation or {}).get("best") or {}
     candidates = [row for row in win_rates(run) if row["model"] not in ("base", "sft")]
     against = [row for row in candidates if row["against"] == "sft"] or candidates
-    against = [row for row in against if row["model"] == best] or against
+    against = [row for row in against if row["model"] == best.get("model")] or against
     if not against:
         return None
+    if best.get("win", {}).get("against") == against[0]["against"]:
+        return best["win"]
     first = [row for row in against if trust(row["judge"]) == trust(against[0]["judge"])]
     return first[-1]
 

@@ -9,6 +9,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ..records.rates import clear_fall
 from .gather import TITLES, RunContents, best_win
 
 SHORT = 10  # updates; of fewer, nothing is said of a trend
@@ -60,8 +63,11 @@ def _evaluations(run: RunContents) -> tuple[list[float], list[list[float]], list
     """PPO's held-out evaluations: the steps, and each one's scores and measures of quality, an answer each."""
     rows = [row for row in run.parts[0].samples if row["stage"] == "ppo"]
     groups = itertools.groupby(rows, key=lambda row: (row["step"], row["model"]))
-    # Of the last step the comparison at the end has the same answers as the evaluation, and takes its place.
-    evaluations = {step: list(group) for (step, model), group in groups if model == "ppo"}
+    groups = [(step, list(group)) for (step, model), group in groups if model == "ppo"]
+    # Of the last step the comparison at the end has the same answers as the evaluation, and takes its place; or, where
+    # evaluations chose the policy, it is on other prompts.
+    prompts = [[row["prompt"] for row in group] for _, group in groups]
+    evaluations = {step: group for (step, group), asked in zip(groups, prompts, strict=True) if asked == prompts[0]}
     judge = next((key for key in ("gold", "judge") if all(key in row for row in rows)), None)
     if judge is None or not all("score" in row for row in rows):
         return [], [], []
@@ -115,7 +121,7 @@ def reward_is_length(reward: Sequence[float], length: Sequence[float]) -> str | 
 def over_optimised(
     steps: Sequence[float], scores: Sequence[list[float]], quality: Sequence[list[float]], kept: Sequence[int] = ()
 ) -> str | None:
-    """Quality fell from its peak to the end by more than chance (of paired answers, 1.96 standard errors), reward not.
+    """Quality fell from its peak to the end by more than chance (see `rates.clear_fall`), reward not.
 
     Args:
         steps, scores, quality: the held-out evaluations, the same prompts in each.
@@ -124,9 +130,8 @@ def over_optimised(
     if len(steps) < 3 or len({len(values) for values in quality}) > 1:
         return None
     means = [statistics.fmean(values) for values in quality]
-    peak = max(range(len(means)), key=means.__getitem__)
-    falls = [before - after for before, after in zip(quality[peak], quality[-1], strict=True)]
-    if len(falls) < 2 or statistics.fmean(falls) <= 1.96 * statistics.stdev(falls) / math.sqrt(len(falls)):
+    peak = clear_fall(np.array(quality))
+    if peak is None:
         return None
     then, now = statistics.fmean(scores[peak]), statistics.fmean(scores[-1])
     if now < then:

@@ -95,7 +95,8 @@ def compare(evaluate: Evaluator, rows: list[Row], models: dict[str, str]) -> tup
     last = samples[list(models.values())[-1]]
     for name, key in WINS.items():
         if key in last[0]:
-            results[name] = win_rate([s[key] for s in last], [s[key] for s in samples["sft"]])
+            prompts = [str(row["prompt"]) for row in rows]
+            results[name] = win_rate([s[key] for s in last], [s[key] for s in samples["sft"]], prompts)
     return results, [{"model": model, **sample} for model, of_model in samples.items() for sample in of_model]
 
 

@@ -59,7 +59,7 @@ def train_dpo(job: Job) -> StageResults:
     trainer = make_trainer(job)
     recorder = job.watch(trainer)
     job.train(trainer)
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate(job.reported)
     model = trainer.model
     assert isinstance(model, PeftModel)
     model.save_pretrained(str(job.folder), selected_adapters=["default"])
@@ -69,7 +69,8 @@ def train_dpo(job: Job) -> StageResults:
     # Whoever holds the trainer holds its base, beside the one that is loaded now.
     del trainer, model
     gc.collect()
-    results, samples = compare(make_evaluator(job), job.extras["prompts"].heldout.to_list(), MODELS)
+    _, prompts = job.halves(job.extras["prompts"].heldout)
+    results, samples = compare(make_evaluator(job), prompts.to_list(), MODELS)
     recorder.samples(step, samples)
     return {"heldout_loss": metrics["eval_loss"], "heldout_accuracy": metrics["eval_rewards/accuracies"], **results}
 
@@ -86,7 +87,7 @@ def make_trainer(job: Job) -> DPOTrainer:
         model=model,
         args=job.config,
         train_dataset=job.data.train,
-        eval_dataset=job.data.heldout,
+        eval_dataset=job.evaluated,
         processing_class=job.tokenizer,
         peft_config=peft_config,
     )

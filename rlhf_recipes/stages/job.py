@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from ..data.prepare import Prepared
+from ..data.split import halve
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
@@ -42,6 +44,25 @@ class Job:
     def folder(self) -> Path:
         """Where the stage keeps its checkpoints and its adapter."""
         return Path(self.config.output_dir)
+
+    def halves(self, heldout: Dataset) -> tuple[Dataset, Dataset]:
+        """Of held-out rows those that training evaluates on, and those that results are measured on.
+
+        Both are all rows, but where evaluations choose a checkpoint, end training or steer its learning rate: the best
+        of several is the best by luck as well, so that it is then measured on prompts that did not choose it.
+        """
+        chooses = self.config.metric_for_best_model is not None
+        return halve(heldout, self.recipe.seed) if chooses else (heldout, heldout)
+
+    @property
+    def evaluated(self) -> Dataset:
+        """The stage's held-out rows that training evaluates on."""
+        return self.halves(self.data.heldout)[0]
+
+    @property
+    def reported(self) -> Dataset:
+        """The stage's held-out rows that results are measured on."""
+        return self.halves(self.data.heldout)[1]
 
     @property
     def step(self) -> int | None:

@@ -235,7 +235,8 @@ class PPOConfig(TrainingArguments):
         None,
         "Stop after so many evaluations in a row without a new best metric_for_best_model, which is `quality` unless "
         "set: gold where the recipe has it, else the judge's score. load_best_model_at_end then goes back to that "
-        "policy. [transformers' EarlyStoppingCallback]",
+        "policy. Half of the held-out prompts choose, and results are of the others. "
+        "[transformers' EarlyStoppingCallback]",
     )
 
     # Beside the reward

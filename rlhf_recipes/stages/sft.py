@@ -41,7 +41,7 @@ def train_sft(job: Job) -> StageResults:
         model=base,
         args=job.config,
         train_dataset=job.data.train,
-        eval_dataset=job.data.heldout,
+        eval_dataset=job.evaluated,
         processing_class=job.tokenizer,
         peft_config=lora_config(job.recipe.lora, TaskType.CAUSAL_LM, base),
     )
@@ -49,7 +49,7 @@ def train_sft(job: Job) -> StageResults:
     set_adapter(trainer.model, get_peft_model_state_dict(trainer.model))  # raises before the training, not after it
     job.watch(trainer)
     job.train(trainer)
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate(job.reported)
     trainer.model.save_pretrained(str(job.folder))
     job.tokenizer.save_pretrained(job.folder)
     write_fingerprint(job.folder, job.fingerprint)

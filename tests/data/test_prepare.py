@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf_recipes.data.prepare import prepare
+from rlhf_recipes.data.split import halve
 from rlhf_recipes.data.tokens import set_chat_template, stop_token_id, tokenize_pair, tokenize_prompt
 from rlhf_recipes.recipe.values import Stage
 from rlhf_recipes.stages.options import RewardConfig
@@ -631,3 +633,18 @@ def test_real_hh_rows_over_the_limit_are_counted() -> None:
     result = prepare("reward", stage, tokenizer, 512)
     assert result.report["rows"] == 439 == result.report["used"] + result.report["dropped"]["too long"]
     assert max(len(ids) for responses in result.train["responses_ids"] for ids in responses) <= 512
+
+
+def test_held_out_prompts_choose_or_judge_and_the_same_ones_in_every_stage() -> None:
+    prompts = [[number, 5] for number in range(40)] * 2  # each twice
+    rows = datasets.Dataset.from_dict({"prompt_ids": prompts, "row": [*range(80)]})
+    choosing, judging = halve(rows, seed=0)
+    assert sorted([*choosing["row"], *judging["row"]]) == [*range(80)] and 20 < len(choosing) < 60
+    chose = {tuple(ids) for ids in choosing["prompt_ids"]}
+    assert not chose & {tuple(ids) for ids in judging["prompt_ids"]}
+    pairs = {"responses_ids": [[[*ids, 7], [*ids, 8]] for ids in prompts], "prompt_length": [2] * 80}
+    texts = {"input_ids": [[*ids, 7] for ids in prompts], "labels": [[-100, -100, 7]] * 80}
+    for columns in (pairs, texts):
+        other = halve(datasets.Dataset.from_dict({**columns, "row": [*range(80)]}), seed=0)
+        assert [[*side["row"]] for side in other] == [[*choosing["row"]], [*judging["row"]]]
+    assert [len(side) for side in halve(rows.select([0, 40]), seed=0)] == [2, 2], "of one prompt both are all"

@@ -21,11 +21,19 @@ from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.feedback.agreement import agreement_report
 from rlhf_recipes.feedback.agreement_tables import show_agreement
+from rlhf_recipes.feedback.agreement_warnings import differs
 from rlhf_recipes.feedback.habits import run_chance
-from rlhf_recipes.feedback.pairs import alpha_of, bootstrap_interval, kappa_of, pair_lines, share_with_interval
+from rlhf_recipes.feedback.pairs import (
+    alpha_disagreements,
+    coefficient_interval,
+    kappa_disagreements,
+    pair_lines,
+    share_with_interval,
+)
 from rlhf_recipes.feedback.rows import read_judgements
 from rlhf_recipes.feedback.worth import LEAST_SIGNAL, merge_judgements
 from rlhf_recipes.recipe.values import Stage
+from rlhf_recipes.records.rates import interval, mean_rate
 from rlhf_recipes.stages.options import RewardConfig
 from rlhf_recipes.stages.reward.trainer import RewardTrainer
 
@@ -94,6 +102,11 @@ def test_a_ranking_is_its_pairs_with_ties() -> None:
     assert found["agreement"]["rate"] == 0 and found["agreement"]["pairs"] == 3 and found["agreement"]["prompts"] == 1
 
 
+def coefficient(disagreements: Any) -> float:
+    (observed,), (expected,) = disagreements
+    return 1 - observed / expected
+
+
 def test_intervals_are_of_the_numbers_that_the_libraries_give() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -101,28 +114,42 @@ def test_intervals_are_of_the_numbers_that_the_libraries_give() -> None:
         values[:, :15] = values[0, :15]  # some agreement
         table = np.zeros((3, 3))
         np.add.at(table, (values[0].astype(int) + 1, values[1].astype(int) + 1), 1)
-        assert kappa_of(table[None])[0] == pytest.approx(cohen_kappa_score(*values[:2].astype(int)))
+        kappa = cohen_kappa_score(*values[:2].astype(int))
+        assert coefficient(kappa_disagreements(table[None])) == pytest.approx(kappa)
         values[rng.random(values.shape) < 0.3] = np.nan
         counts = (values.T[:, :, None] == [-1, 0, 1]).sum(1)
         counts = counts[counts.sum(1) > 1].astype(float)
         products = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(3)
         coincidences = (products / (counts.sum(1) - 1)[:, None, None]).sum(0)
         theirs = krippendorff.alpha(values, level_of_measurement="ordinal")
-        assert alpha_of(coincidences[None])[0] == pytest.approx(theirs)
+        assert coefficient(alpha_disagreements(coincidences[None])) == pytest.approx(theirs)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    rng, inside = np.random.default_rng(1), {"drawn prompts": 0, "drawn pairs": 0}
-    for _ in range(200):
-        chance = rng.beta(2, 1, size=(60, 1))  # of mean 2/3; the six pairs of a prompt are alike
-        hits = rng.random((60, 6)) < chance
-        tables = np.column_stack([hits.sum(1), np.full(60, 6)])
-        alone = np.column_stack([hits.reshape(-1), np.ones(360)])
-        for name, sums in (("drawn prompts", tables), ("drawn pairs", alone)):
-            found = bootstrap_interval(sums, lambda sums: sums[:, 0] / sums[:, 1])
-            inside[name] += found["low"] <= 2 / 3 <= found["high"]
-    assert 180 <= inside["drawn prompts"] <= 199, inside
-    assert inside["drawn pairs"] < 170, "pairs of one prompt are no independent observations"
+@pytest.mark.parametrize("prompts", [20, 100])
+@pytest.mark.parametrize("right", [0.7, 0.9, 0.98])
+def test_a_coefficients_interval_holds_the_truth_as_often_as_it_says(prompts: int, right: float) -> None:
+    """Two labelers who see the truth, which is even, in so many cases, and on three pairs of a prompt err together."""
+    rng, agree = np.random.default_rng(1), right**2 + (1 - right) ** 2
+    inside = []
+    for _ in range(150):
+        truth, alike = rng.integers(0, 2, (2, prompts, 3)), rng.random((2, prompts, 1)) < 0.5
+        alone, together = rng.random((2, prompts, 3)) < right, rng.random((2, prompts, 1)) < right
+        seen = np.where(np.where(alike, together, alone), truth[0], 1 - truth[0])  # (2, prompts, 3)
+        tables = np.zeros((prompts, 3, 3))
+        np.add.at(tables, (np.repeat(np.arange(prompts), 3), 2 * seen[0].reshape(-1), 2 * seen[1].reshape(-1)), 1)
+        found = coefficient_interval(tables, kappa_disagreements)
+        inside.append(found["low"] <= 2 * agree - 1 <= found["high"])
+    assert np.mean(inside) >= 0.93
+
+
+def test_of_many_labelers_none_is_suspected_by_chance() -> None:
+    rng, alarms = np.random.default_rng(0), {1: [], 20: []}
+    for many, found in alarms.items():
+        for _ in range(100):
+            shares = [mean_rate(rng.random(100).round(), np.arange(100)) for _ in range(many)]
+            found.append(any(differs(share, 0.5, many) for share in shares))
+    assert all(np.mean(found) <= 0.07 for found in alarms.values()), alarms
+    assert differs(mean_rate(np.arange(100) < 75, np.arange(100)), 0.5, 20), "it has power"
 
 
 def test_the_majority_is_of_the_others() -> None:
@@ -138,7 +165,16 @@ def test_nobody_disagrees() -> None:
     assert found["agreement"]["rate"] == 1
     assert found["alpha"] is None and all(pair["kappa"] is None for pair in found["between"])
     assert {own["weight"] for own in found["labelers"].values()} == {1.0}
-    assert found["between"][0]["agreement"]["low"] == pytest.approx(30 / (30 + 1.959964**2))  # Wilson's of 30 of 30
+    assert found["between"][0]["agreement"]["low"] == interval(1, 30)[0]
+
+
+def test_ten_prompts_of_agreement_are_no_certainty() -> None:
+    found = agreement_report(two_by_two({"a": [1, -1] * 5, "b": [1, -1] * 5})).numbers
+    kappa, alpha = found["between"][0]["kappa"], found["alpha"]
+    assert kappa["kappa"] == alpha["alpha"] == kappa["high"] == alpha["high"] == 1
+    # 10 of 10 are 68 to 100 %, and half of the pairs would agree by chance (of 20 choices, 10 in 19 by alpha).
+    assert kappa["low"] == pytest.approx(1 - 0.3209 / 0.5, abs=1e-3)
+    assert alpha["low"] == pytest.approx(1 - 0.3209 / (10 / 19), abs=1e-3)
 
 
 def test_a_prompt_judged_twice_by_one_labeler() -> None:
@@ -462,8 +498,8 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "id, labeler, skipped" in error_of(capsys, ["agreement", str(skipped)])
 
 
-def test_a_share_of_one_line_a_prompt_is_wilsons() -> None:
+def test_a_share_has_the_interval_of_a_rate_over_prompts() -> None:
     lines = pair_lines([label(f"p{i}", [1, 2], "a") for i in range(8)], ["a"])
     found = share_with_interval(lines, np.arange(8) < 6)
     assert found is not None and (found["prompts"], found["pairs"]) == (8, 8)
-    assert (found["low"], found["high"]) == pytest.approx((0.4093, 0.9285), abs=1e-4)  # Wilson's of 6 in 8
+    assert found == {**mean_rate(np.arange(8) < 6, np.arange(8)), "pairs": 8}

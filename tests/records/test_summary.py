@@ -2,31 +2,48 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from rlhf_recipes.records.manifest import Manifest
-from rlhf_recipes.records.rates import win_rate
+from rlhf_recipes.records.rates import effective_number, interval, win_rate
 from rlhf_recipes.records.summary import footnote, summarize, table
 from rlhf_recipes.stages.compare import means, quality
 
 
-def test_a_win_rate_has_wilsons_interval() -> None:
-    found = win_rate([1.0] * 8 + [0.0] * 2, [0.5] * 10)
-    assert found == {
-        "rate": 0.8,
-        "low": pytest.approx(0.4902, abs=1e-4),
-        "high": pytest.approx(0.9433, abs=1e-4),
-        "prompts": 10,
-    }
+def test_an_interval_by_hand() -> None:
+    # z^2 = 3.8415: the middle is (8 + 1.9207) / 13.8415 = 0.71673, half of it 1.96 sqrt(0.71673 * 0.28327 / 13.8415).
+    assert interval(0.8, 10) == (pytest.approx(0.4794, abs=1e-4), pytest.approx(0.9541, abs=1e-4))
+    assert interval(1.0, 10) == (pytest.approx(0.6791, abs=1e-4), 1.0), "all won: 11.9207 of 13.8415"
+    assert interval(0.0, 10) == (0.0, pytest.approx(1 - 0.6791, abs=1e-4))
 
 
-def test_ties_count_half_and_extremes_stay_within_zero_and_one() -> None:
-    assert win_rate([1.0, 1.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0])["rate"] == 0.5
-    none, every = win_rate([0.0] * 10, [1.0] * 10), win_rate([1.0] * 10, [0.0] * 10)
-    # Wilson's bound is z^2 / (n + z^2) where nothing was won.
-    assert none["low"] == pytest.approx(0) and none["high"] == pytest.approx(0.2775, abs=1e-4)
-    assert every["high"] == pytest.approx(1) and every["low"] == pytest.approx(1 - 0.2775, abs=1e-4)
+def test_how_many_independent_answers_a_rate_is_worth() -> None:
+    def number(values: list[float], prompts: list[int]) -> float:
+        errors = np.array(values) - np.mean(values)
+        return effective_number(float(np.mean(values)), errors, np.array(prompts))
+
+    # One answer to each of 10 prompts: a variance of 0.16 / 10 if answers are alike, and 10 / 9 of that as measured.
+    # Z^2 = 3.8415 prompts are averaged in, and 3.8415 / 1.6 as many, because 10 * 0.16 = 1.6 is below Z^2.
+    added = 3.8415 * 3.8415 / 1.6
+    once = number([1.0] * 8 + [0.0] * 2, [*range(10)])
+    assert once == pytest.approx(10 * (10 + added) / (10 * 10 / 9 + added), rel=1e-4)
+    twice = number([1.0] * 16 + [0.0] * 4, [i // 2 for i in range(20)])
+    assert twice == pytest.approx(once), "a copy of each answer adds nothing"
+    # Answers that differ within a prompt and not between them: no variance is measured, and only what is added is left.
+    added = 3.8415 * 3.8415 / 2.5
+    assert number([1.0, 0.0] * 10, [i // 2 for i in range(20)]) == pytest.approx(10 * (10 + added) / added, rel=1e-4)
+    ties = number([0.5] * 8 + [1.0, 0.0], [*range(10)])
+    assert ties == pytest.approx(0.25 * (10 + added) / (10 * 0.5 / 100 * 10 / 9 + added * 0.25 / 10), rel=1e-4)
+    assert number([1.0] * 40, [i // 4 for i in range(40)]) == 10
+    assert number([1.0] * 12, [0] * 9 + [1, 2, 3]) == pytest.approx(144 / 84), "one prompt is nearly all there is"
+
+
+def test_a_win_rate_counts_ties_half_and_prompts_once() -> None:
+    found = win_rate([1.0, 1.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0], ["a", "a", "b", "c"])
+    assert (found["rate"], found["prompts"]) == (0.5, 3)
+    assert found["low"] == pytest.approx(1 - found["high"]) and 0 < found["low"] < 0.2
 
 
 def test_means_are_over_the_rows() -> None:

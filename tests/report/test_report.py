@@ -20,7 +20,7 @@ from rlhf_recipes import Recipe, load, replace
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.recipe.overrides import parse_overrides, to_dict
 from rlhf_recipes.records.files import read_rows
-from rlhf_recipes.records.rates import with_interval
+from rlhf_recipes.records.rates import mean_rate
 from rlhf_recipes.report import charts, warnings
 from rlhf_recipes.report.blocks import number
 from rlhf_recipes.report.gather import gather, title_of
@@ -53,7 +53,9 @@ def write_run(
         {"chosen_score": 1.0, "rejected_score": n % 4 - 1.5, "chosen_length": 5 + n % 3, "rejected_length": 5}
         for n in range(40)
     ]
-    card = measure([{**row, "source": "people", "swapped_difference": 0.0} for row in pairs], [], 36)
+    card = measure(
+        [{**row, "prompt": n, "source": "people", "swapped_difference": 0.0} for n, row in enumerate(pairs)], [], 36
+    )
     metrics: list[dict[str, Any]] = [{"stage": "sft", "step": step, "loss": 1 / step} for step in (10, 20)]
     metrics += [{"stage": "reward", "step": step, "loss": 0.6, "accuracy": 0.7} for step in (10, 20)]
     samples = []
@@ -77,8 +79,8 @@ def write_run(
             model: {"score": 0.0, "gold": 0.0, "kl": 0.0, "response_length": 14.5, "without_eos": 0.5}
             for model in ("base", "sft", "ppo")
         },
-        "win_rate_vs_sft": with_interval(2 / 3, len(PROMPTS)),
-        "reward_win_rate_vs_sft": with_interval(2 / 3, len(PROMPTS)),
+        "win_rate_vs_sft": mean_rate([1.0, 1.0, 0.0] * 10),
+        "reward_win_rate_vs_sft": mean_rate([1.0, 1.0, 0.0] * 10),
     }
     results = {
         "sft": {"heldout_loss": 0.5, "heldout_token_accuracy": 0.8},
@@ -163,16 +165,18 @@ def test_reward_that_rises_with_length_alone_is_named() -> None:
 
 
 def test_quality_that_falls_while_the_reward_rises_is_over_optimisation() -> None:
-    scores = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
-    quality = [[0.0, 0.0, 0.0], [3.0, 3.0, 3.0], [1.0, 1.0, 1.5]]  # falls by 2, 2 and 1.5 from its peak
+    scores = [[0.0] * 9, [1.0] * 9, [2.0] * 9]
+    quality = [[0.0] * 9, [3.0] * 9, [1.0, 1.0, 1.5] * 3]  # falls by 2, 2 and 1.5 from its peak
     found = warnings.over_optimised([0, 20, 40], scores, quality, kept=[30, 40])
     assert found is not None and "from 3.00 at update 20 to 1.17" in found and "from 1.00 to 2.00" in found
     assert "ppo/checkpoint-30" in found
     assert "no checkpoint was kept" in str(warnings.over_optimised([0, 20, 40], scores, quality))
     found = warnings.over_optimised([0, 20, 40], scores, [quality[1], quality[0], quality[2]], kept=[40])
     assert found is not None and "No update was better than the SFT model" in found
-    # Falls of 2, -2 and 1.5 have a mean of 0.5 and a standard error of 1.3.
-    assert warnings.over_optimised([0, 20, 40], scores, [*quality[:2], [1.0, 5.0, 1.5]]) is None
+    # Falls of 2, -2 and 1.5 have a mean of 0.5 and, of three each, a standard error of 0.6.
+    assert warnings.over_optimised([0, 20, 40], scores, [*quality[:2], [1.0, 5.0, 1.5] * 3]) is None
+    few = [values[:3] for values in quality]
+    assert warnings.over_optimised([0, 20, 40], scores, few) is None, "three prompts are chance"
     assert warnings.over_optimised([0, 20, 40], scores[::-1], quality) is None, "the reward fell too"
     assert warnings.over_optimised([0, 20], scores[:2], quality[:2]) is None
 
@@ -350,7 +354,7 @@ def test_the_second_reward_model_is_shown_as_a_judge(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     results = {stage: of["results"] for stage, of in manifest["stages"].items()}
     results["reward"] |= {"judge_accuracy": 0.625, "members_accuracy": [0.75, 0.5]}
-    results["ppo"] |= {"judge_win_rate_vs_sft": with_interval(0.6, 30)}
+    results["ppo"] |= {"judge_win_rate_vs_sft": mean_rate([1.0, 1.0, 1.0, 0.0, 0.0] * 6)}
     del results["ppo"]["win_rate_vs_sft"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     rows = read_rows(folder / "metrics.jsonl")

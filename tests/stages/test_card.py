@@ -2,12 +2,15 @@
 
 import json
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
+from rlhf_recipes.records.rates import mean_rate
 from rlhf_recipes.stages.reward.card import (
     accuracy,
     by_length,
@@ -19,9 +22,12 @@ from rlhf_recipes.stages.reward.card import (
     write_card,
 )
 
+prompts = count()
+
 
 def row(chosen: float, rejected: float, lengths: tuple[int, int] = (5, 5), source: str | None = None) -> dict[str, Any]:
     return {
+        "prompt": next(prompts),
         "chosen_score": chosen,
         "rejected_score": rejected,
         "chosen_length": lengths[0],
@@ -29,6 +35,11 @@ def row(chosen: float, rejected: float, lengths: tuple[int, int] = (5, 5), sourc
         "source": source,
         "swapped_difference": rejected - chosen,
     }
+
+
+def repeated(times: int, *args: Any) -> list[dict[str, Any]]:
+    """Alike pairs of so many prompts."""
+    return [row(*args) for _ in range(times)]
 
 
 def test_accuracy_counts_ties_half_and_is_split_by_source() -> None:
@@ -39,14 +50,25 @@ def test_accuracy_counts_ties_half_and_is_split_by_source() -> None:
     assert [part["pairs"] for part in found["by_source"].values()] == [2, 1], "a row without a source is in neither"
 
 
-def test_the_interval_is_wilsons() -> None:
-    found = accuracy([row(1, 0)] * 8 + [row(0, 1)] * 2)
-    assert found == {
-        "rate": 0.8,
-        "low": pytest.approx(0.4902, abs=1e-4),
-        "high": pytest.approx(0.9433, abs=1e-4),
-        "pairs": 10,
-    }
+def test_the_interval_of_a_pair_a_prompt_is_that_of_a_rate() -> None:
+    wanted = mean_rate([1.0] * 8 + [0.0] * 2)
+    assert accuracy(repeated(8, 1, 0) + repeated(2, 0, 1)) == {**wanted, "pairs": 10}
+
+
+def test_the_pairs_of_a_prompt_are_no_independent_observations() -> None:
+    """Rankings of 9 by a model that sees quality in noise of its own: each response's errs in all of its 8 pairs."""
+    rng, inside = np.random.default_rng(0), []
+    better, worse = np.triu_indices(9, 1)
+    for _ in range(150):
+        scores = 1.2 * np.sort(rng.normal(size=(20, 9)))[:, ::-1] + rng.normal(size=(20, 9))
+        rows = [
+            {**row(scores[n, i], scores[n, j]), "prompt": n}
+            for n in range(20)
+            for i, j in zip(better, worse, strict=True)
+        ]
+        found = accuracy(rows)
+        inside.append(found["low"] <= 0.5 + math.atan(1.2) / math.pi <= found["high"])
+    assert np.mean(inside) >= 0.93
 
 
 def test_length_is_judged_as_a_rule_of_its_own() -> None:
@@ -73,7 +95,7 @@ def test_bins_of_length_hold_every_pair_once() -> None:
     assert [(part["shortest"], part["longest"]) for part in found] == [(-4, -3), (-2, -1), (0, 1), (2, 3), (4, 5)]
     assert [part["accuracy"]["rate"] for part in found] == [0, 0, 0.5, 1, 1]
     assert [part["longer_wins"]["rate"] for part in found] == [0, 0, 0.75, 1, 1]
-    assert sum(part["accuracy"]["pairs"] for part in by_length([row(1, 0)] * 7)) == 7, "one length, one bin"
+    assert sum(part["accuracy"]["pairs"] for part in by_length(repeated(7, 1, 0))) == 7, "one length, one bin"
 
 
 def test_calibration_by_hand() -> None:
@@ -108,7 +130,7 @@ def test_swapped_places_and_demonstrations() -> None:
 
 
 def mixed(right: int, wrong: int, lengths_right: tuple[int, int], lengths_wrong: tuple[int, int]) -> list[dict]:
-    return [row(1, 0, lengths_right)] * right + [row(0, 1, lengths_wrong)] * wrong
+    return repeated(right, 1, 0, lengths_right) + repeated(wrong, 0, 1, lengths_wrong)
 
 
 def warnings(rows: list[dict], train_pairs: int = 10_000) -> str:

@@ -33,7 +33,7 @@ from rlhf_recipes.stages.reward.adapters import (
     set_bias,
 )
 from rlhf_recipes.stages.reward.loss import fold, ranking_loss, stack_preferences, untied
-from rlhf_recipes.stages.reward.stage import count_pairs
+from rlhf_recipes.stages.reward.stage import comparisons, count_pairs
 from rlhf_recipes.stages.reward.trainer import RewardTrainer
 
 WEIGHTS = "adapter_model.safetensors"
@@ -120,6 +120,14 @@ def test_soft_labels_that_are_none(tmp_path: Path, preferences: list[float], par
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=f"row 1, field 'preferences': {part}"):
         prepare("reward", Stage(str(tmp_path / "rows.jsonl")), make_tokenizer(), None)
+
+
+def test_rows_of_one_prompt_are_told_from_those_of_others() -> None:
+    texts = [([1, 2], [3, 4, 5]), ([1, 3], [4, 5]), ([1, 2], [6, 7])]  # a prompt, and what follows it
+    rows = [{"responses_ids": [[*p, end] for end in ends], "prompt_length": 2} for p, ends in texts]
+    ranking = torch.tensor([[1, 2, 3], [1, 2, 0], [2, 1, 0]])
+    pairs = comparisons(rows, ranking, torch.zeros(3, 3), torch.zeros(3, 3))
+    assert [pair["prompt"] for pair in pairs] == [0, 0, 0, 1, 0]
 
 
 def test_comparisons_and_rankings_are_merged(tmp_path: Path) -> None:

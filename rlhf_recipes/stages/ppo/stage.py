@@ -30,7 +30,7 @@ class RecordSamples(TrainerCallback):
 def train_ppo(job: Job) -> StageResults:
     """Put the roles on one base, train, save policy and critic, compare the models.
 
-    Returns the comparison on the held-out prompts.
+    Returns the comparison on the held-out prompts: those of `Job.reported`.
     """
     recipe = job.recipe
     assert recipe.ppo is not None
@@ -40,7 +40,7 @@ def train_ppo(job: Job) -> StageResults:
         model=shared,
         args=job.config,
         train_dataset=job.data.train,
-        eval_dataset=job.data.heldout,
+        eval_dataset=job.evaluated,
         processing_class=job.tokenizer,
         reward_funcs=resolve_rewards(recipe.ppo.reward_sources, recipe.base.chat_template_date),
         gold=function(recipe.gold) if recipe.gold else None,
@@ -55,6 +55,8 @@ def train_ppo(job: Job) -> StageResults:
         shared.save_role(trainer.result if role == "policy" else role, folder)
         job.tokenizer.save_pretrained(folder)
     models = {"base": "base", "reference": "sft", trainer.result: "ppo"}
-    results, samples = compare(trainer.evaluator, job.data.heldout.to_list(), models)
+    if trainer.choice():
+        trainer.evaluator.seed += 1  # neither the prompts nor the random numbers by which the policy was chosen
+    results, samples = compare(trainer.evaluator, job.reported.to_list(), models)
     recorder.samples(trainer.state.global_step, samples)
     return cast(StageResults, results | trainer.choice())

@@ -74,7 +74,7 @@ class PPOTrainer(Trainer):
                 with a head), `reference` and, where it is a source of reward, `reward` with a head.
             train_dataset: rows with `prompt_ids` (token ids) and, for reward functions, `prompt` and any other columns,
                 as `prepare("ppo", ...)` gives them.
-            eval_dataset: held-out rows, sampled with fixed seeds.
+            eval_dataset: held-out rows, sampled with fixed seeds. Where they choose the policy, measure it on others.
             reward_funcs: sources of the score: functions with TRL's signature, "reward" for the `reward` role, or other
                 names as in `PPOStage`.
             gold: a function of the same signature that measures true quality in evaluation, never trained on.
@@ -446,8 +446,9 @@ class PPOTrainer(Trainer):
     def choice(self) -> dict[str, Any]:
         """The best evaluation, where evaluations are compared: `best_step`, `best_<metric>` and `stopped_early`.
 
-        With `load_best_model_at_end` the policy is that of this step. Where no evaluation was, both are None; where
-        nothing is saved, the step is.
+        The highest of several values is too high, by luck: what the policy is worth is measured on other prompts (see
+        `train_ppo`). With `load_best_model_at_end` the policy is that of this step. Where no evaluation was, both are
+        None; where nothing is saved, the step is.
         """
         metric, state = self.args.metric_for_best_model, self.state
         if metric is None:

@@ -38,6 +38,7 @@ PROBABILITY_BINS = 10  # of equal width
 class ScoredPair(TypedDict):
     """A held-out comparison, and what the reward model says of it."""
 
+    prompt: int  # pairs of the same one hang together
     chosen_score: float
     rejected_score: float
     chosen_length: int  # response tokens
@@ -92,13 +93,16 @@ def _longer_by(row: ScoredPair) -> int:
 
 
 def _share(rows: list[ScoredPair], value: Callable[[ScoredPair], float]) -> PairShare:
-    """Share of rows whose value is above 0, a value of 0 counting half, with Wilson's 95 % interval."""
-    wins = win_rate([value(row) for row in rows], [0.0] * len(rows))
-    return {"rate": wins["rate"], "low": wins["low"], "high": wins["high"], "pairs": len(rows)}
+    """Share of rows whose value is above 0, a value of 0 counting half, with the 95 % interval of `records.rates`.
+
+    The pairs of a ranking share its responses, and so do not say as much as pairs of different prompts.
+    """
+    wins = win_rate([value(row) for row in rows], [0.0] * len(rows), [row["prompt"] for row in rows])
+    return {**wins, "pairs": len(rows)}
 
 
 def accuracy(rows: list[ScoredPair]) -> PairShare:
-    """Share of pairs whose chosen response scores higher, equal scores counting half, with Wilson's 95 % interval."""
+    """Share of pairs whose chosen response scores higher, as `_share` gives it: equal scores count half."""
     return _share(rows, _difference)
 
 
@@ -211,7 +215,8 @@ def markdown(card: RewardCard) -> str:
     lines += ["| | held-out pairs | accuracy | 95 % interval |", "|---|---:|---:|---:|", _line("all", card["accuracy"])]
     lines += [_line(source, share) for source, share in card["by_source"].items()]
     lines += [_line("the rule: the longer response wins", card["length"]["longer_wins"]), ""]
-    lines += [f"Trained on {card['train_pairs']:,} pairs.", "", "## Length", ""]
+    held_out = f"{card['accuracy']['pairs']:,} pairs of {card['accuracy']['prompts']:,} prompts are held out"
+    lines += [f"Trained on {card['train_pairs']:,} pairs; {held_out}.", "", "## Length", ""]
     agreement, correlation = card["length"]["agreement"], card["length"]["correlation"]
     if agreement is not None:
         lines += [f"The model prefers the longer response in {agreement['rate']:.1%} of the pairs of unequal length."]

@@ -71,7 +71,7 @@ def train_member(job: Job) -> None:
         model=model,
         args=job.config,
         train_dataset=job.data.train,
-        eval_dataset=job.data.heldout,
+        eval_dataset=job.evaluated,
         processing_class=job.tokenizer,
     )
     job.watch(trainer)
@@ -103,7 +103,7 @@ def evaluate_adapters(job: Job) -> StageResults:
     (members_accuracy), the judge's (judge_accuracy), if there is one, and the card.
     """
     shared = SharedBase(load_base(job.recipe.base), job.recipe.lora, job.fingerprint)
-    heldout = job.data.heldout.to_list()
+    heldout = job.reported.to_list()
     ranking = stack_rankings(heldout)  # (N, K)
     row_index, better, worse = untied(ranking)  # (M,) each
     responses = [ids for row in heldout for ids in row["responses_ids"]]  # R lists
@@ -116,7 +116,7 @@ def evaluate_adapters(job: Job) -> StageResults:
         # Not TRL's figure, which is a mean over batches of unequal size.
         accuracies[role] = (scores[row_index, better] > scores[row_index, worse]).float().mean().item()
         if role == "reward":
-            margin = torch.tensor(job.data.heldout["margin"]) if "margin" in heldout[0] else None
+            margin = torch.tensor([row["margin"] for row in heldout]) if "margin" in heldout[0] else None
             results["heldout_loss"] = ranking_loss(scores, ranking, margin).mean().item()
             # The other way round in every batch: a score must not depend on what it is computed beside.
             swapped = fold(score_rows(shared, responses[::-1], role).flip(0), ranking)
@@ -135,8 +135,11 @@ def comparisons(rows: list[Row], ranking: Tensor, scores: Tensor, swapped: Tenso
         ranking, scores, swapped: (N, K) each, `scores` from rows in their order, `swapped` from the reverse.
     """
     lengths = [[len(ids) - row["prompt_length"] for ids in row["responses_ids"]] for row in rows]
+    numbers: dict[tuple[int, ...], int] = {}  # of the prompts, which several rows may share
+    prompts = [tuple(row["responses_ids"][0][: row["prompt_length"]]) for row in rows]
     return [
         {
+            "prompt": numbers.setdefault(prompts[row], len(numbers)),
             "chosen_score": scores[row, better].item(),
             "rejected_score": scores[row, worse].item(),
             "chosen_length": lengths[row][better],
