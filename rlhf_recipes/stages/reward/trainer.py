@@ -70,7 +70,8 @@ class RewardTrainer(trl.RewardTrainer):
         It is not divided by the sum of the weights, so that micro-batches of equal size change nothing.
         """
         ranking, mask = inputs["ranking"], inputs["attention_mask"]  # (B, K), (R, L)
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False)
+        # Padding at the right needs no mask: no token sees it, and the classifier reads the last token before it.
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         scores = fold(outputs.logits[:, 0].float(), ranking)  # (B, K)
         center = self.args.center_rewards_coefficient or 0.0
         soft = inputs.get("preferences")
