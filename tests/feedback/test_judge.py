@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from support.chat_templates import BY_NAME
 from support.command_line import error_of, failed
 from support.endpoint import Body, Endpoint, answers, completion, error, longer, save_judge, serve
+from support.narrow import Narrow
 from support.paths import SHARED
 from support.rows import make_tokenizer
 from support.tiny_models import save_model
@@ -577,6 +578,18 @@ def test_options_stand_where_the_template_puts_an_answer(tmp_path: Path) -> None
     (found,) = choose(client, ["which"])
     expected = by_hand(client, "which", {"A": ["A", "Ġ+A"], "B": ["B", "Ġ+B"]}, after="<think>\n\n</think>\n\n")
     assert found.mass == pytest.approx(sum(expected.values()), rel=1e-4)
+
+
+@pytest.mark.xfail(strict=True, reason="issue: all that is asked at the same time goes through the model at once")
+def test_what_is_asked_together_is_answered_in_batches_that_fit(letters: LocalModel) -> None:
+    contents = ["which?" * n for n in range(1, 9)]
+    whole = choose(letters, contents)
+    with Narrow(letters.shared.backbone, rows=5) as narrow:
+        parts = choose(letters, contents)
+    assert [choice.option for choice in parts] == [choice.option for choice in whole]
+    for part, other in zip(parts, whole, strict=True):
+        assert part.probabilities == pytest.approx(other.probabilities, rel=1e-4)
+    assert narrow.refused == 1 and len(narrow.rows) > 1
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/models")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.chat_templates import BY_NAME
+from support.narrow import Narrow
 from support.rows import assistant, user
 from support.tiny_models import make_tokenizer, save_model
 from torch import Tensor
@@ -197,6 +198,15 @@ def test_an_external_model_scores_texts_with_its_own_tokenizer(classifier: Path)
             alone = plain(**tokenizer(prompt + completion, return_tensors="pt")).logits[0, 0].item()
         assert score == pytest.approx(alone, abs=1e-5)
     assert len(set(scores)) == 3
+
+
+@pytest.mark.xfail(strict=True, reason="issue: rows are batched by their number alone, whatever their length")
+def test_long_texts_go_through_an_external_model_few_at_a_time(classifier: Path) -> None:
+    model, texts = ExternalRewardModel(str(classifier)), ["w5 " * 1800, *["w6 " * n for n in (1700, 9, 1600, 3, 1500)]]
+    with Narrow(model.model, rows=3) as narrow:
+        scores = model([""] * 6, texts)
+    assert scores == pytest.approx([model([""], [text])[0] for text in texts], abs=1e-5)
+    assert max(narrow.tokens) <= 2**13 and narrow.refused == 1 and max(narrow.rows) == 3
 
 
 def test_an_external_model_scores_messages_in_its_own_template(classifier: Path) -> None:
