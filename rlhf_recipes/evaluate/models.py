@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.tokens import response_texts
 from ..model.base import fingerprint, load_base, load_tokenizer
+from ..model.batches import Batches
 from ..model.sampler import Sampler
 from ..model.shared import BIAS, SharedBase
 from ..recipe.values import Recipe
@@ -131,10 +132,16 @@ class Bench:
         Args:
             reference: the adapter to which the KL is measured; None: the bare base.
         """
-        self.recipe, self.cache, self.batch_size, self.reference = recipe, cache, batch_size, reference
+        self.recipe, self.cache, self.reference = recipe, cache, reference
+        self.batches = Batches(batch_size, "--batch-size")
         self.tokenizer = load_tokenizer(recipe.base)
         self.fingerprint = fingerprint(recipe.base, self.tokenizer)
         self._held: Path | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """So many rows at once, at most: fewer than were asked for where memory has run out."""
+        return self.batches.size
 
     @cached_property
     def shared(self) -> SharedBase:
@@ -157,10 +164,10 @@ class Bench:
         return MODEL
 
     def sampler(self, response_length: int, temperature: float, stop_token_ids: Sequence[int]) -> Sampler:
-        """What samples from the base. Without a GPU's memory for a batch it halves it."""
-        return Sampler(
-            self.shared, self.tokenizer, response_length, temperature, self.batch_size, stop_token_ids, auto=True
-        )
+        """What samples from the base."""
+        sampler = Sampler(self.shared, self.tokenizer, response_length, temperature, self.batch_size, stop_token_ids)
+        sampler.batches = self.batches  # what did not fit once is not tried again
+        return sampler
 
     def answers(
         self,
@@ -207,7 +214,7 @@ class Bench:
 
         def score(places: list[int]) -> list[float]:
             role = self.hold(folder, head=True)
-            return score_rows(self.shared, [rows[place] for place in places], role, self.batch_size).tolist()
+            return score_rows(self.shared, [rows[place] for place in places], role, self.batches).tolist()
 
         return self.cache.fill(keys, score, f"{folder.name}: scores", self.batch_size)
 

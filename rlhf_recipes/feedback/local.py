@@ -24,6 +24,7 @@ from ..data.tokens import (
     tokenize_prompt,
 )
 from ..model.base import load_base, load_tokenizer
+from ..model.batches import TOKENS_AT_ONCE, Batches
 from ..model.open import open_models
 from ..model.sampler import autocast_of
 from ..model.shared import SharedBase
@@ -36,10 +37,11 @@ Spellings = dict[str, list[Tokens]]  # of each option, the ways to write it afte
 
 
 class LocalModel:
-    """A role of a shared base. What is asked at the same time goes through the model as one batch."""
+    """A role of a shared base. What is asked at the same time goes through the model together, as far as it fits."""
 
     def __init__(self, shared: SharedBase, tokenizer: Any, name: str, role: str = "base") -> None:
         self.shared, self.tokenizer, self.name, self.role = shared, tokenizer, name, role
+        self.batches = Batches(64, "rows at once")
         self.context = getattr(shared.causal.config.get_text_config(), "max_position_embeddings", None) or math.inf
         # The batches that still take requests: kind -> its requests, and the task that will answer them.
         self._open: dict[tuple[Any, ...], tuple[list[tuple[Any, ...]], asyncio.Task[list[Any]]]] = {}
@@ -84,7 +86,7 @@ class LocalModel:
         return ids.tolist(), spellings
 
     async def _in_batch(self, kind: tuple[Any, ...], request: tuple[Any, ...]) -> Any:
-        """What the model makes of a request, in one batch with all of its kind that are made before it can start."""
+        """What the model makes of a request, together with all of its kind that are made before it can start."""
         if kind not in self._open:
             self._open[kind] = [], asyncio.create_task(self._answer_batch(kind))
         requests, task = self._open[kind]
@@ -105,14 +107,21 @@ class LocalModel:
             for _, seed in requests
         ]
         stops = [self.tokenizer.eos_token_id, stop_token_id(self.tokenizer, True)]
-        responses = self.shared.generate(  # (B, max_tokens)
-            *self._pad([prompt for prompt, _ in requests]),
-            torch.stack(draws).to(self.shared.device),
-            max(temperature, 1e-6),  # at which no other token than the likeliest has a probability
-            torch.tensor(stops, device=self.shared.device),
-        )
+        responses: list[list[int]] = [[]] * len(requests)
+
+        def work(batch: Tensor) -> None:
+            sampled = self.shared.generate(  # (rows of the batch, max_tokens)
+                *self._pad([requests[row][0] for row in batch.tolist()]),
+                torch.stack(draws)[batch].to(self.shared.device),
+                max(temperature, 1e-6),  # at which no other token than the likeliest has a probability
+                torch.tensor(stops, device=self.shared.device),
+            )
+            for row, response in zip(batch.tolist(), sampled.tolist(), strict=True):
+                responses[row] = response
+
+        self.batches.run(torch.tensor([len(prompt) for prompt, _ in requests]), work)
         answers = []
-        for (prompt, _), ids in zip(requests, responses.tolist(), strict=True):
+        for (prompt, _), ids in zip(requests, responses, strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), None)
             said = ids if end is None else ids[: end + 1]
             text = response_texts(self.tokenizer, [said], True)[0].strip()
@@ -130,9 +139,14 @@ class LocalModel:
             rows_by_start.append({start: len(rows) + index for index, start in enumerate(kept)})
             rows += [[*prompt, *start] for start in kept]
         longest = max(len(start) for row_of_start in rows_by_start for start in row_of_start) + 1
-        with torch.no_grad():
-            hidden = self.shared.hidden(*self._pad(rows))[:, -longest:]  # (B, longest, H)
-            log_probs = self.shared.logits(hidden).float().log_softmax(-1).double().cpu()  # (B, longest, V)
+        log_probs = torch.empty(len(rows), longest, self.shared.vocabulary)  # (B, longest, V), on the CPU
+
+        @torch.no_grad()
+        def work(batch: Tensor) -> None:
+            hidden = self.shared.hidden(*self._pad([rows[row] for row in batch.tolist()]))[:, -longest:]
+            log_probs[batch, -hidden.shape[1] :] = self.shared.logits(hidden).float().log_softmax(-1).cpu()
+
+        self.batches.run(torch.tensor([len(row) for row in rows]), work, TOKENS_AT_ONCE)
         return [
             _choice(len(prompt), spellings, row_of_start, log_probs)
             for (prompt, spellings), row_of_start in zip(requests, rows_by_start, strict=True)
@@ -155,7 +169,7 @@ def _choice(prompt_tokens: int, spellings: Spellings, row_of_start: dict[Tokens,
 
     Args:
         row_of_start: of the beginnings of spellings, the row of `log_probs` that ends in it.
-        log_probs: (B, longest, V) of the next token at the last positions.
+        log_probs: (B, longest, V) float32, of the next token at the last positions.
     """
     scores = {}
     for option, ways in spellings.items():
@@ -163,7 +177,9 @@ def _choice(prompt_tokens: int, spellings: Spellings, row_of_start: dict[Tokens,
         for tokens in ways:
             start = next(start for start in row_of_start if start[: len(tokens) - 1] == tokens[:-1])
             first = log_probs.shape[1] - 1 - len(start)  # the position that predicts the option's first token
-            likely.append(log_probs[row_of_start[start], list(range(first, first + len(tokens))), list(tokens)].sum())
+            likely.append(
+                log_probs[row_of_start[start], list(range(first, first + len(tokens))), list(tokens)].double().sum()
+            )
         scores[option] = torch.stack(likely).logsumexp(0)
     together = torch.stack(list(scores.values()))  # (options,) log-probabilities
     probabilities = dict(zip(scores, together.softmax(0).tolist(), strict=True))

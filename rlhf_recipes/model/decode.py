@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-# Tokens that go through the model at one time where there is no gradient: more of them keep no GPU busier.
-TOKENS_AT_ONCE = 2**13
+from .batches import TOKENS_AT_ONCE
 
 
 class RoomyLayer(DynamicLayer):

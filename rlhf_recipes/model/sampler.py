@@ -3,7 +3,6 @@
 B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -15,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
 from ..data.tokens import response_texts
-from .decode import TOKENS_AT_ONCE
-from .memory import halved, ran_out
+from .batches import TOKENS_AT_ONCE, Batches
 from .shared import SharedBase
 
 S = TypeVar("S", bound="Samples")
@@ -83,14 +81,20 @@ class Sampler:
             autocast: context of every forward, the same in which the update trains; None: bfloat16 where the base is.
             auto: where memory runs out, halve `batch_size` and go on.
         """
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer = model, tokenizer
+        self.batches = Batches(batch_size, "rollout_micro_batch_size" if auto else None)
         self.autocast = autocast or (lambda: autocast_of(model))
-        self.response_length, self.temperature, self.auto = response_length, temperature, auto
+        self.response_length, self.temperature = response_length, temperature
         eos: Any = tokenizer.eos_token_id
         padding: Any = tokenizer.pad_token_id
         self.stop_token_ids = sorted({*stop_token_ids, eos})
         self.pad_token_id = 0 if padding is None else padding
         self.backend: Backend = self.generate  # see `backends.make_backend`
+
+    @property
+    def batch_size(self) -> int:
+        """So many rows at once, at most: fewer than were asked for where memory has run out."""
+        return self.batches.size
 
     def in_batches(
         self,
@@ -106,22 +110,8 @@ class Sampler:
             tokens_at_once: a batch has no more tokens than this, padding included, unless a single row has.
             of_one_length: no batch has padding.
         """
-        order = lengths.argsort(stable=True).to(self.model.device)
-        lengths = lengths.sort().values
-        start = 0
-        while start < len(order):
-            rows = min(self.batch_size, len(order) - start)
-            while tokens_at_once and rows > 1 and rows * int(lengths[start + rows - 1]) > tokens_at_once:
-                rows -= 1
-            if of_one_length:
-                rows = int((lengths[start : start + rows] == lengths[start]).sum())
-            batch = functools.partial(work, order[start : start + rows])
-            if not self.auto:
-                batch()
-            elif ran_out(batch):
-                self.batch_size = halved(rows, "rollout_micro_batch_size")
-                continue
-            start += rows
+        device = self.model.device
+        self.batches.run(lengths, lambda rows: work(rows.to(device)), tokens_at_once, of_one_length)
 
     def sample(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> Samples:
         """Sample a response to each prompt (token ids) from a role, with the given random numbers as in `generate`."""

@@ -16,6 +16,7 @@ from trl.trainer.utils import get_callable_name
 
 from ..data.tokens import render, set_today
 from ..model.base import device
+from ..model.batches import TOKENS_AT_ONCE, Batches
 from ..model.sampler import Sampler, Samples
 from ..recipe.lookup import function, is_function
 from ..records.files import Row
@@ -216,7 +217,7 @@ class ExternalRewardModel:
         set_today(self.tokenizer, today)
         self.model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device()).eval()
         # Without a padding token the model reads the last position, which is right for a single row only.
-        self.batch_size = batch_size if self.tokenizer.pad_token is not None else 1
+        self.batches = Batches(batch_size if self.tokenizer.pad_token is not None else 1, f"rows of {self.__name__}")
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
@@ -226,17 +227,20 @@ class ExternalRewardModel:
         if conversational and self.tokenizer.chat_template is None:
             raise ValueError(f"The reward model {self.__name__!r} has no chat template, and the prompts are messages.")
         texts = [render(self.tokenizer, w) if conversational else w for w in whole]
-        scores = []
-        for start in range(0, len(texts), self.batch_size):
-            batch = self.tokenizer(
-                texts[start : start + self.batch_size],
-                return_tensors="pt",
-                padding=self.batch_size > 1,
-                truncation=self.tokenizer.model_max_length < 10**6,  # a tokenizer without a limit has a huge one
-                add_special_tokens=not conversational,  # a template writes its special tokens itself
-            )
-            scores += self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
-        return scores
+        rows: Any = self.tokenizer(
+            texts,
+            truncation=self.tokenizer.model_max_length < 10**6,  # a tokenizer without a limit has a huge one
+            add_special_tokens=not conversational,  # a template writes its special tokens itself
+        )
+        scores = torch.zeros(len(texts))
+
+        def work(batch: Tensor) -> None:
+            part = {name: [column[row] for row in batch.tolist()] for name, column in rows.items()}
+            inputs = self.tokenizer.pad(part, padding=len(batch) > 1, return_tensors="pt").to(self.model.device)
+            scores[batch] = self.model(**inputs).logits[:, 0].float().cpu()
+
+        self.batches.run(torch.tensor([len(ids) for ids in rows["input_ids"]]), work, TOKENS_AT_ONCE)
+        return scores.tolist()
 
 
 def call_reward_func(

@@ -1,10 +1,9 @@
-"""What measures a run's models: how much goes through a reward model at once, and what becomes of it on little memory."""
+"""What measures a run's models: how much goes through a reward model at once, and what happens on little memory."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from support.narrow import Narrow
 from support.tiny_models import save_model
@@ -16,7 +15,6 @@ from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.stages.reward.adapters import PROBES, score_rows
 
 
-@pytest.mark.xfail(strict=True, reason="issue: 64 long rows go through the reward model at once")
 def test_long_rows_are_scored_few_at_a_time_and_fewer_where_memory_runs_out(tmp_path: Path) -> None:
     recipe = Recipe("bench", Base(str(save_model(tmp_path / "model"))), lora=Lora(r=4))
     shared = SharedBase(load_base(recipe.base), recipe.lora, fingerprint(recipe.base, load_tokenizer(recipe.base)))

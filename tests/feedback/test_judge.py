@@ -580,7 +580,6 @@ def test_options_stand_where_the_template_puts_an_answer(tmp_path: Path) -> None
     assert found.mass == pytest.approx(sum(expected.values()), rel=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="issue: all that is asked at the same time goes through the model at once")
 def test_what_is_asked_together_is_answered_in_batches_that_fit(letters: LocalModel) -> None:
     contents = ["which?" * n for n in range(1, 9)]
     whole = choose(letters, contents)

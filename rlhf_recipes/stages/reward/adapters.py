@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...data.prepare import Prepared
+from ...model.batches import TOKENS_AT_ONCE, Batches
 from ...model.sampler import autocast_of, pad_right
 from ...model.shared import BIAS, SharedBase
 from ..job import Job
@@ -90,10 +91,20 @@ def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None
 
 
 @torch.no_grad()
-def score_rows(shared: SharedBase, rows: Sequence[list[int]], role: str = "reward", batch_size: int = 8) -> Tensor:
-    """A role's scores (N,), on the CPU, of N rows of token ids, each prompt + response + stop token."""
-    scores = []
+def score_rows(
+    shared: SharedBase, rows: Sequence[list[int]], role: str = "reward", batches: Batches | None = None
+) -> Tensor:
+    """A role's scores (N,), on the CPU, of N rows of token ids, each prompt + response + stop token.
+
+    Args:
+        batches: of how many rows; None: of 8.
+    """
+    scores = torch.zeros(len(rows))
+
+    def work(batch: Tensor) -> None:
+        ids, kept = pad_right([rows[row] for row in batch.tolist()], 0, shared.device)
+        scores[batch] = shared.scores(ids, kept).cpu()
+
     with shared.role(role), autocast_of(shared):
-        for start in range(0, len(rows), batch_size):
-            scores.append(shared.scores(*pad_right(rows[start : start + batch_size], 0, shared.device)).cpu())
-    return torch.cat(scores)
+        (batches or Batches(8)).run(torch.tensor([len(row) for row in rows]), work, TOKENS_AT_ONCE)
+    return scores
