@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+PARTS = {"kv_cache": "KV cache", "other_models": "other models"}  # words for them in the table
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="NAME", help="a shipped recipe, or path/to/your_own.py")
     add_settings(parser)
@@ -71,7 +74,8 @@ def _plan_table(plan: Mapping[str, Any], tflops: float | None) -> "Table":
         table.add_row(name, *("" if mib is None else f"{mib / 1024:.2f}" for mib in sizes), style=style)
 
     for part in (name for name in next(iter(stages))["parts"] if name != "reserve"):
-        row(part.replace("kv_cache", "KV cache"), (stage["parts"][part] for stage in stages))
+        if part != "other_models" or any(stage["parts"][part] for stage in stages):
+            row(PARTS.get(part, part), (stage["parts"][part] for stage in stages))
     table.add_section()
     for phase in dict.fromkeys(phase for stage in stages for phase in stage["phases"]):
         row(f"in all, {phase}", (stage["phases"].get(phase) for stage in stages))

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from ..recipe.values import Base
+from ..records.folder import read_recipe
 from .client import Client, ModelSettings
 from .endpoint import Endpoint
-from .local import load_bare_model, load_run_model
+from .local import bare_base, load_bare_model, load_run_model
 
 FOR_ENDPOINTS = ("model_name", "api_key_env", "timeout", "retries")
 FOR_MODELS = ("quantization", "chat_template")
@@ -27,6 +29,15 @@ def connect(settings: ModelSettings) -> Client:
         return load_run_model(Path(settings.model), settings.role)
     _refuse(settings, ("role",), " is for a run folder, and {model} is none.")
     return load_bare_model(settings)
+
+
+def local_base(settings: ModelSettings) -> Base | None:
+    """The base that `connect` would load; None where the model is behind an endpoint."""
+    if settings.is_endpoint:
+        return None
+    if (Path(settings.model) / "recipe.json").is_file():
+        return read_recipe(Path(settings.model)).base
+    return bare_base(settings)
 
 
 def _refuse(settings: ModelSettings, names: tuple[str, ...], reason: str) -> None:

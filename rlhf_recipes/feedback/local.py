@@ -196,9 +196,14 @@ def load_run_model(run_dir: Path, role: str | None) -> LocalModel:
     return LocalModel(shared, load_tokenizer(recipe.base), f"{run_dir.resolve().name}/{role}", role)
 
 
+def bare_base(settings: ModelSettings) -> Base:
+    """How a model without adapters is loaded."""
+    return Base(settings.model, quantization=settings.quantization, chat_template=settings.chat_template)  # type: ignore[arg-type]
+
+
 def load_bare_model(settings: ModelSettings) -> LocalModel:
     """A model without adapters, by its Hub id, folder or function. Raises ValueError where it cannot be loaded."""
-    base = Base(settings.model, quantization=settings.quantization, chat_template=settings.chat_template)  # type: ignore[arg-type]
+    base = bare_base(settings)
     try:
         tokenizer = load_tokenizer(base)
         shared = SharedBase(load_base(base))

@@ -10,7 +10,7 @@ from ..feedback.constitution import read_constitution
 from ..feedback.judge import JudgeSettings
 from ..feedback.sample import SampleSettings
 from ..recipe.lookup import function, is_function
-from ..recipe.values import Recipe
+from ..recipe.values import PEOPLE, Recipe
 from ..records import tracking
 from ..stages.configure import Configs, configure
 from ..stages.scores import ROLE
@@ -30,7 +30,6 @@ def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     return configs
 
 
-PEOPLE = "people"
 SAMPLED_MODELS = ("base", "sft", "ppo")
 
 

@@ -22,12 +22,12 @@ from ..model.base import longest_row
 from ..model.open import open_models
 from ..recipe.lookup import function, is_function
 from ..recipe.overrides import to_dict
-from ..recipe.values import Recipe
+from ..recipe.values import PEOPLE, Recipe
 from ..records.files import read_rows, write_json, write_text
 from ..records.folder import adapter_folder, round_folder
 from ..records.manifest import Manifest
 from ..stages.inputs import prepare_extras, prepare_stage
-from .check import PEOPLE, judge_settings
+from .check import judge_settings
 from .stage import ActiveRun
 
 

@@ -2,6 +2,7 @@
 
 plan      each stage's memory, phase by phase, and its work
 dry_run   the stages' own code on tensors without storage
+others    reward models of others, labelers and vLLM
 kept      what they said, kept on disk for the next plan
 meter     adds up what these tensors would allocate
 skeleton  the base on the meta device, and its weights in bytes

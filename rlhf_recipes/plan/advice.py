@@ -45,7 +45,7 @@ def helpful_changes(recipe: Recipe, stage: str, configs: Configs, gpu: float | N
 
 def candidate_changes(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> Iterator[tuple[str, bool]]:
     """Settings that may help, and whether a run gives the same results with them, to rounding."""
-    on_gpu, _, config = for_device(recipe, stage, config, gpu)
+    total, _, config = for_device(recipe, stage, config, gpu)
     rows, auto = config.per_device_train_batch_size, getattr(config, "auto_sizes", set())
     if rows % 2 == 0 and "per_device_train_batch_size" not in auto:
         fewer = f"{stage}.per_device_train_batch_size={rows // 2}"
@@ -60,7 +60,7 @@ def candidate_changes(recipe: Recipe, stage: str, config: Any, gpu: float | None
     for key in ("max_prompt_length", "response_length") if stage == "ppo" else ("max_length",):
         if getattr(config, key):
             yield f"{stage}.{key}={getattr(config, key) // 2}", False
-    if on_gpu and "8bit" not in str(config.optim):
+    if total is not None and "8bit" not in str(config.optim):
         yield f"{stage}.optim=paged_adamw_8bit", False
     if stage == "ppo" and config.has_critic and config.critic != "head":
         yield "ppo.critic=head", False

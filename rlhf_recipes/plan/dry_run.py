@@ -17,7 +17,8 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from ..model import log_probs
 from ..model.base import precision
-from ..model.decode import TOKENS_AT_ONCE, RoomyLayer, cached_forward, draw_tokens, roomy_cache
+from ..model.batches import TOKENS_AT_ONCE
+from ..model.decode import RoomyLayer, cached_forward, draw_tokens, roomy_cache
 from ..model.shared import SharedBase, lora_config
 from ..recipe.values import Base, Lora
 from ..stages.ppo.roles import Role
@@ -167,6 +168,25 @@ def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
         # DPO's reference comes after the policy's forward, on top of what that has saved.
         after = [MicroBatchMemory(policy.saved, policy.saved + r.activations, r.saved + r.logits) for r in reference]
         return numbers | largest("train", policy, *after)
+
+
+@functools.cache
+def scoring_bytes(base: Base, rows: int, length: int) -> float:
+    """What a classifier's forward on rows of so many tokens takes; its layers come one after the other.
+
+    Raises NoPlan: the model cannot be run dry.
+    """
+    rows = min(rows, max(1, TOKENS_AT_ONCE // length))
+    with torch.device("meta"):
+        model = skeleton(base, 2, scores=True)
+        model.config.get_text_config().use_cache = False
+    try:
+        with DRY:
+            materialize(model)
+            ids, mask = dry_batch(rows, length)
+            return meter_micro_batch(model, model, no_grad(lambda: model(input_ids=ids, attention_mask=mask))).peak
+    except RuntimeError as error:
+        raise NoPlan(f"{base.model} cannot be planned: {str(error).splitlines()[0]}") from error
 
 
 def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:

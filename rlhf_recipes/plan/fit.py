@@ -1,6 +1,7 @@
 """What a run asks of the plan: do its stages fit, what will one take with its rows, what helps where memory ran out."""
 
 import copy
+import dataclasses
 import re
 from typing import Any
 
@@ -61,8 +62,9 @@ def plan_for_rows(job: Job) -> StagePlan:
         config.max_prompt_length = prompt
     elif not getattr(config, "packing", False):  # which fills rows up to max_length
         config.max_length = prompt + rest  # DPO's responses are without their prompts
-    on_gpu, recipe, config = for_device(job.recipe, job.stage, config, None)
-    return stage_plan(recipe, job.stage, config, on_gpu)
+    # Labels are made beside the stages, and no part of what one of them takes.
+    gpu, recipe, config = for_device(dataclasses.replace(job.recipe, rounds=None), job.stage, config, None)
+    return stage_plan(recipe, job.stage, config, gpu)
 
 
 def longest_columns(data: Prepared) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from ..stages.reward.adapters import JUDGE
 from .dry_run import Shape
 from .kept import kept_dry_run
 from .meter import MicroBatchMemory
+from .others import for_gpu, other_models
 from .skeleton import read_config, skeleton, weight_bytes
 
 LAYERS = (2, 3)  # of the dry runs
@@ -100,21 +101,26 @@ def plan_memory(
         configs = configure(recipe)
     stages = {}
     for stage in only or configs:
-        on_gpu, device_recipe, config = for_device(recipe, stage, configs[stage], gpu)
+        total, device_recipe, config = for_device(recipe, stage, configs[stage], gpu)
         if stage == "ppo":
             settle_auto_sizes(recipe, config, gpu)
-        stages[stage] = stage_plan(device_recipe, stage, config, on_gpu)
+        stages[stage] = stage_plan(device_recipe, stage, config, total)
     return MemoryPlan(stages, (available_bytes() if gpu is None else gpu) / MIB)
 
 
-def for_device(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> tuple[bool, Recipe, Any]:
-    """Whether it is a GPU, and recipe and configuration as the runner makes them on one, whatever this machine is."""
-    config, on_gpu = copy.copy(config), gpu is not None or torch.cuda.is_available()
-    if on_gpu and recipe.base.dtype == "auto":
-        recipe = dataclasses.replace(recipe, base=dataclasses.replace(recipe.base, dtype="bfloat16"))
-    if on_gpu and "optim" not in getattr(recipe, stage).args:
+def for_device(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> tuple[float | None, Recipe, Any]:
+    """Bytes of the GPU in all, and recipe and configuration as the runner makes them on one; None: it is a CPU.
+
+    Args:
+        gpu: bytes of the GPU to plan for, whatever this machine is; None: this machine.
+    """
+    if gpu is None and torch.cuda.is_available():
+        gpu = torch.cuda.mem_get_info()[1]
+    config = copy.copy(config)
+    recipe = dataclasses.replace(recipe, base=for_gpu(recipe.base, gpu))
+    if gpu is not None and "optim" not in getattr(recipe, stage).args:
         config.optim = OptimizerNames.PAGED_ADAMW_8BIT
-    return on_gpu, recipe, config
+    return gpu, recipe, config
 
 
 def shape_of(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> Shape:
@@ -158,23 +164,38 @@ def _planned_roles(recipe: Recipe, stage: str, config: Any) -> tuple[Role, ...]:
     return (Role("ref"),) if stage == "dpo" and recipe.sft is not None else ()
 
 
-def stage_plan(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> StagePlan:
-    """Add up what is there at one time in each phase: what stays, and one micro-batch."""
-    numbers = at_full_depth(shape_of(recipe, stage, config, on_gpu))
-    weights, cache = weight_bytes(recipe.base), numbers.get("kv_cache", 0)
-    rollout = rollout_bytes(config) if stage == "ppo" else 0
+def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> StagePlan:
+    """Add up what is there at one time in each phase: what stays, and one micro-batch.
+
+    Args:
+        gpu: bytes of the GPU in all; None: a CPU.
+    """
+    shape = shape_of(recipe, stage, config, on_gpu=gpu is not None)
+    numbers, others = at_full_depth(shape), other_models(recipe, stage, config, shape.length, gpu)
+    weights, rollout = weight_bytes(recipe.base), rollout_bytes(config) if stage == "ppo" else 0
+    models = weights + numbers["adapters"] + (others.models if stage == "ppo" else 0)
+    stays = models + numbers["optimizer"] + rollout
+    if others.vllm:  # it samples in place of our loop, from a KV cache of its own
+        numbers |= {"kv_cache": 0, "generate.activations": others.vllm, "generate.saved": 0, "generate.logits": 0}
     training = "update" if stage == "ppo" else "train"
-    phases, activations = {}, {}
+    phases, activations = {"load": models + others.loading}, {}
     for phase in ("generate", "score", "update") if stage == "ppo" else ("train", "evaluate"):
         micro_batch = MicroBatchMemory(*(numbers[f"{phase}.{name}"] for name in MicroBatchMemory._fields))
-        stays = weights + numbers["adapters"] + numbers["optimizer"] + rollout
-        stays += numbers["gradients"] if phase == training else cache if phase == "generate" else 0
-        phases[phase] = (stays + micro_batch.peak) / MIB
-        activations[phase] = micro_batch.activations + rollout
+        phases[phase] = stays + max(micro_batch.peak, others.scoring if phase == "score" else 0)
+        if others.vllm and not config.vllm_enable_sleep_mode and phase != "generate":
+            phases[phase] += others.vllm
+        phases[phase] += numbers["gradients"] if phase == training else 0
+        phases[phase] += numbers["kv_cache"] if phase == "generate" else 0
+        activations[phase] = micro_batch.activations + rollout - (others.vllm if phase == "generate" else 0)
+    if stage == "dpo":  # on a base that is loaded anew when the policy is trained
+        phases["compare"] = models + others.models + max(numbers["evaluate.activations"], others.scoring)
+    if others.labeler:
+        phases["label"] = others.labeler + others.labelling
     parts = {"weights": weights, **{name: numbers[name] for name in ("adapters", "optimizer", "gradients")}}
-    parts |= {"activations": max(activations.values()), "kv_cache": cache}
-    parts["logits"] = max(numbers[f"{phase}.logits"] for phase in phases)
-    parts = {name: size / MIB for name, size in parts.items()}
+    parts["other_models"] = max(others.models + others.vllm, others.labeler)
+    parts |= {"activations": max(activations.values()), "kv_cache": numbers.get("kv_cache", 0)}
+    parts["logits"] = max(numbers[f"{phase}.logits"] for phase in activations)
+    parts, phases = ({name: size / MIB for name, size in sizes.items()} for sizes in (parts, phases))
     return StagePlan(parts | {"reserve": reserve(max(phases.values()), parts["weights"])}, phases)
 
 
@@ -241,7 +262,7 @@ def largest_size(recipe: Recipe, configs: Configs, key: str, gpu: float | None =
 
     It divides the mini-batch or the rollout. 1 where nothing fits: what to change is then for `helpful_changes` to say.
     """
-    on_gpu, device_recipe, config = for_device(recipe, "ppo", configs["ppo"], gpu)
+    total, device_recipe, config = for_device(recipe, "ppo", configs["ppo"], gpu)
     updates = key == "per_device_train_batch_size"
     divided = config.mini_batch_size if updates else config.rollout_size
     limit = (available_bytes() if gpu is None else gpu) / MIB
@@ -249,7 +270,7 @@ def largest_size(recipe: Recipe, configs: Configs, key: str, gpu: float | None =
     while len(sizes) > 1:  # keep the half in which the largest is
         middle = len(sizes) // 2
         setattr(config, key, sizes[middle])
-        tried = stage_plan(device_recipe, "ppo", config, on_gpu)
+        tried = stage_plan(device_recipe, "ppo", config, total)
         peak = tried.phases["update"] if updates else max(tried.phases["generate"], tried.phases["score"])
         fits = peak + reserve(peak, tried.parts["weights"]) <= limit
         sizes = sizes[middle:] if fits else sizes[:middle]

@@ -102,14 +102,14 @@ def materialize(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def weight_bytes(base: Base) -> float:
-    """Bytes of the base's weights.
+def weight_bytes(base: Base, scores: bool = False) -> float:
+    """Bytes of the base's weights; with `scores`, of a sequence classifier's.
 
     Of a quantized linear layer, each weight takes: nf4, half a byte, and 8 bits a block of 64 and 32 bits a 256 blocks
     of constants, 0.127 bits in all (QLoRA, arXiv:2305.14314, section 3); int8, a byte, and 4 bytes a row. Embeddings,
     norms and the language-model head keep their 16 or 32 bits.
     """
-    model = skeleton(base)
+    model = skeleton(base, scores=scores)
     inside = {id(module.weight): module for module in quantized(model)}
     total = sum(buffer.nbytes for buffer in model.buffers())
     for parameter in model.parameters():
@@ -121,3 +121,20 @@ def weight_bytes(base: Base) -> float:
         else:
             total += count + 4 * module.out_features
     return total
+
+
+@functools.cache
+def loading_bytes(base: Base, on_gpu: bool, scores: bool = False) -> float:
+    """Bytes that reading the weights takes beside them, at most.
+
+    On a GPU that is one weight as it is stored, because transformers quantizes one after the other. On a CPU it is the
+    whole checkpoint, mapped into memory, unless the weights stay what is mapped; and bitsandbytes quantizes a weight
+    there by way of numbers in float32, of which three times the weight was seen at one time.
+    """
+    stored, model = read_config(base).dtype or torch.float32, skeleton(base, scores=scores)
+    counts = [parameter.numel() for parameter in model.parameters()]
+    if on_gpu:
+        return max(counts) * stored.itemsize
+    if base.quantization is None:
+        return 0 if stored == precision(base) else sum(counts) * stored.itemsize
+    return sum(counts) * stored.itemsize + 3 * 4 * max(module.weight.numel() for module in quantized(model))

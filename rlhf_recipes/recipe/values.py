@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 STAGES = ("sft", "reward", "ppo", "dpo")
+PEOPLE = "people"  # the labeler of rounds for which a run waits
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Rounds:
     """
 
     count: int = 3  # rounds in all; the first has the recipe's own comparisons
-    labeler: str = "people"  # people, module:function, or a judge
+    labeler: str = PEOPLE  # people, module:function, or a judge
     prompts: str | None = None  # a source of prompts like `ppo.data`; None: that one
     size: int = 256  # prompts labelled in a round
     responses: int = 4  # to each prompt, 2 to 9

@@ -15,10 +15,11 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_callable_name
 
 from ..data.tokens import render, set_today
-from ..model.base import device
+from ..model.base import device, precision
 from ..model.batches import TOKENS_AT_ONCE, Batches
 from ..model.sampler import Sampler, Samples
 from ..recipe.lookup import function, is_function
+from ..recipe.values import Base
 from ..records.files import Row
 from .options import PPOConfig
 
@@ -203,6 +204,12 @@ def check_reward_source(name: str, has_reward_stage: bool) -> None:
             raise ValueError(f"ppo.reward_funcs: the model {name!r} has {labels} labels, and a reward model has one.")
 
 
+def external_base(name: str) -> Base:
+    """How an external reward model is loaded: whole, in the precision of its checkpoint, as its configuration says."""
+    dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
+    return Base(name, dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+
 class ExternalRewardModel:
     """A sequence-classification model with its own tokenizer and chat template, as a function of TRL's signature."""
 
@@ -215,7 +222,10 @@ class ExternalRewardModel:
         self.__name__ = Path(name).name
         self.tokenizer = reward_tokenizer(name)
         set_today(self.tokenizer, today)
-        self.model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).to(device()).eval()
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, dtype=precision(external_base(name)), device_map={"": device()}
+        ).eval()
+        self.model.config.get_text_config().use_cache = False  # nothing is generated
         # Without a padding token the model reads the last position, which is right for a single row only.
         self.batches = Batches(batch_size if self.tokenizer.pad_token is not None else 1, f"rows of {self.__name__}")
 

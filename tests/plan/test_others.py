@@ -57,7 +57,6 @@ def save_classifier(folder: Path, dtype: torch.dtype) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.xfail(strict=True, reason="issue: models named in ppo.reward_funcs are not counted")
 def test_reward_models_of_others_are_counted_as_they_are_loaded(
     recipe: Recipe, tmp_path: Path, dtype: torch.dtype
 ) -> None:
@@ -81,7 +80,6 @@ def test_reward_models_of_others_are_counted_as_they_are_loaded(
     assert planned(recipe, "dpo", ppo=ppo).phases["compare"] > planned(recipe, "dpo").phases["compare"] + 0.99 * size
 
 
-@pytest.mark.xfail(strict=True, reason="issue: a model that labels in rounds is not counted")
 def test_a_labeler_on_this_machine_is_a_phase_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
     judge = save_model(tmp_path, hidden_size=256, intermediate_size=1024)
     size = bytes_of_weights(load_base(Base(str(judge)))) / MIB
@@ -92,7 +90,6 @@ def test_a_labeler_on_this_machine_is_a_phase_of_its_own(recipe: Recipe, tmp_pat
         assert "label" not in planned(recipe, rounds=Rounds(labeler=labeler)).phases
 
 
-@pytest.mark.xfail(strict=True, reason="issue: vLLM's share of the GPU is not counted")
 def test_vllm_takes_its_share_while_it_samples_or_always(recipe: Recipe) -> None:
     configs, gpu = check_recipe(recipe), 2**30
     native = plan_memory(recipe, configs, gpu, only=["ppo"]).stages["ppo"]
@@ -108,7 +105,6 @@ def test_vllm_takes_its_share_while_it_samples_or_always(recipe: Recipe) -> None
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-@pytest.mark.xfail(strict=True, reason="issue: what is there while weights are read is not counted")
 def test_loading_takes_what_was_planned(recipe: Recipe, tmp_path: Path, quantization: Any) -> None:
     model = save_model(tmp_path, hidden_size=256, intermediate_size=1024, vocab_size=256)
     base = Base(str(model), quantization=quantization)

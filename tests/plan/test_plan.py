@@ -255,7 +255,7 @@ def test_a_judge_is_one_more_adapter_and_trains_nothing(recipe: Recipe) -> None:
     names = [[role.name for role in ppo_roles(planned, config)] for planned in (recipe, with_judge)]
     assert names == [["reference", "policy", "reward", "critic"], ["reference", "policy", "reward", "judge", "critic"]]
     assert work_of_step(with_judge, "ppo", config) == work_of_step(recipe, "ppo", config)
-    plain, more = (stage_plan(planned, "ppo", config, on_gpu=False).parts for planned in (recipe, with_judge))
+    plain, more = (stage_plan(planned, "ppo", config, gpu=None).parts for planned in (recipe, with_judge))
     assert more["adapters"] > plain["adapters"] and more["optimizer"] == plain["optimizer"]
 
 
