@@ -444,6 +444,32 @@ def test_a_stage_on_rankings_learns_them(recipe: Recipe, finished: Path) -> None
     assert (finished / "reward" / "card.md").is_file()
 
 
+@pytest.mark.xfail(strict=True, reason="issue: held-out rows are scored three times, and without a bar")
+def test_heldout_rows_are_scored_once(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng, scored, scores = random.Random(0), [], SharedBase.scores
+
+    def counted(shared: SharedBase, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scored.append(len(ids))
+        return scores(shared, ids, mask)
+
+    monkeypatch.setattr(SharedBase, "scores", counted)
+    rows = [
+        {"prompt": f"w{i} w{j}", "chosen": f"w{rng.randrange(4, 64)} w5", "rejected": f"w{rng.randrange(4, 64)}"}
+        for i in range(4, 14)
+        for j in range(20, 40)
+    ]
+    pairs = {"data": write(tmp_path / "pairs.jsonl", rows), "heldout": 0.5, "max_steps": 2, "ensemble_size": 1}
+    run(replace(recipe, sft=None, reward=pairs), tmp_path / "run")
+    results = results_of(tmp_path / "run")
+    heldout = results["card"]["accuracy"]["pairs"]
+    assert heldout > 80 and sum(scored) <= 8 + 2 * 16, "the probes, and a sample in another order"
+    assert results["card"]["swap_error"] < 1e-4
+    assert results["card"]["accuracy"]["rate"] == pytest.approx(results["heldout_accuracy"])
+    assert "reward, evaluation" in capsys.readouterr().err
+
+
 def test_members_are_whole_adapters_of_their_own(recipe: Recipe, finished: Path) -> None:
     folders = member_folders(finished)
     assert folders == {"reward": finished / "reward", "reward_1": finished / "reward" / "member-1"}
