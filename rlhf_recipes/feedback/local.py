@@ -119,7 +119,7 @@ class LocalModel:
             for row, response in zip(batch.tolist(), sampled.tolist(), strict=True):
                 responses[row] = response
 
-        self.batches.run(torch.tensor([len(prompt) for prompt, _ in requests]), work)
+        self.batches.run(torch.tensor([len(prompt) for prompt, _ in requests]), work, doing="sampling")
         answers = []
         for (prompt, _), ids in zip(requests, responses, strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), None)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .memory import halved, ran_out
 
@@ -25,27 +26,33 @@ class Batches:
         work: Callable[[Tensor], None],
         tokens_at_once: int | None = None,
         of_one_length: bool = False,
+        doing: str = "scoring",
     ) -> None:
         """Call `work` with the indices of each batch's rows. Rows of like length share one: little of it is padding.
+
+        On a terminal, a bar shows how far it is where that takes longer than a second.
 
         Args:
             lengths: (B,) tokens of each row, on the CPU.
             tokens_at_once: a batch has no more tokens than this, padding included, unless a single row has.
             of_one_length: no batch has padding.
+            doing: what the bar calls it.
         """
         order = lengths.argsort(stable=True)  # (B,)
         lengths = lengths[order]
         start = 0
-        while start < len(order):
-            rows = min(self.size, len(order) - start)
-            while tokens_at_once and rows > 1 and rows * int(lengths[start + rows - 1]) > tokens_at_once:
-                rows -= 1
-            if of_one_length:
-                rows = int((lengths[start : start + rows] == lengths[start]).sum())
-            batch = functools.partial(work, order[start : start + rows])
-            if self.option is None:
-                batch()
-            elif ran_out(batch):
-                self.size = halved(rows, self.option)
-                continue
-            start += rows
+        with tqdm(total=len(order), desc=doing, unit="row", leave=False, delay=1, disable=None) as bar:
+            while start < len(order):
+                rows = min(self.size, len(order) - start)
+                while tokens_at_once and rows > 1 and rows * int(lengths[start + rows - 1]) > tokens_at_once:
+                    rows -= 1
+                if of_one_length:
+                    rows = int((lengths[start : start + rows] == lengths[start]).sum())
+                batch = functools.partial(work, order[start : start + rows])
+                if self.option is None:
+                    batch()
+                elif ran_out(batch):
+                    self.size = halved(rows, self.option)
+                    continue
+                start += rows
+                bar.update(rows)

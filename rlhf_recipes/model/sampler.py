@@ -103,15 +103,9 @@ class Sampler:
         tokens_at_once: int | None = None,
         of_one_length: bool = False,
     ) -> None:
-        """Call `work` with the indices of each batch's rows. Rows of like length share one: little of it is padding.
-
-        Args:
-            lengths: (B,) tokens of each row.
-            tokens_at_once: a batch has no more tokens than this, padding included, unless a single row has.
-            of_one_length: no batch has padding.
-        """
-        device = self.model.device
-        self.batches.run(lengths, lambda rows: work(rows.to(device)), tokens_at_once, of_one_length)
+        """See `Batches.run`; the indices are on the model's device. Without `tokens_at_once` it is sampling."""
+        device, doing = self.model.device, "scoring" if tokens_at_once else "sampling"
+        self.batches.run(lengths, lambda rows: work(rows.to(device)), tokens_at_once, of_one_length, doing)
 
     def sample(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> Samples:
         """Sample a response to each prompt (token ids) from a role, with the given random numbers as in `generate`."""

@@ -145,7 +145,7 @@ class RewardCard(TypedDict):
     length: LengthRule
     by_length: list[LengthBin]
     calibration: Calibration
-    swap_error: float  # the largest change of a difference in score, where the two swap their places in the batch
+    swap_error: float  # the largest change of a difference in score, of a sample, where the two swap their places
     demonstrations: DemonstrationScores | None
     warnings: list[str]
 

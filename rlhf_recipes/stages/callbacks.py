@@ -19,7 +19,7 @@ class RecordLogs(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A progress bar over the stage's steps with the numbers that matter in it."""
+    """A progress bar over the stage's steps with the numbers that matter in it, and one over each evaluation."""
 
     SHOWN: ClassVar = {
         "loss": "loss",
@@ -35,18 +35,37 @@ class Progress(TrainerCallback):
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.shown: dict[str, str] = {}
+        self.bar: tqdm | None = None  # while training goes on
+        self.evaluation: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.evaluation is None:
+            batches = len(eval_dataloader)
+            self.evaluation = tqdm(total=batches, desc=f"{self.stage}, evaluation", unit="batch", leave=False)
+        self.evaluation.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.evaluation is not None:
+            self.evaluation.close()
+        self.evaluation = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.shown |= {label: f"{logs[key]:.3g}" for key, label in self.SHOWN.items() if key in logs}
         if self.stage == "ppo":
             self.shown.pop("loss", None)
-        self.bar.set_postfix(self.shown)
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None

@@ -166,7 +166,6 @@ class Job:
                 chosen = trainer.args.load_best_model_at_end and best.is_dir()
                 trainer.state = state
                 trainer._load_from_checkpoint(str(best) if chosen else self.resume)
-                trainer.remove_callback(Progress)
                 return
         trainer.train(resume_from_checkpoint=self.resume)
 

@@ -444,7 +444,6 @@ def test_a_stage_on_rankings_learns_them(recipe: Recipe, finished: Path) -> None
     assert (finished / "reward" / "card.md").is_file()
 
 
-@pytest.mark.xfail(strict=True, reason="issue: held-out rows are scored three times, and without a bar")
 def test_heldout_rows_are_scored_once(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,10 +3,10 @@
 N rows; L tokens of the longest one, prompt and response.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,15 @@ from ...data.prepare import Prepared
 from ...model.batches import TOKENS_AT_ONCE, Batches
 from ...model.sampler import autocast_of, pad_right
 from ...model.shared import BIAS, SharedBase
+from ...records.files import write_json
 from ..job import Job
 from .trainer import RewardTrainer
 
 PROBES = "probe.json"  # rows and their scores at the end of training; written last, so that it marks a finished adapter
 
 PROBE_ROWS = 8
+
+HELDOUT = "heldout.json"  # the scores of all held-out responses at the end of training, row after row
 
 JUDGE = "judge"  # the folder in the stage's and the role of an adapter that measures, and that no policy is trained on
 
@@ -63,17 +66,17 @@ def set_bias(shared: SharedBase, folder: Path, role: str, demonstrations: Prepar
     return scores
 
 
-def write_probes(trainer: RewardTrainer, job: Job) -> None:
-    """Score a few held-out responses with the trained model and keep their ids and scores beside the adapter."""
-    rows = [row["responses_ids"][0] for row in job.data.heldout.to_list()[:PROBE_ROWS]]
-    model: Any = trainer.model
-    ids, kept = pad_right(rows, model.config.pad_token_id, trainer.args.device)  # (N, L) each
-    model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
-        scores = model(input_ids=ids, attention_mask=kept).logits[:, 0].float().tolist()
-    scratch = job.folder / f"{PROBES}.tmp"
-    scratch.write_text(json.dumps({"input_ids": rows, "scores": scores}) + "\n")
-    scratch.replace(job.folder / PROBES)
+def write_scores(trainer: RewardTrainer, job: Job) -> None:
+    """Keep what the last evaluation said of the held-out responses beside the adapter.
+
+    Some of them are its probes, with their ids: one response to each of the first rows.
+    """
+    rows, scores = job.data.heldout["responses_ids"], torch.cat(trainer.evaluated).tolist()
+    assert len(scores) == sum(map(len, rows))
+    firsts = itertools.accumulate(map(len, rows), initial=0)  # where each row's scores begin
+    probes = [(row[0], scores[first]) for row, first in zip(rows[:PROBE_ROWS], firsts, strict=False)]
+    write_json(job.folder / HELDOUT, scores)
+    write_json(job.folder / PROBES, {"input_ids": [ids for ids, _ in probes], "scores": [score for _, score in probes]})
 
 
 def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None:

@@ -44,14 +44,14 @@ class ScoredPair(TypedDict):
     chosen_length: int  # response tokens
     rejected_length: int
     source: str | None
-    swapped_difference: float  # the difference, first answer less second, where the two swap places in the batch
+    swapped_difference: float | None  # first answer less second, scored anew in another order; None: not in the sample
 
 
 def write_card(folder: Path, rows: list[ScoredPair], demonstrations: list[float], train_pairs: int) -> RewardCard:
     """Measure a reward model and write `card.json`, `card.md` and `reliability.svg` into its folder.
 
     Args:
-        rows: the held-out comparisons. A pair's `swapped_difference` is minus its difference, to rounding.
+        rows: the held-out comparisons. A pair's `swapped_difference`, if any, is minus its difference, to rounding.
         demonstrations: the scores of held-out demonstrations; may be empty.
         train_pairs: comparisons that the model was trained on.
     Returns:
@@ -68,6 +68,7 @@ def write_card(folder: Path, rows: list[ScoredPair], demonstrations: list[float]
 def measure(rows: list[ScoredPair], demonstrations: list[float], train_pairs: int) -> RewardCard:
     """All numbers of the card, and its warnings. Arguments as of `write_card`."""
     sources = sorted({row["source"] for row in rows if row["source"] is not None})
+    swapped = [(row, row["swapped_difference"]) for row in rows]
     card: RewardCard = {
         "train_pairs": train_pairs,
         "accuracy": accuracy(rows),
@@ -75,7 +76,7 @@ def measure(rows: list[ScoredPair], demonstrations: list[float], train_pairs: in
         "length": length(rows),
         "by_length": by_length(rows),
         "calibration": calibration([_difference(row) for row in rows]),
-        "swap_error": max(abs(_difference(row) + row["swapped_difference"]) for row in rows),
+        "swap_error": max((abs(_difference(row) + other) for row, other in swapped if other is not None), default=0.0),
         "demonstrations": demonstration_scores(demonstrations),
         "warnings": [],
     }
@@ -236,7 +237,7 @@ def markdown(card: RewardCard) -> str:
         for row in card["calibration"]["bins"]
     ]
     error = card["swap_error"]
-    lines += ["", "## Scores", "", f"Largest error when the two answers of a pair swap places: {error:.2g}."]
+    lines += ["", "## Scores", "", f"Largest error when the two answers of a pair swap places: {error:.2g} (a sample)."]
     if card["demonstrations"] is not None:
         scores = card["demonstrations"]
         lines += [

@@ -8,6 +8,7 @@ N held-out rows; K responses to each, or to the row that has most; R responses i
 
 import dataclasses
 import gc
+import json
 from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
@@ -25,10 +26,22 @@ from ...model.shared import HEAD, SharedBase, lora_config
 from ...records.contents import Fingerprint, StageResults
 from ...records.files import Row
 from ..job import Job
-from .adapters import JUDGE, PROBES, add_reward_roles, judge_folder, member_folders, score_rows, set_bias, write_probes
+from .adapters import (
+    HELDOUT,
+    JUDGE,
+    PROBES,
+    add_reward_roles,
+    judge_folder,
+    member_folders,
+    score_rows,
+    set_bias,
+    write_scores,
+)
 from .card import ScoredPair, write_card
 from .loss import fold, ranking_loss, stack_rankings, untied
 from .trainer import RewardTrainer
+
+SWAPPED = 16  # held-out rows that are scored once more, in another order
 
 JUDGE_SEED = 10_000  # beyond the recipe's; the members have the numbers from 0 on
 
@@ -80,7 +93,7 @@ def train_member(job: Job) -> None:
     model.save_pretrained(str(job.folder))
     job.tokenizer.save_pretrained(job.folder)
     write_fingerprint(job.folder, job.fingerprint)
-    write_probes(trainer, job)
+    write_scores(trainer, job)
 
 
 def start_from_sft(model: PeftModel, folder: Path, fingerprint: Fingerprint) -> None:
@@ -96,7 +109,7 @@ def start_from_sft(model: PeftModel, folder: Path, fingerprint: Fingerprint) -> 
 
 
 def evaluate_adapters(job: Job) -> StageResults:
-    """Check each finished adapter, set its bias, and measure it on the held-out rows.
+    """Check each finished adapter, set its bias, and measure it by what its training's last evaluation said.
 
     Writes the main adapter's reward card (see `card`). Returns its accuracy over the untied held-out pairs
     (heldout_accuracy), its loss on them without smoothing, weights or centering (heldout_loss), each member's accuracy
@@ -106,20 +119,22 @@ def evaluate_adapters(job: Job) -> StageResults:
     heldout = job.reported.to_list()
     ranking = stack_rankings(heldout)  # (N, K)
     row_index, better, worse = untied(ranking)  # (M,) each
-    responses = [ids for row in heldout for ids in row["responses_ids"]]  # R lists
+    sample = [ids for row in heldout[:SWAPPED] for ids in row["responses_ids"]]
     results: StageResults = {}
     accuracies: dict[str, float] = {}  # by role
     for role, folder in (member_folders(job.run_dir) | judge_folder(job.run_dir)).items():
         add_reward_roles(shared, {role: folder})
         demonstrations = set_bias(shared, folder, role, job.extras.get("demonstrations"))
-        scores = fold(score_rows(shared, responses, role), ranking)  # (N, K)
+        # The scores (R,) of the held-out responses, and with the bias that has been set since then.
+        trained = torch.tensor(json.loads((folder / HELDOUT).read_text())) + shared.biases.get(role, 0.0)
+        scores = fold(trained, ranking)  # (N, K)
         # Not TRL's figure, which is a mean over batches of unequal size.
         accuracies[role] = (scores[row_index, better] > scores[row_index, worse]).float().mean().item()
         if role == "reward":
             margin = torch.tensor([row["margin"] for row in heldout]) if "margin" in heldout[0] else None
             results["heldout_loss"] = ranking_loss(scores, ranking, margin).mean().item()
-            # The other way round in every batch: a score must not depend on what it is computed beside.
-            swapped = fold(score_rows(shared, responses[::-1], role).flip(0), ranking)
+            # A score must not depend on what it is computed beside: in training its row's other responses, here others.
+            swapped = fold(score_rows(shared, sample[::-1], role).flip(0), ranking[:SWAPPED])
             pairs = comparisons(heldout, ranking, scores, swapped)
             results["card"] = write_card(folder, pairs, demonstrations, count_pairs(job.data.train))
     if JUDGE in accuracies:
@@ -132,7 +147,8 @@ def comparisons(rows: list[Row], ranking: Tensor, scores: Tensor, swapped: Tenso
 
     Args:
         rows: prepared rows of the stage.
-        ranking, scores, swapped: (N, K) each, `scores` from rows in their order, `swapped` from the reverse.
+        ranking, scores: (N, K) each.
+        swapped: (SWAPPED, K) or fewer, the scores of the first rows in another order.
     """
     lengths = [[len(ids) - row["prompt_length"] for ids in row["responses_ids"]] for row in rows]
     numbers: dict[tuple[int, ...], int] = {}  # of the prompts, which several rows may share
@@ -145,7 +161,7 @@ def comparisons(rows: list[Row], ranking: Tensor, scores: Tensor, swapped: Tenso
             "chosen_length": lengths[row][better],
             "rejected_length": lengths[row][worse],
             "source": rows[row].get("source"),
-            "swapped_difference": (swapped[row, worse] - swapped[row, better]).item(),
+            "swapped_difference": (swapped[row, worse] - swapped[row, better]).item() if row < len(swapped) else None,
         }
         for row, better, worse in zip(*(indices.tolist() for indices in untied(ranking)), strict=True)
     ]

@@ -53,6 +53,7 @@ class RewardTrainer(trl.RewardTrainer):
         super().__init__(*args, **kwargs)
         theirs: Any = self.data_collator
         self.data_collator = RankingCollator(theirs.pad_token_id, theirs.pad_to_multiple_of)
+        self.evaluated: list[Tensor] = []  # the scores of the last evaluation's responses, in their order, a batch each
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Nothing: the rows are tokenized already, and none is too long."""
@@ -61,6 +62,11 @@ class RewardTrainer(trl.RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Name the columns that the Trainer leaves in the rows: those that `RankingCollator` reads."""
         self._signature_columns = ["responses_ids", "ranking", "margin", "weight", "preferences"]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As TRL's, and the scores that it saw are kept in `evaluated`."""
+        self.evaluated = []
+        return super().evaluate(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -73,6 +79,8 @@ class RewardTrainer(trl.RewardTrainer):
         # Padding at the right needs no mask: no token sees it, and the classifier reads the last token before it.
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         scores = fold(outputs.logits[:, 0].float(), ranking)  # (B, K)
+        if not self.model.training:
+            self.evaluated.append(outputs.logits[:, 0].float().cpu())  # (R,)
         center = self.args.center_rewards_coefficient or 0.0
         soft = inputs.get("preferences")
         losses = ranking_loss(scores, ranking, inputs.get("margin"), self.args.label_smoothing, center, soft)  # (B,)
