@@ -8,6 +8,7 @@ import datasets
 import transformers
 from rich.console import Console
 from rich.text import Text
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..data.prepare import Prepared
@@ -97,8 +98,14 @@ def prepare_inputs(run: ActiveRun, stages: Sequence[str]) -> dict[str, tuple[Pre
 
     All of them before the first stage trains, so that whatever is wrong with one is said at once. Raises ValueError.
     """
-    data = {stage: prepare_stage(run.recipe, stage, run.configs[stage], run.tokenizer) for stage in stages}
-    extras = {stage: prepare_extras(run.recipe, stage, run.configs, run.tokenizer, data) for stage in stages}
+    data, extras = {}, {}
+    with tqdm(total=2 * len(stages), desc="reading data", unit="source", leave=False, disable=None) as bar:
+        for stage in stages:
+            data[stage] = prepare_stage(run.recipe, stage, run.configs[stage], run.tokenizer)
+            bar.update()
+        for stage in stages:
+            extras[stage] = prepare_extras(run.recipe, stage, run.configs, run.tokenizer, data)
+            bar.update()
     check_same_format(data, extras)
     return {stage: (data[stage], extras[stage]) for stage in stages}
 

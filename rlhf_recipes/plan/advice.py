@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
 from ..stages.configure import Configs, configure
@@ -35,7 +37,8 @@ def helpful_changes(recipe: Recipe, stage: str, configs: Configs, gpu: float | N
     """
     before = plan_memory(recipe, configs, gpu, only=[stage]).stages[stage].peak_mib
     changes = []
-    for settings, same_results in candidate_changes(recipe, stage, configs[stage], gpu):
+    candidates = list(candidate_changes(recipe, stage, configs[stage], gpu))
+    for settings, same_results in tqdm(candidates, desc=f"changes of {stage}", unit="plan", leave=False, disable=None):
         changed = replace(recipe, **parse_overrides(settings.split()))
         after = plan_memory(changed, configure(changed), gpu, only=[stage]).stages[stage].peak_mib
         if after < 0.99 * before:

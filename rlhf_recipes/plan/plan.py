@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers.training_args import OptimizerNames
 
 from ..model.memory import resident_mib
@@ -100,7 +101,7 @@ def plan_memory(
     if configs is None:
         configs = configure(recipe)
     stages = {}
-    for stage in only or configs:
+    for stage in tqdm(only or configs, desc="planning", unit="stage", leave=False, disable=None):
         total, device_recipe, config = for_device(recipe, stage, configs[stage], gpu)
         if stage == "ppo":
             settle_auto_sizes(recipe, config, gpu)
