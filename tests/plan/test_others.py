@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from support.memory_meter import measured
 from support.memory_meter import weight_bytes as bytes_of_weights
 from support.run_folder import write_rows
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from rlhf_recipes import Base, PPOStage, Recipe, Stage
 from rlhf_recipes.model.base import load_base
 from rlhf_recipes.pipeline.check import check_recipe
+from rlhf_recipes.plan import fit
 from rlhf_recipes.plan.plan import StagePlan, plan_memory
 from rlhf_recipes.recipe.values import DPOStage, Rounds
 from rlhf_recipes.stages.scores import ExternalRewardModel
@@ -112,3 +114,18 @@ def test_loading_takes_what_was_planned(recipe: Recipe, tmp_path: Path, quantiza
     with measured() as meter:
         load_base(base)
     assert phases["load"] == pytest.approx(meter.peak / MIB, rel=0.1)
+
+
+@pytest.mark.xfail(strict=True, reason="issue: a CPU's plan is of what is allocated, and the process holds twice that")
+def test_a_cpus_plan_says_what_the_process_may_hold(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = check_recipe(recipe)
+    plan = plan_memory(recipe, configs)
+    assert "may hold up to" in plan.line("ppo") and "may hold" not in plan_memory(recipe, configs, 2**30).line("ppo")
+    needed = max(plan.stages[stage].needed_mib for stage in plan.stages)
+    saved: list[bool] = []
+    monkeypatch.setattr(fit, "give_back_at_once", lambda: saved.append(True))
+    for limit, times in ((1.05 * needed, 1), (10 * needed, 0)):
+        monkeypatch.setattr("rlhf_recipes.plan.plan.available_bytes", lambda limit=limit: limit * MIB)
+        saved.clear()
+        fit.check_memory(recipe, configs, force=False, console=Console(quiet=True))
+        assert len(saved) == times, "half as much is held, more slowly, where it would not fit"
