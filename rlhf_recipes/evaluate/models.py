@@ -6,7 +6,6 @@ seed, the temperature and the length. Neither the batch, nor the other prompts, 
 Shapes: B rows of a batch, T tokens of the longest response in it.
 """
 
-import gc
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from ..data.tokens import response_texts
 from ..model.base import fingerprint, load_base, load_tokenizer
 from ..model.batches import Batches
+from ..model.memory import release
 from ..model.sampler import Sampler
 from ..model.shared import BIAS, SharedBase
 from ..recipe.values import Recipe
@@ -232,9 +232,7 @@ class Bench:
         """Give the base's memory back."""
         vars(self).pop("shared", None)
         self._held = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
 
 
 def uniforms(prompt: list[int], seed: int, sample: int, length: int) -> Tensor:

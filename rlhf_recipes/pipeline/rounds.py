@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import release_memory
 from rich.text import Text
 
 from ..data.prepare import Prepared, merge_comparisons, prepare
@@ -19,6 +18,7 @@ from ..feedback.judge import judge_samples
 from ..feedback.rows import read_judgements, read_samples
 from ..feedback.sample import SampleSettings, draw_samples, keep_sample_settings, prompt_id, prompts_to_rank
 from ..model.base import longest_row
+from ..model.memory import release
 from ..model.open import open_models
 from ..recipe.lookup import function, is_function
 from ..recipe.overrides import to_dict
@@ -144,7 +144,7 @@ def sample_policies(run: ActiveRun, number: int, prompts: Prepared, samples: Pat
     shared = open_models(run.recipe, {name: adapter_folder(before, run.recipe, name) for name in rounds.models})
     draw_samples(shared, run.tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
     del shared
-    release_memory()
+    release()
 
 
 def feedback_files(run_dir: Path, number: int) -> tuple[Path, Path]:
@@ -172,7 +172,7 @@ def _have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bo
             _label_by_function(rounds.labeler, samples, labels, seed)
     elif len(read_rows(labels)) < len(read_rows(samples)):
         judge_samples(read_samples(samples), labels, connect(ModelSettings(rounds.labeler)), judge_settings(recipe))
-        release_memory()
+        release()
     return True
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import release_memory, should_reduce_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ..data.prepare import Prepared
-from ..model.memory import peak_memory_mib, reset_peak_memory, resident_mib
+from ..model.memory import peak_memory_mib, release, reset_peak_memory, resident_mib
 from ..plan.fit import out_of_memory, plan_for_rows
 from ..plan.plan import StagePlan
 from ..recipe.values import Recipe
@@ -109,7 +109,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
         raise ValueError(out_of_memory(error, job, plan)) from error
     finally:
         manifest.write(job.run_dir)
-        release_memory()
+        release()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..data.prepare import Prepared
-from ..model.memory import peak_memory_mib
+from ..model.memory import give_back_at_once, peak_memory_mib
 from ..recipe.values import Recipe
 from ..stages.configure import Configs
 from ..stages.job import Job
@@ -41,6 +41,9 @@ def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console
         console.print(Text(plan.line(stage)))
     if not force:
         refuse_misfit(recipe, configs, plan)
+    if not plan.on_gpu and max(map(plan.held_mib, plan.stages)) > plan.limit_mib:
+        console.print("That is too much: freed memory is given back at once, which is slower.")
+        give_back_at_once()
     return True
 
 

@@ -5,7 +5,6 @@ arXiv:2305.18290, equation 7). The reference is the SFT adapter or, without an S
 """
 
 import dataclasses
-import gc
 from typing import Any
 
 import trl
@@ -13,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, TaskType
 
 from ..model.base import check_fingerprint, load_base, write_fingerprint
+from ..model.memory import release
 from ..model.sampler import Sampler
 from ..model.shared import SharedBase, lora_config
 from ..recipe.lookup import function
@@ -68,7 +68,7 @@ def train_dpo(job: Job) -> StageResults:
     step = trainer.state.global_step
     # Whoever holds the trainer holds its base, beside the one that is loaded now.
     del trainer, model
-    gc.collect()
+    release()
     _, prompts = job.halves(job.extras["prompts"].heldout)
     results, samples = compare(make_evaluator(job), prompts.to_list(), MODELS)
     recorder.samples(step, samples)

@@ -9,7 +9,6 @@ from rlhf_recipes.model.memory import ran_out, resident_mib
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's count of resident memory, and glibc")
-@pytest.mark.xfail(strict=True, reason="issue: the C library keeps what is freed, and the next phase comes on top")
 def test_what_is_freed_goes_back_to_the_system() -> None:
     def fails() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

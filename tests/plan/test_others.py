@@ -116,7 +116,6 @@ def test_loading_takes_what_was_planned(recipe: Recipe, tmp_path: Path, quantiza
     assert phases["load"] == pytest.approx(meter.peak / MIB, rel=0.1)
 
 
-@pytest.mark.xfail(strict=True, reason="issue: a CPU's plan is of what is allocated, and the process holds twice that")
 def test_a_cpus_plan_says_what_the_process_may_hold(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = check_recipe(recipe)
     plan = plan_memory(recipe, configs)

@@ -7,7 +7,6 @@ N held-out rows; K responses to each, or to the row that has most; R responses i
 """
 
 import dataclasses
-import gc
 import json
 from contextlib import nullcontext
 from itertools import combinations
@@ -22,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from ...data.split import set_aside
 from ...model.base import check_fingerprint, load_base, write_fingerprint
+from ...model.memory import release
 from ...model.shared import HEAD, SharedBase, lora_config
 from ...records.contents import Fingerprint, StageResults
 from ...records.files import Row
@@ -57,7 +57,7 @@ def train_reward(job: Job) -> StageResults:
         if not (member.folder / PROBES).is_file():
             with nullcontext(job) if index == 0 else member.tracked(beside=True) as tracked:
                 train_member(tracked)
-            gc.collect()
+            release()
     return evaluate_adapters(jobs[0])
 
 
