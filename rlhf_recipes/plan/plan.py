@@ -35,7 +35,8 @@ LAYERS = (2, 3)  # of the dry runs
 # Of all but the weights: what the allocator holds in fragments and, from 7B on, the CUDA context (0.5 GiB).
 RESERVE = 0.15
 
-# The same of glibc, which keeps what is freed: a stage of SmolLM2 in float32 with a plan of 5.2 GiB held 8.4 to 10.4.
+# The same of glibc, which keeps what is freed. In a stage of SmolLM2 in float32 that is planned at 5.1 GiB, 0.5 of them
+# weights, a process held 8.5 GiB above its start after a few steps, and 11.1 GiB in all in a whole run.
 HELD = 1.2
 MIB = 2**20
 

@@ -128,13 +128,13 @@ def loading_bytes(base: Base, on_gpu: bool, scores: bool = False) -> float:
     """Bytes that reading the weights takes beside them, at most.
 
     On a GPU that is one weight as it is stored, because transformers quantizes one after the other. On a CPU it is the
-    whole checkpoint, mapped into memory, unless the weights stay what is mapped; and bitsandbytes quantizes a weight
-    there by way of numbers in float32, of which three times the weight was seen at one time.
+    whole checkpoint, mapped into memory, but for the weights that stay what is mapped; and bitsandbytes quantizes a
+    weight there by way of numbers in float32, of which three times the weight was seen at one time (int8: twice).
     """
     stored, model = read_config(base).dtype or torch.float32, skeleton(base, scores=scores)
     counts = [parameter.numel() for parameter in model.parameters()]
     if on_gpu:
         return max(counts) * stored.itemsize
-    if base.quantization is None:
-        return 0 if stored == precision(base) else sum(counts) * stored.itemsize
-    return sum(counts) * stored.itemsize + 3 * 4 * max(module.weight.numel() for module in quantized(model))
+    packed = [module.weight.numel() for module in quantized(model)]
+    converted = packed if stored == precision(base) else counts
+    return sum(converted) * stored.itemsize + (3 if base.quantization == "nf4" else 2) * 4 * max(packed, default=0)

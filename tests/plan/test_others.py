@@ -11,7 +11,7 @@ from support.memory_meter import measured
 from support.memory_meter import weight_bytes as bytes_of_weights
 from support.run_folder import write_rows
 from support.tiny_models import save_model
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_recipes import Base, PPOStage, Recipe, Stage
 from rlhf_recipes.model.base import load_base
@@ -106,9 +106,14 @@ def test_vllm_takes_its_share_while_it_samples_or_always(recipe: Recipe) -> None
         assert sleeping.phases[phase] == native.phases[phase] == awake.phases[phase] - 256
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-def test_loading_takes_what_was_planned(recipe: Recipe, tmp_path: Path, quantization: Any) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    # What is converted without being quantized is converted in threads, which are not metered.
+    [(None, torch.float32), *((name, dtype) for name in ("nf4", "int8") for dtype in (torch.float32, torch.bfloat16))],
+)
+def test_loading_takes_what_was_planned(recipe: Recipe, tmp_path: Path, quantization: Any, dtype: torch.dtype) -> None:
     model = save_model(tmp_path, hidden_size=256, intermediate_size=1024, vocab_size=256)
+    AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(model)
     base = Base(str(model), quantization=quantization)
     phases = planned(recipe, "reward", base=base).phases
     with measured() as meter:
