@@ -27,9 +27,10 @@ def signed_prompt_hash(prompt: Text, seed: int) -> int:
 class Index:
     """Hashes of rows, prompts and judged pairs, in a temporary database on disk.
 
-    Its tables are `rows` (number, prompt, whole: hashes of the prompt and of all that the row says), `pairs` (number,
-    pair, first: of each judged pair of responses the hash, and 1 where the one that sorts first is the better) and
-    `others` (number, prompt: of a second source). Numbers are those of the rows in their sources.
+    Its tables are `rows` (number, prompt, whole: hashes of the prompt and of all that the row says), `beginnings`
+    (prompt, beginning: hashes of a prompt and of what it goes on from), `pairs` (number, pair, first: of each judged
+    pair of responses the hash, and 1 where the one that sorts first is the better) and `others` (number, prompt: of a
+    second source). Numbers are those of the rows in their sources.
     """
 
     def __init__(self) -> None:
@@ -38,11 +39,12 @@ class Index:
         self._database.executescript(
             "pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -16384; pragma temp_store = file;"
             "create table rows (number, prompt, whole);"
+            "create table beginnings (prompt, beginning);"
             "create table pairs (number, pair, first);"
             "create table others (number, prompt);"
         )
 
-    def add(self, table: Literal["rows", "pairs", "others"], rows: Iterable[tuple[int, ...]]) -> None:
+    def add(self, table: Literal["rows", "beginnings", "pairs", "others"], rows: Iterable[tuple[int, ...]]) -> None:
         """Add rows of numbers to a table, each with all of its columns."""
         rows = list(rows)
         if rows:
@@ -57,10 +59,13 @@ class Index:
         return [list(row) for row in self._database.execute(query, values)]
 
     def split(self, stage: str, source: Source) -> dict[str, int]:
-        """How `prepare` will split the rows: numbers of prompts, of train, and of heldout rows and heldout_prompts."""
+        """How `prepare` will split the rows: numbers of prompts, of train, and of heldout rows and heldout_prompts.
+
+        And `straddling`: how many prompts that are not trained on are the beginning of one that is, or go on from one.
+        """
         total, lowest, last = self._answer("select count(*), min(prompt >> 16), max(prompt >> 16) from rows")
         (prompts,) = self._answer("select count(*) from (select 1 from rows group by prompt)")
-        counts = {"prompts": prompts, "train": total, "heldout": 0, "heldout_prompts": 0}
+        counts = {"prompts": prompts, "train": total, "heldout": 0, "heldout_prompts": 0, "straddling": 0}
         if source.heldout == 0 or lowest == last:
             return counts
         (second,) = self._answer("select min(prompt >> 16) from rows where prompt >> 16 > ?", lowest)
@@ -68,12 +73,27 @@ class Index:
         below = heldout_below(source.heldout, *((stored + 2**47) / 2**48 for stored in (second, last)))
         heldout = f"from rows where (prompt >> 16) < {below * 2**48 - 2**47!r}"
         counts["train"] -= self._answer(f"select count(*) {heldout}")[0]
+        counts["straddling"] = self._straddling(f"select prompt {heldout}")
         once = "group by position" if stage == "ppo" else ""  # PPO's held-out rows are one a prompt
         kept = f"select prompt >> 16 as position {heldout} {once} order by position limit ?"
         counts["heldout"], counts["heldout_prompts"] = self._answer(
             f"select count(*), count(distinct position) from ({kept})", source.heldout_limit
         )
         return counts
+
+    def _straddling(self, heldout: str) -> int:
+        """How many of the prompts that the query `heldout` gives are the beginning of another one, or go on from it."""
+        self._database.execute(f"create table kept as select distinct prompt from ({heldout})")
+        self._database.executescript(
+            "create unique index kept_prompts on kept (prompt);"
+            "create table trained as select distinct prompt from rows where prompt not in kept;"
+            "create unique index trained_prompts on trained (prompt);"
+        )
+        (straddling,) = self._answer(
+            "select count(*) from (select beginning from beginnings where beginning in kept and prompt in trained "
+            "union select prompt from beginnings where prompt in kept and beginning in trained)"
+        )
+        return straddling
 
     def duplicates(self) -> dict[str, Any]:
         """How many rows say what an earlier one says, and the first and last numbers of five such groups."""

@@ -44,6 +44,8 @@ def lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if report["stage"] not in ("rank", "label"):
         heldout = f"held out to evaluate on: {report['heldout']:,}, of {report['heldout_prompts']:,} prompts"
         yield "split", f"to train on: {report['train']:,}; {heldout}"
+        kinds = "prompts that are not trained on, but begin one that is or go on from one"
+        yield "straddling", f"{kinds}: {report['straddling']:,}"
     if report["read_whole"]:
         yield "memory", report["read_whole"]
     yield from _comparisons(report)

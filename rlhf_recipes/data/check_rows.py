@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .check_index import Index, hash_bytes, signed_prompt_hash
 from .prepare import encode, normalize
 from .rows import BadRow, Row, Survey, check_length, check_side, sift
+from .split import beginnings
 from .tokens import Text
 
 
@@ -157,9 +158,10 @@ class Examination:
 
     def _index(self, tally: Tally, rows: list[Row]) -> None:
         """Add what the rows say, and the pairs that they judge, to the tally's database."""
-        whole, pairs = [], []
+        whole, before, pairs = [], [], []
         for row in rows:
             prompt = signed_prompt_hash(row.prompt, self.seed)
+            before += [(prompt, signed_prompt_hash(shorter, self.seed)) for shorter in beginnings(row.prompt)]
             start = prompt.to_bytes(8, signed=True)
             texts = {name: _plain(text).encode() for name, text in row.completions.items()}
             judged = str(row.columns["ranking"]).encode() if "ranking" in self.columns else b""
@@ -169,6 +171,7 @@ class Examination:
                 pair = sorted((texts[better], texts[worse]))
                 pairs.append((row.number, hash_bytes(start, *pair), int(first)))
         tally.index.add("rows", whole)
+        tally.index.add("beginnings", before)
         tally.index.add("pairs", pairs)
 
 

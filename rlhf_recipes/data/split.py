@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import datasets
 
@@ -18,6 +19,18 @@ def prompt_hash(prompt: Text, seed: int) -> int:
 def prompt_position(prompt: Text, seed: int) -> float:
     """Where a prompt lies in [0, 1): below `Source.heldout` it is held out, in whatever stage, order or file."""
     return (prompt_hash(prompt, seed) >> 16) / 2**48
+
+
+def beginnings(prompt: Text) -> list[Text]:
+    """Shorter prompts that this one goes on from, wherever a turn may end in it.
+
+    In messages that is after each message of a user; in text, of which no turns are known, at the end of a line, and
+    after `:`, `>` or `]`, which often open the answer ("Assistant:", "<|assistant|>", "[/INST]").
+    """
+    if isinstance(prompt, str):
+        prompt = prompt.strip()
+        return list(dict.fromkeys(prompt[: end.start()].rstrip() for end in re.finditer(r"\n|(?<=[:>\]])\s", prompt)))
+    return [prompt[: index + 1] for index, message in enumerate(prompt[:-1]) if message["role"] == "user"]
 
 
 def heldout_below(share: float, second: float, last: float) -> float:

@@ -64,7 +64,6 @@ def test_the_hash_of_one_turn_is_the_one_that_it_always_was() -> None:
     assert prompt_hash("Hi\nthere", 3) == prompt_hash(" Hi\nthere ", 3) == 0x55BB_6414_3FA4_68F8
 
 
-@pytest.mark.xfail(strict=True, reason="nothing says how many held-out prompts begin or go on from a training prompt")
 def test_check_counts_prompts_that_straddle(tmp_path: Path) -> None:
     texts = ["User: a\nBot:", "User: a\nBot: b\nUser: c\nBot:", "User: d", "User: d\nBot: e\nUser: f", "User: ab", "x"]
     source = Source(write(tmp_path / "rows.jsonl", [{"prompt": text, "completion": "y"} for text in texts]))
