@@ -34,7 +34,7 @@ exit code: 0, or 1 where the stage would refuse the data, or 2 where it cannot b
     add("--split", metavar="NAME", help="the Hub dataset's split (default: train)")
     add("--limit", type=int, metavar="N", help="read only the first N rows (default: all)")
     add("--max-length", type=int, metavar="N", help="tokens of the longest row (default: the stage's own)")
-    add("--heldout", type=float, metavar="SHARE", help="of the prompts, kept from training (default: 0.05)")
+    add("--heldout", type=float, metavar="SHARE", help="of the dialogues, kept from training (default: 0.05)")
     add("--other", metavar="DATA", help="a second source, say of evaluation: which prompts are in both")
     add("--other-split", metavar="NAME", help="its split; without --other, of the same dataset (default: as --split)")
     add("--rows", type=int, default=3, metavar="N", help="show the first N usable rows (default: 3)")

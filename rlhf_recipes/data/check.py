@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..recipe.values import Source
-from .check_index import signed_prompt_hash
+from .check_index import signed
 from .check_rows import Examination, Tally, ranks
 from .prepare import RESERVED, check_shares, normalize
 from .read import read
 from .rows import MIXED, BadRow, Row, Survey, example
 from .sources import SOURCES, resolve_source
+from .split import prompt_hash
 
 PURPOSES = ("reward", "dpo", "rank", "sft", "ppo", "ptx")  # those that say more about a row first
 QUANTILES = {"10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99}
@@ -155,7 +156,8 @@ def _problems(examined: Examination, tally: Tally, heldout: int) -> Iterator[str
         yield f"{stage}.bad_rows=refuse: there are refused rows."
     elif stage in ("sft", "reward", "ppo", "dpo") and not heldout:
         needed = f"{stage}.heldout and {stage}.heldout_limit above 0"
-        yield f"No row is held out to evaluate on: that needs two prompts or more, with {needed}."
+        dialogues = "two dialogues or more (prompts with different first turns)"
+        yield f"No row is held out to evaluate on: that needs {dialogues}, with {needed}."
     if stage == "ppo":
         for column in (column for column in RESERVED if column in survey.ours):
             yield f"Rename the column {column!r}: reward functions have an argument of that name."
@@ -213,7 +215,7 @@ def _compare(examined: Examination, other: Source) -> dict[str, Any]:
         bad: list[tuple[int, BadRow]] = []
         rows = [Row(number, survey.rename(row)) for number, row in numbered]
         rows = normalize(examined.stage, rows, columns, bad)
-        tally.index.add("others", [(row.number, signed_prompt_hash(row.prompt, examined.seed)) for row in rows])
+        tally.index.add("others", [(row.number, signed(prompt_hash(row.prompt, examined.seed))) for row in rows])
     name = other.data if other.data != examined.source.data else f"{other.data}, {other.split}"
     return {"source": name, "rows": survey.total, **tally.index.shared_prompts()}
 

@@ -10,8 +10,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from ..recipe.values import Source
-from .split import heldout_below, prompt_hash
-from .tokens import Text
+from .split import heldout_below
 
 
 def hash_bytes(*parts: bytes) -> int:
@@ -19,18 +18,18 @@ def hash_bytes(*parts: bytes) -> int:
     return int.from_bytes(blake2b(b"\0".join(parts), digest_size=8).digest(), signed=True)
 
 
-def signed_prompt_hash(prompt: Text, seed: int) -> int:
-    """`prompt_hash` moved to where SQLite's whole numbers begin. Its order, and so that of positions, stays."""
-    return prompt_hash(prompt, seed) - 2**63
+def signed(hashed: int) -> int:
+    """A hash of 64 bits without a sign, moved to where SQLite's whole numbers begin. The order of hashes stays."""
+    return hashed - 2**63
 
 
 class Index:
     """Hashes of rows, prompts and judged pairs, in a temporary database on disk.
 
-    Its tables are `rows` (number, prompt, whole: hashes of the prompt and of all that the row says), `beginnings`
-    (prompt, beginning: hashes of a prompt and of what it goes on from), `pairs` (number, pair, first: of each judged
-    pair of responses the hash, and 1 where the one that sorts first is the better) and `others` (number, prompt: of a
-    second source). Numbers are those of the rows in their sources.
+    Its tables are `rows` (number, dialogue, prompt, whole: hashes of the prompt's dialogue, the prompt, and all that
+    the row says), `beginnings` (prompt, beginning: hashes of a prompt and of what it goes on from), `pairs` (number,
+    pair, first: of each judged pair of responses the hash, and 1 where the one that sorts first is the better) and
+    `others` (number, prompt: of a second source). Numbers are those of the rows in their sources.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class Index:
         self._database = sqlite3.connect("")
         self._database.executescript(
             "pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -16384; pragma temp_store = file;"
-            "create table rows (number, prompt, whole);"
+            "create table rows (number, dialogue, prompt, whole);"
             "create table beginnings (prompt, beginning);"
             "create table pairs (number, pair, first);"
             "create table others (number, prompt);"
@@ -63,21 +62,21 @@ class Index:
 
         And `straddling`: how many prompts that are not trained on are the beginning of one that is, or go on from one.
         """
-        total, lowest, last = self._answer("select count(*), min(prompt >> 16), max(prompt >> 16) from rows")
+        total, lowest, last = self._answer("select count(*), min(dialogue >> 16), max(dialogue >> 16) from rows")
         (prompts,) = self._answer("select count(*) from (select 1 from rows group by prompt)")
         counts = {"prompts": prompts, "train": total, "heldout": 0, "heldout_prompts": 0, "straddling": 0}
         if source.heldout == 0 or lowest == last:
             return counts
-        (second,) = self._answer("select min(prompt >> 16) from rows where prompt >> 16 > ?", lowest)
+        (second,) = self._answer("select min(dialogue >> 16) from rows where dialogue >> 16 > ?", lowest)
         # Positions in [0, 1) are stored as whole numbers from -2**47 on.
         below = heldout_below(source.heldout, *((stored + 2**47) / 2**48 for stored in (second, last)))
-        heldout = f"from rows where (prompt >> 16) < {below * 2**48 - 2**47!r}"
+        heldout = f"from rows where (dialogue >> 16) < {below * 2**48 - 2**47!r}"
         counts["train"] -= self._answer(f"select count(*) {heldout}")[0]
         counts["straddling"] = self._straddling(f"select prompt {heldout}")
-        once = "group by position" if stage == "ppo" else ""  # PPO's held-out rows are one a prompt
-        kept = f"select prompt >> 16 as position {heldout} {once} order by position limit ?"
+        once = "group by prompt" if stage == "ppo" else ""  # PPO's held-out rows are one a prompt
+        kept = f"select prompt {heldout} {once} order by dialogue >> 16, number limit ?"
         counts["heldout"], counts["heldout_prompts"] = self._answer(
-            f"select count(*), count(distinct position) from ({kept})", source.heldout_limit
+            f"select count(*), count(distinct prompt) from ({kept})", source.heldout_limit
         )
         return counts
 

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from .check_index import Index, hash_bytes, signed_prompt_hash
+from .check_index import Index, hash_bytes, signed
 from .prepare import encode, normalize
 from .rows import BadRow, Row, Survey, check_length, check_side, sift
-from .split import beginnings
+from .split import beginnings, dialogue_hash, prompt_hash
 from .tokens import Text
 
 
@@ -160,12 +160,13 @@ class Examination:
         """Add what the rows say, and the pairs that they judge, to the tally's database."""
         whole, before, pairs = [], [], []
         for row in rows:
-            prompt = signed_prompt_hash(row.prompt, self.seed)
-            before += [(prompt, signed_prompt_hash(shorter, self.seed)) for shorter in beginnings(row.prompt)]
+            prompt = signed(prompt_hash(row.prompt, self.seed))
+            dialogue = signed(dialogue_hash(row.prompt, self.seed))
+            before += [(prompt, signed(prompt_hash(shorter, self.seed))) for shorter in beginnings(row.prompt)]
             start = prompt.to_bytes(8, signed=True)
             texts = {name: _plain(text).encode() for name, text in row.completions.items()}
             judged = str(row.columns["ranking"]).encode() if "ranking" in self.columns else b""
-            whole.append((row.number, prompt, hash_bytes(start, *texts.values(), judged)))
+            whole.append((row.number, dialogue, prompt, hash_bytes(start, *texts.values(), judged)))
             for better, worse in self._pairs(row):
                 first = texts[better] < texts[worse]
                 pair = sorted((texts[better], texts[worse]))

@@ -56,7 +56,7 @@ from .rows import (
     report_bad,
     sift,
 )
-from .split import prompt_hash, prompt_position, split_rows
+from .split import dialogue_hash, dialogue_position, prompt_hash, split_rows
 from .tokens import (
     RefusedByTemplate,
     completion_token_ids,
@@ -81,9 +81,10 @@ class Prepared:
     The columns of `train` and `heldout`, by stage:
 
     sft     input_ids, and labels: the same with -100 where there is no loss, which is on the prompt unless asked for
-    reward  responses_ids (K lists, each prompt + response), ranking (K ranks, 1 for the best) and prompt_length in
-            tokens; where the source has them margin, weight (of mean 1 on the training side), source and, of rankings,
-            preferences (C(K, 2) probabilities or None). A chosen and a rejected response are K = 2 with ranks [1, 2].
+    reward  responses_ids (K lists, each prompt + response), ranking (K ranks, 1 for the best), prompt_length in tokens
+            and dialogue (a number that all prompts of one share, see `split`); where the source has them margin, weight
+            (of mean 1 on the training side), source and, of rankings, preferences (C(K, 2) probabilities or None). A
+            chosen and a rejected response are K = 2 with ranks [1, 2].
     dpo     prompt_ids, chosen_ids and rejected_ids, the last two without the prompt. Not the form of `reward`, because
             these are the columns that TRL's collator takes.
     ppo     prompt_ids, prompt, and every other column of the source, for reward functions
@@ -91,7 +92,7 @@ class Prepared:
 
     Attributes:
         train: the rows to train on, in the order of the source.
-        heldout: the rows to evaluate on, of other prompts.
+        heldout: the rows to evaluate on, of other dialogues.
         conversational: whether they are of messages, or of plain text.
         stop_token_id: what every response ends with.
         report: what became of the source's rows.
@@ -120,8 +121,8 @@ def prepare(
         source: where its rows are, with columns, limits and held-out share.
         tokenizer: with its chat template set (`set_chat_template`).
         max_length: longest row in tokens: prompt + completion, or for ppo the prompt alone. None: any.
-        seed: of the held-out split. The same prompt falls on the same side in every stage with this seed, save that a
-            split never leaves either side empty.
+        seed: of the held-out split. The same dialogue (see `split`) falls on the same side in every stage with this
+            seed, save that a split never leaves either side empty.
         truncate: cut what is longer than `max_length`, instead of dropping its row (see `check_length`).
         loss_on: the tokens of a demonstration that have a loss, and so a label.
     Raises:
@@ -141,9 +142,9 @@ def prepare(
 
     train, heldout = split_rows(rows, source.heldout, seed)
     if stage == "ppo":
-        heldout = list({prompt_position(row.prompt, seed): row for row in reversed(heldout)}.values())
-    heldout = sorted(heldout, key=lambda row: prompt_position(row.prompt, seed))[: source.heldout_limit]
-    prompts = len({prompt_position(row.prompt, seed) for row in heldout})
+        heldout = list({prompt_hash(row.prompt, seed): row for row in reversed(heldout)}.values())[::-1]
+    heldout = sorted(heldout, key=lambda row: dialogue_position(row.prompt, seed))[: source.heldout_limit]
+    prompts = len({prompt_hash(row.prompt, seed) for row in heldout})
     report: DataReport = {
         "source": source.data,
         "rows": total,
@@ -159,7 +160,7 @@ def prepare(
         mean = math.fsum(row.columns["weight"] for row in train) / len(train)
         for row in rows:
             row.columns["weight"] /= mean
-    heldout_rows, train_rows = _cut(_table(stage, source, [*heldout, *train], loss_on), len(heldout))
+    heldout_rows, train_rows = _cut(_table(stage, source, [*heldout, *train], seed, loss_on), len(heldout))
     return Prepared(train_rows, heldout_rows, conversational, stop_token_id(tokenizer, conversational), report)
 
 
@@ -297,9 +298,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[Row], conversationa
 
 
 def trained_on(stage: StageName, source: Source, seed: int) -> set[int]:
-    """The hashes of the prompts that a stage trains on (see `prompt_hash`). Raises ValueError as `load_rows` does."""
+    """The hashes of the dialogues that a stage trains on (see `split`). Raises ValueError as `load_rows` does."""
     rows, _, _ = load_rows(stage, source)
-    return {prompt_hash(row.prompt, seed) for row in split_rows(rows, source.heldout, seed)[0]}
+    return {dialogue_hash(row.prompt, seed) for row in split_rows(rows, source.heldout, seed)[0]}
 
 
 def _find_answers(stage: str, source: Source, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> None:
@@ -315,7 +316,7 @@ def _find_answers(stage: str, source: Source, tokenizer: PreTrainedTokenizerBase
         raise ValueError(f"{key}: {error}") from error
 
 
-def _table(stage: str, source: Source, rows: list[Row], loss_on: LossOn) -> datasets.Dataset:
+def _table(stage: str, source: Source, rows: list[Row], seed: int, loss_on: LossOn) -> datasets.Dataset:
     """The rows in the columns that the stage's trainer takes as they are (see `Prepared`).
 
     Raises ValueError where a column mixes types, or has a name that reward functions have for something else.
@@ -324,7 +325,7 @@ def _table(stage: str, source: Source, rows: list[Row], loss_on: LossOn) -> data
         case "sft":
             columns = _demonstration_columns(rows, loss_on)
         case "reward":
-            columns = _comparison_columns(rows)
+            columns = _comparison_columns(rows, seed)
         case "dpo":
             columns = {f"{side}_ids": [row.ids[side] for row in rows] for side in ("chosen", "rejected")}
             columns["prompt_ids"] = [row.prompt_ids for row in rows]
@@ -354,13 +355,14 @@ def _demonstration_columns(rows: list[Row], loss_on: LossOn) -> dict[str, list[A
     return columns
 
 
-def _comparison_columns(rows: list[Row]) -> dict[str, list[Any]]:
+def _comparison_columns(rows: list[Row], seed: int) -> dict[str, list[Any]]:
     """Each row's responses, each after its prompt, with their ranks, and what else the reward model's loss uses."""
     are_pairs = "chosen" in rows[0].ids
     columns: dict[str, list[Any]] = {
         "responses_ids": [[np.append(row.prompt_ids, ids) for ids in row.ids.values()] for row in rows],
         "ranking": [[1, 2] if are_pairs else row.columns["ranking"] for row in rows],
         "prompt_length": [len(row.prompt_ids) for row in rows],
+        "dialogue": [dialogue_hash(row.prompt, seed) >> 1 for row in rows],  # Arrow's whole numbers have a sign
     }
     for column in ("margin", "weight"):
         if column in rows[0].columns:

@@ -179,7 +179,7 @@ def _is_empty(value: Text) -> bool:
     return not text.strip()
 
 
-def _transcript(text: Any) -> Messages | None:
+def transcript(text: Any) -> Messages | None:
     """The messages of an Anthropic transcript; None for any other text. An open "Assistant:" is an empty message."""
     if not isinstance(text, str) or not text.lstrip().startswith("Human:"):
         return None
@@ -316,7 +316,7 @@ def _split_preference(values: dict[str, Any], stage: str) -> tuple[Text, dict[st
     """The prompt, given or what both responses begin with, and the two responses. Raises BadRow."""
     if stage in ("reward", "dpo") and values["chosen"] == values["rejected"]:
         raise BadRow("chosen equals rejected", "chosen")
-    pair: dict[str, Any] = {column: _transcript(values[column]) or values[column] for column in ("chosen", "rejected")}
+    pair: dict[str, Any] = {column: transcript(values[column]) or values[column] for column in ("chosen", "rejected")}
     # Whole conversations hold their prompt, and win over a prompt beside them (which is often its text alone).
     whole = all(isinstance(value, list) and value and value[0]["role"] != "assistant" for value in pair.values())
     if "prompt" in values and not whole:
@@ -336,7 +336,7 @@ def _split_preference(values: dict[str, Any], stage: str) -> tuple[Text, dict[st
 
 def _split_transcript(prompt: Text, completions: dict[str, Text]) -> tuple[Text, dict[str, Text]]:
     """A prompt that is an open transcript becomes messages, and so do the texts that answer it."""
-    messages = _transcript(prompt)
+    messages = transcript(prompt)
     if messages is None or messages[-1] != {"role": "assistant", "content": ""}:
         return prompt, completions
     answers: dict[str, Text] = {

@@ -1,4 +1,8 @@
-"""Which prompts are held out: by a hash of the prompt, so that all stages of a run hold out the same ones first."""
+"""Which prompts are held out: by a hash of their first turn, so that all stages of a run hold out the same ones first.
+
+Prompts with the same first turn of the user count as one dialogue, and a dialogue is never on two sides: where one of
+its prompts goes on from another, who was trained on the one knows the other.
+"""
 
 import hashlib
 import json
@@ -6,19 +10,33 @@ import re
 
 import datasets
 
-from .rows import Row
+from .rows import Row, transcript
 from .tokens import Text
 
 
 def prompt_hash(prompt: Text, seed: int) -> int:
-    """64 bits that tell prompts apart, whatever spaces surround their texts. The first 48 are their position."""
+    """64 bits that tell prompts apart, whatever spaces surround their texts."""
     canonical = prompt.strip() if isinstance(prompt, str) else [[m["role"], m["content"].strip()] for m in prompt]
     return int.from_bytes(hashlib.sha256(f"{seed}\n{json.dumps(canonical)}".encode()).digest()[:8])
 
 
-def prompt_position(prompt: Text, seed: int) -> float:
-    """Where a prompt lies in [0, 1): below `Source.heldout` it is held out, in whatever stage, order or file."""
-    return (prompt_hash(prompt, seed) >> 16) / 2**48
+def dialogue_hash(prompt: Text, seed: int) -> int:
+    """`prompt_hash` of what all prompts of a dialogue begin with. The first 48 bits are the dialogue's position."""
+    return prompt_hash(_opening(prompt), seed)
+
+
+def _opening(prompt: Text) -> Text:
+    """The messages up to the first of a user's; of text that is no transcript (see `rows.transcript`) all of it."""
+    messages = transcript(prompt) if isinstance(prompt, str) else prompt
+    if messages is None:
+        return prompt
+    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    return messages[: first + 1]
+
+
+def dialogue_position(prompt: Text, seed: int) -> float:
+    """Where a dialogue lies in [0, 1): below `Source.heldout` it is held out, in whatever stage, order or file."""
+    return (dialogue_hash(prompt, seed) >> 16) / 2**48
 
 
 def beginnings(prompt: Text) -> list[Text]:
@@ -34,35 +52,38 @@ def beginnings(prompt: Text) -> list[Text]:
 
 
 def heldout_below(share: float, second: float, last: float) -> float:
-    """The position below which prompts are held out. With two prompts or more neither side is empty.
+    """The position below which dialogues are held out. With two dialogues or more neither side is empty.
 
     Args:
-        share: of the prompts, above 0.
-        second, last: the second lowest and the highest position of a prompt.
+        share: of the dialogues, above 0.
+        second, last: the second lowest and the highest position of a dialogue.
     """
     return min(max(share, second), last)
 
 
 def split_rows(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows of about a `share` of the prompts, each in their order.
+    """Training rows and held-out rows of about a `share` of the dialogues, each in their order.
 
-    With two prompts or more neither side is empty, unless the share is 0.
+    With two dialogues or more neither side is empty, unless the share is 0.
     """
-    train, heldout = _sides_by_position([prompt_position(row.prompt, seed) for row in rows], share)
+    train, heldout = _sides_by_position([dialogue_position(row.prompt, seed) for row in rows], share)
     return [rows[index] for index in train], [rows[index] for index in heldout]
 
 
 def set_aside(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Prepared rows of the `reward` stage without a share of their prompts, and the rows of that share.
+    """Prepared rows of the `reward` stage without a share of their dialogues, and the rows of that share.
 
-    It is independent of the held-out split, because prompts are told apart here by their token ids. Raises ValueError
-    where there are fewer than two prompts to share out.
+    It is independent of the held-out split, because what is hashed here are the dialogues' hashes. Raises ValueError
+    where there are fewer than two dialogues to share out.
     """
     if share == 0:
         return rows, rows.select([])
-    rest, aside = _sides_by_position(_positions_by_ids(rows, seed), share)
+    positions = [dialogue_position(str(dialogue), seed) for dialogue in rows["dialogue"]]
+    rest, aside = _sides_by_position(positions, share)
     if not aside:
-        raise ValueError("reward.judge_share shares out the training prompts, and there is only one.")
+        raise ValueError(
+            "reward.judge_share shares out the training prompts by what the user says first, and in all it is the same."
+        )
     return rows.select(rest), rows.select(aside)
 
 
@@ -86,11 +107,11 @@ def _positions_by_ids(rows: datasets.Dataset, seed: int) -> list[float]:
     else:  # demonstrations, whose prompts have no label
         columns = zip(rows["input_ids"], rows["labels"], strict=True)
         prompts = [ids[: labels.count(-100)] for ids, labels in columns]
-    return [prompt_position(json.dumps(ids), seed) for ids in prompts]
+    return [dialogue_position(json.dumps(ids), seed) for ids in prompts]
 
 
 def _sides_by_position(positions: list[float], share: float) -> tuple[list[int], list[int]]:
-    """The indices of the rows whose prompts' positions are above a share, and of those below."""
+    """The indices of the rows whose dialogues' positions are above a share, and of those below."""
     distinct = sorted(set(positions))
     threshold = heldout_below(share, distinct[1], distinct[-1]) if share and len(distinct) > 1 else 0.0
     above = [index for index, position in enumerate(positions) if position >= threshold]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.prepare import Prepared, prepare, trained_on
 from ..data.rows import StageName
-from ..data.split import halve, prompt_hash
+from ..data.split import dialogue_hash, halve, prompt_hash
 from ..feedback.judge import JudgeSettings
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
@@ -159,12 +159,12 @@ def _read_all(kind: StageName, source: str, tokenizer: Any, longest: int | None,
         ) from error
 
 
-def _trained_prompts(recipe: Recipe, below: float = 1.0) -> tuple[set[int], list[str]]:
-    """The hashes of the prompts that a run was trained on, and what there is to say where they cannot be known.
+def _trained_dialogues(recipe: Recipe, below: float = 1.0) -> tuple[set[int], list[str]]:
+    """The hashes of the dialogues that a run was trained on, and what there is to say where they cannot be known.
 
     Args:
-        below: look only at stages that hold out a smaller share. Every stage holds out the same prompts first, so that
-            one with as large a share has seen none of them.
+        below: look only at stages that hold out a smaller share. Every stage holds out the same dialogues first, so
+            that one with as large a share has seen none of them.
     """
     seen: set[int] = set()
     stages: tuple[StageName, ...] = ("sft", "reward", "ppo", "dpo")
@@ -182,8 +182,8 @@ def unseen_prompts(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[str
     """What the policy's stage held out and no other was trained on, and what there is to say of the other prompts."""
     last_stage = recipe.ppo or recipe.dpo or recipe.sft
     assert last_stage is not None
-    seen, warnings = _trained_prompts(recipe, last_stage.heldout)
-    fresh = [row for row in rows if prompt_hash(row["prompt"], recipe.seed) not in seen]
+    seen, warnings = _trained_dialogues(recipe, last_stage.heldout)
+    fresh = [row for row in rows if dialogue_hash(row["prompt"], recipe.seed) not in seen]
     remedy = f"Give all stages the same heldout, {last_stage.heldout}."
     if not fresh:
         return rows, [*warnings, f"Another stage was trained on all prompts that the policy's held out. {remedy}"]
@@ -203,9 +203,9 @@ def _new_prompts(source: str, recipe: Recipe, tokenizer: Any, longest: int | Non
     warnings = [
         f"{count:,} rows of {source} were left out: {why}." for why, count in prepared.report["dropped"].items()
     ]
-    seen, unknown = _trained_prompts(recipe)
+    seen, unknown = _trained_dialogues(recipe)
     warnings += unknown
-    fresh = [row for key, row in reversed(rows.items()) if key not in seen]
+    fresh = [row for row in reversed(rows.values()) if dialogue_hash(row["prompt"], recipe.seed) not in seen]
     if not fresh:
         raise ValueError(f"--prompts: the run was trained on all {len(rows)} prompts of {source}.")
     if len(fresh) < len(rows):

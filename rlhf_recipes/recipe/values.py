@@ -56,7 +56,7 @@ class Source:
     limit: int | None = None  # read only the first rows
     convert: str | None = None  # a named source's conversion, or module:function, from rows to rows
     columns: Mapping[str, str] = field(default_factory=dict)  # TRL's column name -> the source's
-    heldout: float = 0.05  # share of the prompts that are kept from training
+    heldout: float = 0.05  # share of the dialogues (prompts with the same first turn) that is kept from training
     heldout_limit: int = 256  # evaluate on at most so many held-out rows
     bad_rows: Literal["drop", "refuse"] = "drop"  # rows that cannot be used: drop and report them, or stop
 

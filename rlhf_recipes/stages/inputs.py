@@ -108,8 +108,8 @@ def _prepare_with_heldout(
     prepared = prepare(kind, source, tokenizer, limit, seed, **options)
     if len(prepared.heldout) == 0:
         raise ValueError(
-            f"{key}.data: no row of {source.data} is held out to evaluate on. It needs two prompts "
-            f"or more, with {key}.heldout and {key}.heldout_limit above 0."
+            f"{key}.data: no row of {source.data} is held out to evaluate on. It needs two dialogues "
+            f"or more (prompts with different first turns), with {key}.heldout and {key}.heldout_limit above 0."
         )
     return prepared
 

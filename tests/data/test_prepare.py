@@ -19,7 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf_recipes.data.prepare import prepare
-from rlhf_recipes.data.split import halve
+from rlhf_recipes.data.split import dialogue_hash, halve
 from rlhf_recipes.data.tokens import set_chat_template, stop_token_id, tokenize_pair, tokenize_prompt
 from rlhf_recipes.recipe.values import Stage
 from rlhf_recipes.stages.options import RewardConfig
@@ -329,6 +329,7 @@ def test_all_stages_see_the_same_tokens_of_a_conversation(
         "responses_ids": [prompt + chosen, prompt + tokenize_pair(tokenizer, DIALOGUE, [assistant("no")])[1]],
         "ranking": [1, 2],
         "prompt_length": len(prompt),
+        "dialogue": dialogue_hash(DIALOGUE, 0) >> 1,
     }
     assert ppo["prompt_ids"] == prompt == tokenize_prompt(tokenizer, DIALOGUE)
     assert ppo["prompt"] == DIALOGUE

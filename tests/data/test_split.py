@@ -9,7 +9,7 @@ from support.rows import assistant, make_tokenizer, user, write
 
 from rlhf_recipes.data.check import examine, survey_source
 from rlhf_recipes.data.prepare import prepare
-from rlhf_recipes.data.split import prompt_hash, set_aside
+from rlhf_recipes.data.split import dialogue_hash, set_aside
 from rlhf_recipes.recipe.values import Source, Stage
 
 
@@ -30,7 +30,6 @@ def firsts(prompts: list[Any]) -> set[str]:
     return {next(message["content"] for message in prompt if message["role"] == "user") for prompt in prompts}
 
 
-@pytest.mark.xfail(strict=True, reason="the split hashes the whole prompt, so a dialogue's prompts fall on both sides")
 @pytest.mark.parametrize("form", ["messages", "transcripts"])
 def test_a_dialogue_does_not_straddle_the_split(form: str, tmp_path: Path) -> None:
     rows = dialogues(60)
@@ -48,7 +47,6 @@ def test_a_dialogue_does_not_straddle_the_split(form: str, tmp_path: Path) -> No
     assert (len(reward.train), len(reward.heldout)) == (len(prepared.train), len(prepared.heldout))
 
 
-@pytest.mark.xfail(strict=True, reason="set_aside tells prompts apart by all of their tokens")
 def test_a_dialogue_does_not_straddle_the_judges_share(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     train = prepare("reward", Stage(write(tmp_path / "rows.jsonl", dialogues(60)), heldout=0.0), tokenizer, None).train
@@ -60,8 +58,8 @@ def test_a_dialogue_does_not_straddle_the_judges_share(tmp_path: Path) -> None:
 
 
 def test_the_hash_of_one_turn_is_the_one_that_it_always_was() -> None:
-    assert prompt_hash([user(" Hi ")], 0) == prompt_hash([user("Hi")], 0) == 0xA166_18AF_396C_54B9
-    assert prompt_hash("Hi\nthere", 3) == prompt_hash(" Hi\nthere ", 3) == 0x55BB_6414_3FA4_68F8
+    assert dialogue_hash([user(" Hi ")], 0) == dialogue_hash([user("Hi")], 0) == 0xA166_18AF_396C_54B9
+    assert dialogue_hash("Hi\nthere", 3) == dialogue_hash(" Hi\nthere ", 3) == 0x55BB_6414_3FA4_68F8
 
 
 def test_check_counts_prompts_that_straddle(tmp_path: Path) -> None:
@@ -80,7 +78,6 @@ def test_check_counts_prompts_that_straddle(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the sample data and model in ../shared are absent")
-@pytest.mark.xfail(strict=True, reason="a ninth of the held-out prompts begin or go on from a training prompt")
 def test_no_prompt_of_real_hh_rows_straddles() -> None:
     path = str(SHARED / "data" / "hh_base_train90.jsonl.gz")
     report = examine(survey_source(Source(path)), "reward")

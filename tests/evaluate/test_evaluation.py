@@ -241,6 +241,16 @@ def test_prompts_that_another_stage_was_trained_on_are_left_out(recipe: Recipe, 
     assert unseen_prompts(rows, replace(recipe, sft={"data": source, "heldout": 0.3}, reward=None)) == (rows, [])
 
 
+def test_prompts_that_go_on_from_a_trained_one_are_left_out(recipe: Recipe, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
+    other = [{"role": "user", "content": "w9"}]
+    source = str(write(tmp_path / "rows.jsonl", [{"prompt": turns[:1], "completion": turns[1:2]}]))
+    fresh, said = unseen_prompts(
+        [{"prompt": turns}, {"prompt": other}], replace(recipe, sft={"data": source, "heldout": 0.0}, reward=None)
+    )
+    assert fresh == [{"prompt": other}] and said[0].startswith("1 of the 2 prompts")
+
+
 def test_perplexity_is_the_models_own(recipe: Recipe, finished: Path, evaluated: dict[str, Any]) -> None:
 
     assert recipe.ptx is not None

@@ -572,7 +572,9 @@ def test_the_judge_has_prompts_of_its_own(tmp_path: Path, ranked_rows: bool) -> 
 def test_one_prompt_cannot_be_shared_out(recipe: Recipe, tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "chosen": "w4", "rejected": "w5"} for prompt in ("w6", "w7")]
     data = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(ValueError, match=r"reward\.judge_share shares out the training prompts, and there is only one"):
+    with pytest.raises(
+        ValueError, match=r"reward\.judge_share shares out the training prompts by what the user says first"
+    ):
         run(replace(recipe, reward={"data": data, "judge_share": 0.5}), tmp_path / "run")
     assert not (tmp_path / "run" / "sft").exists(), "that is said before anything is trained"
 
