@@ -32,7 +32,7 @@ exit code: 0, or 1 where the stage would refuse the data, or 2 where it cannot b
     add("--convert", metavar="NAME", help="a named source's conversion, or module:function (default: none)")
     add("--subset", metavar="NAME", help="the Hub dataset's configuration")
     add("--split", metavar="NAME", help="the Hub dataset's split (default: train)")
-    add("--limit", type=int, metavar="N", help="read only the first N rows (default: all)")
+    add("--limit", type=int, metavar="N", help="take only N rows, drawn by a hash of the prompt (default: all)")
     add("--max-length", type=int, metavar="N", help="tokens of the longest row (default: the stage's own)")
     add("--heldout", type=float, metavar="SHARE", help="of the dialogues, kept from training (default: 0.05)")
     add("--other", metavar="DATA", help="a second source, say of evaluation: which prompts are in both")
@@ -74,7 +74,8 @@ def check_data(options: argparse.Namespace) -> dict[str, Any]:
     recipe = None if options.recipe is None else load(options.recipe)
     source, stage = _source_of_options(options, recipe)
     base = _base_of_options(options, recipe)
-    survey = survey_source(source)
+    seed = 0 if recipe is None else recipe.seed
+    survey = survey_source(source, seed)
     stage = stage or next(iter(stages_for(survey)), None)
     if stage is None:
         takes = "".join(f"\n  {name}: {accepted(name)}" for name in PURPOSES)
@@ -92,7 +93,6 @@ def check_data(options: argparse.Namespace) -> dict[str, Any]:
     second = {"data": options.other, "split": options.other_split}
     second = {key: value for key, value in second.items() if value is not None}
     other = replace(source, **second, limit=None) if second else None
-    seed = 0 if recipe is None else recipe.seed
     return examine(survey, stage, tokenizer, limit, seed, other, options.rows, options.refused, truncate)
 
 

@@ -28,7 +28,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="of an answer, a critique, a revision (default: 512)",
     )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest (default: 1.0)")
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows (default: all)")
+    drawn = "only N rows, drawn by a hash of the prompt (default: all)"
+    parser.add_argument("--limit", type=positive_int, metavar="N", help=drawn)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
 The model answers each prompt (or takes the row's own `completion` or `response`), criticises the answer by a principle,

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..recipe.values import Source
 from .check_index import signed
-from .check_rows import Examination, Tally, ranks
+from .check_rows import QUARTERS, Examination, Tally, ranks
+from .draw import draw
 from .prepare import RESERVED, check_shares, normalize
 from .read import read
 from .rows import MIXED, BadRow, Row, Survey, example
@@ -26,21 +27,33 @@ from .split import prompt_hash
 PURPOSES = ("reward", "dpo", "rank", "sft", "ppo", "ptx")  # those that say more about a row first
 QUANTILES = {"10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99}
 CHUNK = 1000  # rows that are in memory at a time
+MOST_PARTS = 10  # of a source that are named
 LARGE_JSON = 100 * 2**20  # bytes
 
 
-def survey_source(source: Source) -> Survey:
-    """The first pass over a source: its columns. Raises ValueError where it cannot be read or is empty."""
-    survey = Survey(source)
+def survey_source(source: Source, seed: int = 0) -> Survey:
+    """The first pass over a source: its columns. Raises ValueError where it cannot be read or is empty.
+
+    `seed` is that of what a limit draws.
+    """
+    survey = Survey(source, whole=Survey(source))
+    assert survey.whole is not None
     try:
         check_shares("check", source)
-        for rows in _chunks(read("check", source), f"reading {source.data}"):
+        for rows in _chunks(draw(_counted(survey.whole), source, seed), f"reading {source.data}"):
             for _, row in rows:
                 survey.add(row)
         survey.check_columns("check")
     except ValueError as error:
         raise ValueError(re.sub(r"^check\.(data: )?", "", str(error))) from error
     return survey
+
+
+def _counted(whole: Survey) -> Iterator[tuple[int, Any]]:
+    """All rows of a survey's source, which they are added to as they pass."""
+    for number, row in read("check", whole.source):
+        whole.add(row)
+        yield number, row
 
 
 def stages_for(survey: Survey) -> list[str]:
@@ -62,11 +75,11 @@ def examine(
     """Find out what a stage will do with a source.
 
     Args:
-        survey: of the source, by `survey_source`.
+        survey: of the source, by `survey_source` with the same seed.
         stage: one of `rows.FORMATS`.
         tokenizer: with its chat template set; without one lengths are in characters, and no row is too long.
         max_length: longest row in tokens, as for `prepare`.
-        seed: of the held-out split.
+        seed: of what a limit draws, and of the held-out split.
         other: a second source of the same format, of which no prompt should be in this one.
         show: so many of the first usable rows are in the report as the model will see them.
         refused: so many of the refused rows are named in it.
@@ -79,7 +92,7 @@ def examine(
     """
     source = survey.source
     examined = Examination(stage, survey, tokenizer, max_length, seed, show, refused, truncate)
-    for rows in _chunks(read(stage, source), f"checking {source.data}", survey.total):
+    for rows in _chunks(draw(read(stage, source), source, seed), f"checking {source.data}", survey.total):
         examined.add(rows)
     report = _report(examined)
     if other is not None:
@@ -113,6 +126,7 @@ def _report(examined: Examination) -> dict[str, Any]:
         "found": list(survey.theirs),
         "also_used": _also_used(examined),
         "rows": survey.total,
+        "drawn": _drawn(examined),
         "used": tally.used,
         **_refused(examined),
         **split,
@@ -136,6 +150,26 @@ def _refused(examined: Examination) -> dict[str, Any]:
     first = sorted([*examined.refused.first, *taken.refused.first, *untaken.mixed.first], key=lambda item: item[0])
     shown = [example(examined.source, number, error) for number, error in first[: examined.refused.keep]]
     return {"dropped": dict(reasons.most_common()), "examples": shown}
+
+
+def _drawn(examined: Examination) -> dict[str, Any] | None:
+    """How the rows that a limit has drawn compare with the whole: the shares of each part; None where all are taken.
+
+    The parts are the sources that rows name, the largest by their names, or else the source's quarters.
+    """
+    survey, whole = examined.survey, examined.survey.whole
+    if whole is None or whole.total == survey.total:
+        return None
+    if set(whole.parts) == {"none"}:
+        shares = {name: {"drawn": examined.quarters[name] / survey.total, "whole": 0.25} for name in QUARTERS}
+        return {"of": whole.total, "by": "quarter", "parts": shares}
+    shares = {
+        name: {"drawn": survey.parts[name] / survey.total, "whole": rows / whole.total}
+        for name, rows in whole.parts.most_common(MOST_PARTS)
+    }
+    if len(whole.parts) > MOST_PARTS:
+        shares["others"] = {side: 1 - sum(part[side] for part in shares.values()) for side in ("drawn", "whole")}
+    return {"of": whole.total, "by": "source", "parts": shares}
 
 
 def _also_used(examined: Examination) -> list[str]:

@@ -17,6 +17,8 @@ from .rows import BadRow, Row, Survey, check_length, check_side, sift
 from .split import beginnings, dialogue_hash, prompt_hash
 from .tokens import Text
 
+QUARTERS = ("first quarter", "second", "third", "last")  # of a source, in its order
+
 
 @dataclass
 class Refused:
@@ -61,6 +63,7 @@ class Examination:
         special: finds the tokenizer's special tokens in a text; None without a tokenizer.
         refused: the rows that are neither text nor messages.
         tallies: all others; conversational -> tally.
+        quarters: of the source -> rows, where only some of it is taken.
     """
 
     def __init__(
@@ -81,12 +84,16 @@ class Examination:
         self.columns = survey.format(stage)
         self.refused = Refused(keep_refused)
         self.tallies = {kind: Tally(Refused(keep_refused), Refused(keep_refused)) for kind in (False, True)}
+        self.quarters: Counter[str] = Counter()
         tokens = {} if tokenizer is None else tokenizer.added_tokens_decoder
         special = [re.escape(str(token)) for token in tokens.values() if token.special]
         self.special = re.compile("|".join(special)) if special else None
 
     def add(self, numbered: list[tuple[int, Any]]) -> None:
         """Take rows, with their numbers in the source, through the stage's steps and count what they are."""
+        if self.survey.whole is not None:
+            total = self.survey.whole.total
+            self.quarters.update(QUARTERS[min(3, 4 * (number - 1) // total)] for number, _ in numbered)
         bad: list[tuple[int, BadRow]] = []
         rows = [Row(number, self.survey.rename(row)) for number, row in numbered]
         rows = normalize(self.stage, rows, self.columns, bad)

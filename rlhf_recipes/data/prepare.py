@@ -43,6 +43,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..recipe.values import Source
 from ..records.contents import DataReport
+from .draw import draw
 from .read import read
 from .rows import (
     BadRow,
@@ -121,8 +122,8 @@ def prepare(
         source: where its rows are, with columns, limits and held-out share.
         tokenizer: with its chat template set (`set_chat_template`).
         max_length: longest row in tokens: prompt + completion, or for ppo the prompt alone. None: any.
-        seed: of the held-out split. The same dialogue (see `split`) falls on the same side in every stage with this
-            seed, save that a split never leaves either side empty.
+        seed: of what a limit draws, and of the held-out split. The same dialogue (see `split`) falls on the same side
+            in every stage with this seed, save that a split never leaves either side empty.
         truncate: cut what is longer than `max_length`, instead of dropping its row (see `check_length`).
         loss_on: the tokens of a demonstration that have a loss, and so a label.
     Raises:
@@ -130,7 +131,7 @@ def prepare(
             `source.bad_rows` is "refuse" and there are bad rows, or the answers that are to have a loss are not known.
     """
     check_shares(stage, source)
-    rows, bad, survey = load_rows(stage, source)
+    rows, bad, survey = load_rows(stage, source, seed)
     total, conversational = survey.total, bool(rows) and rows[0].conversational
     numbers = [column for column in survey.numbers(stage) if any(column in row.columns for row in rows)]
     rows = encode(stage, rows, numbers, tokenizer, conversational, bad)
@@ -173,13 +174,14 @@ def check_shares(stage: str, source: Source) -> None:
             raise ValueError(f"{stage}.{key} must not be negative, but is {getattr(source, key)}.")
 
 
-def load_rows(stage: str, source: Source) -> tuple[list[Row], list[tuple[int, BadRow]], Survey]:
+def load_rows(stage: str, source: Source, seed: int = 0) -> tuple[list[Row], list[tuple[int, BadRow]], Survey]:
     """The usable rows of a source, all text or all messages; the bad ones with their numbers; the survey of both.
 
+    `seed` is that of what a limit draws.
     Raises ValueError where the source cannot be read, is empty, or has no format that the stage takes.
     """
     survey, bad = Survey(source), []
-    rows = [Row(number, survey.add(row)) for number, row in read(stage, source)]
+    rows = [Row(number, survey.add(row)) for number, row in draw(read(stage, source), source, seed)]
     survey.check_columns(stage)
     rows = normalize(stage, rows, survey.format(stage), bad)
     # Text and messages cannot be mixed; of equally many the kind of the first row is taken.
@@ -299,7 +301,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, rows: list[Row], conversationa
 
 def trained_on(stage: StageName, source: Source, seed: int) -> set[int]:
     """The hashes of the dialogues that a stage trains on (see `split`). Raises ValueError as `load_rows` does."""
-    rows, _, _ = load_rows(stage, source)
+    rows, _, _ = load_rows(stage, source, seed)
     return {dialogue_hash(row.prompt, seed) for row in split_rows(rows, source.heldout, seed)[0]}
 
 

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +23,7 @@ from .sources import conversion, resolve_source
 
 
 def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
-    """The first `source.limit` rows of a stage's source, with their numbers.
+    """All rows of a stage's source, with their numbers. What its `limit` takes of them is for `draw` to say.
 
     These count from 1: lines of a JSONL file, data rows of all others, and what a conversion has made. Raises
     ValueError, naming the stage's setting, where the source is not there or cannot be read.
@@ -34,7 +33,7 @@ def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
     if source.convert is not None:
         convert = conversion(f"{stage}.convert", source.convert)
         numbered = enumerate(convert(row for _, row in numbered), 1)
-    return islice(numbered, source.limit)
+    return numbered
 
 
 def _read_source(stage: str, source: Source) -> Iterator[tuple[int, Any]]:

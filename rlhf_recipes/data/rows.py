@@ -86,10 +86,12 @@ class Survey:
 
     Attributes:
         source: the source.
-        total: how many rows it has.
+        total: how many rows a stage takes of it.
         theirs: its columns, in their order.
         ours: the columns under TRL's names.
         having: which of COLUMNS a row has -> number of such rows.
+        parts: what a row names as its source ("none" where it names none) -> number of such rows.
+        whole: the same of all rows, where the stage may take only some of them; see `draw`.
     """
 
     source: Source
@@ -97,6 +99,8 @@ class Survey:
     theirs: dict[str, None] = field(default_factory=dict)
     ours: dict[str, None] = field(default_factory=dict)
     having: Counter[frozenset[str]] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
+    whole: "Survey | None" = None
 
     def add(self, row: Any) -> Any:
         """Count a row, and return it with its columns renamed."""
@@ -107,6 +111,7 @@ class Survey:
         row = self.rename(row)
         self.ours |= dict.fromkeys(map(str, row))
         self.having[frozenset(column for column in COLUMNS if row.get(column) is not None)] += 1
+        self.parts[str(row.get("source") or "none")] += 1
         return row
 
     def rename(self, row: Any) -> Any:
@@ -225,6 +230,23 @@ def normalize_row(row: Row, columns: tuple[str, ...], stage: str) -> None:
         _check_preferences(row)
         if stage == "reward" and len(set(row.columns["ranking"])) == 1:
             _rank_softly(row)
+
+
+def row_prompt(row: Any) -> Text | None:
+    """The prompt of a row by itself, or its text; None where it has neither or it cannot be used.
+
+    It is found as most stages find it, so that it is the same whatever a row is read for.
+    """
+    if not isinstance(row, dict):
+        return None
+    formats = (*FORMATS["ppo"], *FORMATS["ptx"])
+    columns = next((each for each in formats if all(row.get(column) is not None for column in each)), None)
+    alone = Row(0, dict(row))
+    try:
+        normalize_row(alone, columns or ("prompt",), "ppo")
+    except BadRow:
+        return None
+    return alone.prompt
 
 
 def _rank_softly(row: Row) -> None:

@@ -53,7 +53,7 @@ class Source:
     data: str  # a named source, a Hub dataset id, a local file, or module:function
     subset: str | None = None  # the Hub dataset's configuration name
     split: str = "train"  # the Hub dataset's split; a local file is one split
-    limit: int | None = None  # read only the first rows
+    limit: int | None = None  # take only so many rows, drawn by a hash of the prompt; of a function its first
     convert: str | None = None  # a named source's conversion, or module:function, from rows to rows
     columns: Mapping[str, str] = field(default_factory=dict)  # TRL's column name -> the source's
     heldout: float = 0.05  # share of the dialogues (prompts with the same first turn) that is kept from training

@@ -14,7 +14,9 @@ from support.rows import assistant, make_tokenizer, user, write
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.check import examine, survey_source
 from rlhf_recipes.data.check_page import show_check
+from rlhf_recipes.data.draw import draw
 from rlhf_recipes.data.prepare import prepare
+from rlhf_recipes.data.read import read
 from rlhf_recipes.recipe.values import Source, Stage
 
 PARTS = {"harmless": 300, "helpful": 900}  # one after the other, as in Anthropic's HH
@@ -38,7 +40,6 @@ def numbers(stage: Any, path: str, limit: int, seed: int = 0) -> list[int]:
     return [int(str(tokenizer.decode(one)).partition("?")[0].split()[-1]) for one in ids]
 
 
-@pytest.mark.xfail(strict=True, reason="a limit takes the first rows")
 def test_a_limit_draws_rows_like_the_whole(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ordered())
     drawn = numbers("ppo", path, 200)
@@ -59,7 +60,6 @@ def test_what_is_drawn_says_nothing_of_what_is_held_out(tmp_path: Path) -> None:
     assert 190 < examine(survey_source(Source(source.data, heldout=0.2)), "reward")["heldout"] < 290
 
 
-@pytest.mark.xfail(strict=True, reason="a limit takes the first rows")
 def test_rows_of_a_prompt_come_together_and_bad_rows_in_proportion_by_their_numbers(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n // 4}", "completion": f"c{n}"} if n % 4 else {"prompt": None, "n": n} for n in range(400)]
     source = Stage(write(tmp_path / "rows.jsonl", rows), limit=100, heldout=0.0)
@@ -85,7 +85,6 @@ def test_of_a_function_a_limit_takes_the_first_rows() -> None:
     assert examine(survey_source(Source(f"{__file__}:endless", limit=7)), "ppo").get("drawn") is None
 
 
-@pytest.mark.xfail(strict=True, reason="check does not compare what is drawn with the whole")
 def test_check_compares_what_is_drawn_with_the_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "rows.jsonl", ordered())
     report = examine(survey_source(Source(path, limit=200)), "reward")
@@ -107,7 +106,6 @@ def test_check_compares_what_is_drawn_with_the_whole(tmp_path: Path, capsys: pyt
     assert "200 of 1,200 rows, drawn by a hash of the prompt" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.xfail(strict=True, reason="check does not compare what is drawn with the whole")
 def test_many_sources_are_named_as_far_as_they_are_large(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "source": None if n % 2 else f"s{n % 60}"} for n in range(600)]
     source = Source(write(tmp_path / "rows.jsonl", rows), limit=300)
@@ -120,12 +118,7 @@ def test_many_sources_are_named_as_far_as_they_are_large(tmp_path: Path) -> None
     assert "none 5" in console.export_text()
 
 
-@pytest.mark.xfail(strict=True, reason="a limit takes the first rows")
 def test_no_more_rows_are_held_than_are_drawn(tmp_path: Path) -> None:
-    from rlhf_recipes.data.draw import draw  # type: ignore[import-not-found]
-
-    from rlhf_recipes.data.read import read
-
     path = write(tmp_path / "rows.jsonl", [{"prompt": f"{n} " + "long " * 200} for n in range(5000)])
     source = Source(path, limit=50)
     tracemalloc.start()

@@ -220,12 +220,6 @@ def test_function_and_file_are_the_same_source(tokenizer: FastTokenizer, tmp_pat
     assert unsplit(tokenizer, "reward", source) == unsplit(tokenizer, "reward", written)
 
 
-def test_limit_reads_the_first_rows_only(tokenizer: FastTokenizer, tmp_path: Path) -> None:
-    path = write(tmp_path / "data.jsonl", [preference(0), preference(1), "{broken"])
-    result = prepare("reward", Stage(data=path, limit=2, heldout=0.0), tokenizer, None)
-    assert result.report["rows"] == len(result.train) == 2
-
-
 def test_columns_are_mapped(tokenizer: FastTokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", [{"question": "Why?", "chosen": "no", "winner": " so.", "loser": " no."}])
     columns = {"prompt": "question", "chosen": "winner", "rejected": "loser"}

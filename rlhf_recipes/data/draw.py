@@ -1,0 +1,42 @@
+"""Which rows a `limit` takes: those whose prompts hash lowest, so that they are like the whole in whatever order."""
+
+import heapq
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..recipe.lookup import is_function
+from ..recipe.values import Source
+from .rows import Survey, row_prompt
+from .split import prompt_hash
+
+
+def draw(numbered: Iterable[tuple[int, Any]], source: Source, seed: int) -> Iterator[tuple[int, Any]]:
+    """The rows of a source that a stage takes: all or, where it has more, `source.limit` of them, in their order.
+
+    They are the same each time, in each stage and in whatever order the source has them, and more of them with a larger
+    limit. Those of one prompt come together. All rows are read for it, but no more than `limit` are held.
+
+    A function makes its rows in the order that it chooses, and may never end: of one it is the first rows.
+
+    Args:
+        numbered: the rows with their numbers, as `read` gives them.
+        seed: of the recipe: another one draws other rows.
+    """
+    if source.limit is None or is_function(source.data):
+        return islice(numbered, source.limit)
+    rename = Survey(source).rename
+    bar = tqdm(numbered, f"drawing from {source.data}", unit=" rows", disable=None, leave=False)
+    lowest = heapq.nsmallest(source.limit, bar, lambda item: (_row_hash(rename(item[1]), seed), item[0]))
+    return iter(sorted(lowest, key=lambda item: item[0]))
+
+
+def _row_hash(row: Any, seed: int) -> int:
+    """A hash of a row's prompt or, where it has none that can be used, of the row.
+
+    It is hashed twice, so that what is drawn says nothing of what is held out, which goes by the first hash.
+    """
+    prompt = row_prompt(row)
+    return prompt_hash(str(prompt_hash(repr(row) if prompt is None else prompt, seed)), seed)
