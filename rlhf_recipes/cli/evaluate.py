@@ -41,7 +41,7 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
         help="who judges (default: gold, judge and reward, as far as RUN has them)",
     )
     add("--prompts", metavar="DATA", help="a source of prompts (default: those that training held out)")
-    add("--limit", type=positive_int, metavar="N", help="only the first N prompts (default: all)")
+    add("--limit", type=positive_int, metavar="N", help="only N prompts, drawn by a hash (default: all)")
     add("--samples", type=positive_int, default=1, metavar="K", help="answers of each model to a prompt (default: 1)")
     add("--temperature", type=float, metavar="T", help="of sampling, above 0 (default: as in training)")
     add("--response-length", type=positive_int, metavar="N", help="tokens at most (default: as in training)")

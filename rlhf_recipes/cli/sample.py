@@ -20,7 +20,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="who answers, in turn: base, sft, ppo, dpo, or a folder with an adapter inside RUN (default: ppo)",
     )
     parser.add_argument("--temperatures", default="1.0", metavar="T[,T]", help="in turn for each model (default: 1.0)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N different prompts (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N prompts, drawn by a hash (default: all)")
     parser.add_argument(
         "--response-length", type=int, metavar="N", help="tokens at most (default: as the run's ppo stage, else 256)"
     )

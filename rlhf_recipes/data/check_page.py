@@ -45,7 +45,7 @@ def lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         of, by, parts = (report["drawn"][key] for key in ("of", "by", "parts"))
         shares = "; ".join(f"{name} {part['drawn']:.1%} ({part['whole']:.1%})" for name, part in parts.items())
         yield "drawn", f"{report['rows']:,} of {of:,} rows, drawn by a hash of the prompt"
-        yield f"drawn by {by}", f"{shares} (in brackets: of the whole)"
+        yield f"by {by}", f"{shares} (in brackets: of the whole)"
     if report["stage"] not in ("rank", "label"):
         heldout = f"held out to evaluate on: {report['heldout']:,}, of {report['heldout_prompts']:,} prompts"
         yield "split", f"to train on: {report['train']:,}; {heldout}"

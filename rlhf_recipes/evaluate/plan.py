@@ -30,7 +30,7 @@ class EvaluationSettings:
     against: tuple[str, ...] = ()  # what they are compared with (default: sft, or base in a run without it)
     judges: tuple[str, ...] = ()  # their names (default: gold, judge and reward, as far as the run has them)
     prompts: str | None = None  # a source (default: what the run's ppo, else dpo, else sft stage held out)
-    limit: int | None = None  # take only the first so many prompts (default: all)
+    limit: int | None = None  # take only so many prompts, drawn by a hash (default: all)
     samples: int = 1  # answers to each prompt; self-similarity needs two
     texts: str | None = None  # a source of texts for perplexity (default: what `ptx` held out)
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness; `tax` stands for three (default: none)
@@ -91,7 +91,7 @@ def plan_evaluation(run_dir: Path, recipe: Recipe, tokenizer: Any, settings: Eva
         models=models,
         against=list(against),
         judges=judges,
-        rows=rows[: settings.limit],
+        rows=rows,
         stop_token_ids=[held_out["prompts"].stop_token_id, *([] if stop is None else [stop])],
         texts=_find_texts(recipe, tokenizer, settings, held_out.get("ptx"), getattr(config, "ptx_max_length", 512)),
         tasks=tasks,
@@ -135,6 +135,8 @@ def _find_prompts(
         raise ValueError(
             f"--response-length={response_length} leaves room for prompts of {room} tokens, and one is longer."
         )
+    if settings.limit is not None:  # few prompts are then like all, in whatever order those stand
+        rows = sorted(rows, key=lambda row: prompt_hash(row["prompt"], recipe.seed))[: settings.limit]
     return rows, warnings
 
 

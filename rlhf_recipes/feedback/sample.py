@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data.prepare import Prepared, prepare
@@ -67,7 +68,7 @@ def sample_responses(
         run_dir: a run folder with its finished adapters.
         prompts: rows with what the `ppo` stage takes. Equal prompts are taken once.
         batch_size: rows sampled at once: memory and speed alone.
-        limit: take only the first so many different prompts.
+        limit: take only so many different prompts, drawn by their ids, which are hashes.
     Returns:
         numbers of prompts written in all (samples), of those with fewer than k responses (short) and left out.
     Raises:
@@ -115,10 +116,7 @@ def draw_samples(
     """What `sample_responses` does once its settings are kept and all is loaded: `shared` has a role for each model."""
     written, left_out = Journal(out), Journal(out.with_suffix(".left_out.jsonl"))
     done = {row["id"] for journal in (written, left_out) for row in journal.rows}
-    rows: dict[str, Row] = {}
-    for row in prompts.train.to_list():
-        rows.setdefault(prompt_id(row["prompt"]), row)
-    todo = list(rows.items())[:limit]
+    todo = different_prompts(prompts.train, limit)
     stops = [prompts.stop_token_id]
     sampler = Sampler(shared, tokenizer, settings.response_length, 1.0, batch_size, stops)
     with tqdm(total=len(todo), initial=len(done & dict(todo).keys()), desc="sample", unit="prompt") as bar:
@@ -133,6 +131,18 @@ def draw_samples(
                     bar.update()
     short = sum(len(row["responses"]) < settings.k for row in written.rows)
     return {"samples": len(written.rows), "short": short, "left_out": len(left_out.rows)}
+
+
+def different_prompts(table: Dataset, limit: int | None = None) -> list[tuple[str, Row]]:
+    """The first row of each prompt with the prompt's id; with a limit so many of them, in the order of their ids.
+
+    These are hashes, so that few prompts are like all, in whatever order those stand.
+    """
+    first: dict[str, int] = {}
+    for index, prompt in enumerate(table["prompt"]):
+        first.setdefault(prompt_id(prompt), index)
+    ids = list(first) if limit is None else sorted(first)[:limit]
+    return list(zip(ids, table.select([first[key] for key in ids]).to_list(), strict=True))
 
 
 def keep_sample_settings(out: Path, settings: SampleSettings) -> None:

@@ -241,7 +241,6 @@ def test_prompts_that_another_stage_was_trained_on_are_left_out(recipe: Recipe, 
     assert unseen_prompts(rows, replace(recipe, sft={"data": source, "heldout": 0.3}, reward=None)) == (rows, [])
 
 
-@pytest.mark.xfail(strict=True, reason="a limit takes the first prompts of a file")
 def test_a_limit_draws_prompts_like_the_whole(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
     # Of two words, so that none is a prompt of the run.
     rows = [{"prompt": f"{first} {second}", "red": n < 10} for n, first in enumerate(WORDS[:20]) for second in WORDS]
