@@ -83,7 +83,8 @@ class PPOTrainer(Trainer):
         """
         self.config = args
         check_fit(args, len(train_dataset), ptx is not None)
-        self.texts: list[list[int]] = [] if ptx is None else ptx.train["input_ids"][:]
+        # Left in its table until it is drawn: as lists of Python's numbers a token would take 40 bytes.
+        self.texts = None if ptx is None else ptx.train.with_format("numpy", ["input_ids"])
         self.kl_coef = args.kl_coef  # which target_kl adapts
         self.micro_batch_size = int(args.per_device_train_batch_size)  # which auto halves
         self.best_reward = -math.inf  # of the role `best`
@@ -340,8 +341,9 @@ class PPOTrainer(Trainer):
 
     def random_texts(self, count: int) -> list[list[int]]:
         """So many texts of `ptx`, cut to `ptx_max_length`, the shortest first."""
-        picked = torch.randint(len(self.texts), (count,)).tolist()
-        return sorted((self.texts[i][: self.config.ptx_max_length] for i in picked), key=len)
+        assert self.texts is not None
+        picked = self.texts[torch.randint(len(self.texts), (count,)).tolist()]["input_ids"]
+        return sorted((ids[: self.config.ptx_max_length].tolist() for ids in picked), key=len)
 
     def ptx_backward(self, texts: list[list[int]]) -> float:
         """Backward of `ptx_coef` times the mean loss per token of texts (InstructGPT, equation 2).

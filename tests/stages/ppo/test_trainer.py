@@ -381,7 +381,6 @@ def test_ptx_adds_the_gradient_of_the_mean_loss_of_texts(folder: Path, make: Mak
         torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="all texts are held as Python lists, 40 bytes a token")
 def test_texts_stay_in_their_table_until_they_are_drawn(make: Make) -> None:
     table = Dataset.from_dict({"input_ids": [list(range(300, 2300))] * 500})  # 1M tokens
     tracemalloc.start()
