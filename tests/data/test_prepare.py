@@ -3,11 +3,13 @@
 import csv
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +20,8 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from rlhf_recipes.data.prepare import prepare
+from rlhf_recipes.data.prepare import _table, prepare
+from rlhf_recipes.data.rows import Row
 from rlhf_recipes.data.split import dialogue_hash, halve
 from rlhf_recipes.data.tokens import set_chat_template, stop_token_id, tokenize_pair, tokenize_prompt
 from rlhf_recipes.recipe.values import Stage
@@ -561,6 +564,34 @@ def test_ppo_holds_out_one_row_a_prompt(tokenizer: FastTokenizer, tmp_path: Path
 def test_shares_and_limits_are_checked(tokenizer: FastTokenizer, key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"sft.{key} must"):
         prepare("sft", Stage(data="unused.jsonl", **{key: value}), tokenizer, None)  # type: ignore[arg-type]
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        *("sft", "dpo", "ppo", "ptx"),
+        pytest.param(
+            "reward", marks=pytest.mark.xfail(strict=True, reason="lists of lists go through Python's numbers")
+        ),
+    ],
+)
+def test_token_ids_are_never_python_numbers(stage: str) -> None:
+    ids = np.arange(300, 1300, dtype=np.int32)
+    rows = [Row(number, {}, "p", prompt_ids=ids) for number in range(1000)]
+    completions = ("chosen", "rejected") if stage in ("reward", "dpo") else ("completion",)
+    for row in rows:
+        row.ids = {name: ids for name in completions}
+    tracemalloc.start()
+    table = _table(stage, Stage("rows"), rows, 0, "completion")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * table.data.nbytes / 4, "bytes for each token; its id has 4"
+    column = table[{"sft": "labels", "reward": "responses_ids", "ptx": "input_ids"}.get(stage, "prompt_ids")][0]
+    start = {"sft": [-100] * 1000 + ids.tolist(), "reward": [[*ids.tolist(), *ids.tolist()]] * 2}
+    assert column == start.get(stage, ids.tolist())
 
 
 # --- TRL and real data ------------------------------------------------------------------------------------------------
