@@ -31,14 +31,16 @@ No row can be judged before all have been seen, because the format is that of mo
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
 from ..recipe.values import Source
@@ -59,6 +61,7 @@ from .rows import (
 )
 from .split import dialogue_hash, dialogue_position, prompt_hash, split_rows
 from .tokens import (
+    Ids,
     RefusedByTemplate,
     completion_token_ids,
     earlier_answers,
@@ -71,6 +74,8 @@ from .tokens import (
 
 # The tokens of a demonstration that have a loss: those of the completion; those of each answer, in the prompt too; all.
 LossOn = Literal["completion", "answers", "all"]
+
+AT_ONCE = 1000  # rows whose texts are rendered and tokenized together
 
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # arguments of reward functions, and our column
 
@@ -213,13 +218,16 @@ def encode(
         rows = sift(rows, lambda row, column=column: check_number(row, column), bad)
     if tokenizer is None:
         return rows
-    end, stop = response_end(tokenizer, conversational)
-    rows = sift(rows, lambda row: _render_row(tokenizer, row, end), bad)
-    _tokenize(tokenizer, rows, conversational, stop)
-    if stage == "ptx":
-        for row in rows:
-            row.prompt_ids = np.append(row.prompt_ids, np.int32(stop))
-    return rows
+    (end, stop), encoded = response_end(tokenizer, conversational), []
+    for start in range(0, len(rows), AT_ONCE):
+        piece = sift(rows[start : start + AT_ONCE], lambda row: _render_row(tokenizer, row, end), bad)
+        _tokenize(tokenizer, piece, conversational, stop)
+        for row in piece:
+            row.prompt_text, row.texts = "", {}  # of all rows they would take as much as the source
+            if stage == "ptx":
+                row.prompt_ids = np.append(row.prompt_ids, np.int32(stop))
+        encoded += piece
+    return encoded
 
 
 def read_judged(stage: Literal["rank", "label"], path: Path) -> list[dict[str, Any]]:
@@ -329,14 +337,18 @@ def _table(stage: str, source: Source, rows: list[Row], seed: int, loss_on: Loss
         case "reward":
             columns = _comparison_columns(rows, seed)
         case "dpo":
-            columns = {f"{side}_ids": [row.ids[side] for row in rows] for side in ("chosen", "rejected")}
-            columns["prompt_ids"] = [row.prompt_ids for row in rows]
+            columns = {"chosen_ids": _token_column(rows, lambda row: row.ids["chosen"])}
+            columns["rejected_ids"] = _token_column(rows, lambda row: row.ids["rejected"])
+            columns["prompt_ids"] = _token_column(rows, lambda row: row.prompt_ids)
         case "ptx":
-            columns = {"input_ids": [row.prompt_ids for row in rows]}
+            columns = {"input_ids": _token_column(rows, lambda row: row.prompt_ids)}
         case _:
             columns = _prompt_columns(stage, source, rows)
     tables = []
     for column, values in columns.items():
+        if isinstance(values, pa.ChunkedArray):  # with a name of its own, because `datasets` would pickle it to hash it
+            tables.append(datasets.Dataset(InMemoryTable(pa.table({column: values})), fingerprint=uuid4().hex))
+            continue
         try:
             tables.append(datasets.Dataset.from_dict({column: values}))
         except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
@@ -344,24 +356,47 @@ def _table(stage: str, source: Source, rows: list[Row], seed: int, loss_on: Loss
     return datasets.concatenate_datasets(tables, axis=1)
 
 
-def _demonstration_columns(rows: list[Row], loss_on: LossOn) -> dict[str, list[Any]]:
+def _token_column(rows: list[Row], cell: Callable[[Row], Ids | list[Ids]]) -> pa.ChunkedArray:
+    """The token ids that `cell` gives of each row, a list of them or a list of lists, in Arrow.
+
+    Made here and not by `datasets`, which would make Python's numbers of them first, 40 bytes a token.
+    """
+    pieces = (rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE))
+    return pa.chunked_array([_lists([cell(row) for row in piece]) for piece in pieces])
+
+
+def _lists(cells: list[Any]) -> pa.ListArray:
+    """Arrays of token ids, or lists of such arrays, as lists in Arrow."""
+    offsets = np.cumsum([0, *map(len, cells)], dtype=np.int32)
+    nested = isinstance(cells[0], list)
+    values = _lists([ids for cell in cells for ids in cell]) if nested else pa.array(np.concatenate(cells))
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _demonstration_columns(rows: list[Row], loss_on: LossOn) -> dict[str, Any]:
     """Ids of prompt and completion together, and labels that leave out of the loss what is to have none."""
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-    for row in rows:
-        (ids,) = row.ids.values()
-        labels = row.prompt_ids if loss_on == "all" else np.full_like(row.prompt_ids, -100)
+
+    def whole(row: Row, prompt: Ids) -> Ids:
+        (completion,) = row.ids.values()
+        return np.append(prompt, completion)
+
+    def labels(row: Row) -> Ids:
+        prompt = row.prompt_ids if loss_on == "all" else np.full_like(row.prompt_ids, -100)
         for answer in row.earlier_answers:
-            labels[answer] = row.prompt_ids[answer]
-        columns["input_ids"].append(np.append(row.prompt_ids, ids))
-        columns["labels"].append(np.append(labels, ids))
-    return columns
+            prompt[answer] = row.prompt_ids[answer]
+        return whole(row, prompt)
+
+    return {
+        "input_ids": _token_column(rows, lambda row: whole(row, row.prompt_ids)),
+        "labels": _token_column(rows, labels),
+    }
 
 
-def _comparison_columns(rows: list[Row], seed: int) -> dict[str, list[Any]]:
+def _comparison_columns(rows: list[Row], seed: int) -> dict[str, Any]:
     """Each row's responses, each after its prompt, with their ranks, and what else the reward model's loss uses."""
     are_pairs = "chosen" in rows[0].ids
-    columns: dict[str, list[Any]] = {
-        "responses_ids": [[np.append(row.prompt_ids, ids) for ids in row.ids.values()] for row in rows],
+    columns: dict[str, Any] = {
+        "responses_ids": _token_column(rows, lambda row: [np.append(row.prompt_ids, ids) for ids in row.ids.values()]),
         "ranking": [[1, 2] if are_pairs else row.columns["ranking"] for row in rows],
         "prompt_length": [len(row.prompt_ids) for row in rows],
         "dialogue": [dialogue_hash(row.prompt, seed) >> 1 for row in rows],  # Arrow's whole numbers have a sign
@@ -378,7 +413,7 @@ def _comparison_columns(rows: list[Row], seed: int) -> dict[str, list[Any]]:
     return columns
 
 
-def _prompt_columns(stage: str, source: Source, rows: list[Row]) -> dict[str, list[Any]]:
+def _prompt_columns(stage: str, source: Source, rows: list[Row]) -> dict[str, Any]:
     """Each row's prompt, and all other columns of the source, which reward functions get."""
     others = dict.fromkeys(column for row in rows for column in row.columns if column != "prompt")
     for clash in sorted(set(others) & set(RESERVED)):
@@ -386,8 +421,8 @@ def _prompt_columns(stage: str, source: Source, rows: list[Row]) -> dict[str, li
             f"{stage}.data: rename the column {clash!r} of {source.data}: reward functions have an argument of that "
             "name."
         )
-    columns: dict[str, list[Any]] = {
-        "prompt_ids": [row.prompt_ids for row in rows],
+    columns: dict[str, Any] = {
+        "prompt_ids": _token_column(rows, lambda row: row.prompt_ids),
         "prompt": [row.prompt for row in rows],
     }
     return columns | {column: [row.columns.get(column) for row in rows] for column in others}
