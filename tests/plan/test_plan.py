@@ -273,6 +273,19 @@ def test_work_by_hand(recipe: Recipe) -> None:
     assert work_of_step(recipe, "sft", config["sft"]) == {"tokens": tokens, "flop": 4 * tokens * linear, "steps": 2}
 
 
+@pytest.mark.xfail(strict=True, reason="the plan's steps count rows that may be dropped, and are rounded up")
+def test_steps_of_a_limit_are_the_most_that_there_can_be(recipe: Recipe) -> None:
+    prompts = {"limit": 100, "heldout": 0.25, "max_steps": -1, "num_train_epochs": 2}  # 75 prompts, 9 rollouts of 8
+    work = work_of_step(recipe, "ppo", check_recipe(replace(recipe, ppo=prompts))["ppo"])
+    assert work["steps"] is None, "the recipe that was given has no limit"
+    limited = replace(recipe, ppo=prompts)
+    work = work_of_step(limited, "ppo", check_recipe(limited)["ppo"])
+    assert (work["steps"], work["at_most"]) == (18, True)
+    episodes = replace(recipe, ppo={**prompts, "total_episodes": 81})
+    work = work_of_step(episodes, "ppo", check_recipe(episodes)["ppo"])
+    assert (work["steps"], work["at_most"]) == (11, False)
+
+
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
