@@ -34,7 +34,7 @@ recipe = replace(
         "gradient_checkpointing": True,  # [M]
     },
     ppo={
-        "limit": 25_600,  # half of the parent's, for the sake of time: 47 updates
+        "limit": 25_600,  # half of the parent's, drawn as there, for the sake of time: about 40 updates
         "per_device_train_batch_size": "auto",  # [M]
         "rollout_micro_batch_size": "auto",  # [M]
         "gradient_checkpointing": True,  # [M]

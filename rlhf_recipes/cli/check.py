@@ -93,7 +93,12 @@ def check_data(options: argparse.Namespace) -> dict[str, Any]:
     second = {"data": options.other, "split": options.other_split}
     second = {key: value for key, value in second.items() if value is not None}
     other = replace(source, **second, limit=None) if second else None
-    return examine(survey, stage, tokenizer, limit, seed, other, options.rows, options.refused, truncate)
+    report = examine(survey, stage, tokenizer, limit, seed, other, options.rows, options.refused, truncate)
+    if recipe is not None and (config := _config(recipe, stage)) is not None:
+        from ..stages.configure import training_steps
+
+        report["steps"] = training_steps(stage, config, report["train"])
+    return report
 
 
 def _config(recipe: Recipe | None, stage: str) -> Any:

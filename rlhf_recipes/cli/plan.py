@@ -87,7 +87,8 @@ def _plan_table(plan: Mapping[str, Any], tflops: float | None) -> "Table":
     works = [stage["work"] for stage in stages]
     table.add_row("tokens a step", *(f"{work['tokens']:,}" for work in works))
     table.add_row("TFLOP a step", *(f"{work['flop'] / 1e12:,.3g}" for work in works))
-    table.add_row("steps", *("?" if work["steps"] is None else f"{work['steps']:,}" for work in works))
+    counted = (f"{'at most ' * bool(work['at_most'])}{work['steps']:,}" if work["steps"] else "?" for work in works)
+    table.add_row("steps", *counted)
     if tflops is not None:
         seconds = [work["steps"] and work["steps"] * work["flop"] / (tflops * 1e12) for work in works]
         table.add_row(f"hours at {tflops:g} TFLOP/s", *("?" if s is None else f"{s / 3600:.2g}" for s in seconds))

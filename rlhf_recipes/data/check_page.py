@@ -51,6 +51,8 @@ def lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "split", f"to train on: {report['train']:,}; {heldout}"
         kinds = "prompts that are not trained on, but begin one that is or go on from one"
         yield "straddling", f"{kinds}: {report['straddling']:,}"
+    if report.get("steps") is not None:
+        yield "steps", f"{report['steps']:,}, of PPO updates" if report["stage"] == "ppo" else f"{report['steps']:,}"
     if report["read_whole"]:
         yield "memory", report["read_whole"]
     yield from _comparisons(report)

@@ -21,7 +21,7 @@ from ..recipe.values import Recipe
 from ..records.contents import Fingerprint, StageRecord, StageResults
 from ..records.folder import last_checkpoint, round_folder
 from ..records.manifest import Manifest
-from ..stages.configure import Configs
+from ..stages.configure import Configs, training_steps
 from ..stages.dpo import train_dpo
 from ..stages.inputs import rows_line
 from ..stages.job import Job
@@ -77,7 +77,11 @@ class ActiveRun:
 
     def train(self, job: Job, manifest: Manifest) -> None:
         """Run a stage, and say before how many rows it has and after what is doubtful about its results."""
-        self.console.print(Text(f"{job.stage}: {rows_line(job.data.report)}", style="bold"))
+        said = f"{job.stage}: {rows_line(job.data.report)}"
+        steps = training_steps(job.stage, job.config, job.data.report["train"])
+        if steps is not None and not getattr(job.config, "judge_share", 0):  # the judge has some of the rows
+            said += f"; {steps:,} {'update' if job.stage == 'ppo' else 'step'}{'s' * (steps != 1)}"
+        self.console.print(Text(said, style="bold"))
         manifest.base = self.base
         run_stage(job, manifest, plan_for_rows(job) if self.is_planned else None)
         card = manifest.results(job.stage).get("card")

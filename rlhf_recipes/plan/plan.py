@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from ..model.memory import resident_mib
 from ..recipe.values import Recipe
-from ..stages.configure import Configs, configure
+from ..stages.configure import Configs, configure, training_steps
 from ..stages.options import PPOConfig
 from ..stages.ppo.roles import Role, ppo_roles
 from ..stages.reward.adapters import JUDGE
@@ -293,6 +293,8 @@ def largest_size(recipe: Recipe, configs: Configs, key: str, gpu: float | None =
 def work_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float | None]:
     """Tokens and floating-point operations (FLOP) of a step, and steps, where the recipe alone says how many.
 
+    Where a limit says it, the steps are `at_most` so many, because rows may be dropped, and there may be fewer.
+
     A forward takes 2 FLOP a token and weight, a backward to the adapters through frozen weights 2 more, gradient
     checkpointing one more forward (Kaplan et al., arXiv:2001.08361, section 2.1, without attention). A step of PPO is
     an update: each row is decoded, scored by every role, and trained on num_ppo_epochs times by policy and critic.
@@ -302,20 +304,18 @@ def work_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float | N
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weights = sum(p.numel() for p in model.parameters()) - (0 if head is embedding else embedding.numel())
     training = 4 if shape.checkpointing == "off" else 6
-    section, epochs = getattr(recipe, stage), config.num_train_epochs
+    section = getattr(recipe, stage)
     if stage == "ppo":
         tokens = config.rollout_size * shape.length
         # A head alone reads what the policy's forward has computed.
         scored = sum(not role.copy and role.on is None and role.name != JUDGE for role in shape.roles)
         trained = config.num_ppo_epochs * sum(role.trained for role in shape.roles)
         flop = tokens * weights * (2 + 2 * scored + training * trained)
-        rows, per_step = config.total_episodes, config.rollout_size
     else:
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         tokens = per_step * shape.length * (1 if stage == "sft" else 2)
-        flop, rows = tokens * weights * (training + 2 * (stage == "dpo")), None
-    # How many rows packing makes of the data depends on their lengths.
-    if rows is None and section.limit is not None and not getattr(config, "packing", False):
-        rows = section.limit * (1 - section.heldout) * epochs * getattr(config, "num_generations", 1)
-    steps = config.max_steps if config.max_steps > 0 else None if rows is None else math.ceil(rows / per_step)
-    return {"tokens": tokens, "flop": flop, "steps": steps}
+        flop = tokens * weights * (training + 2 * (stage == "dpo"))
+    at_most = config.max_steps <= 0 and getattr(config, "total_episodes", None) is None
+    rows = 0 if not at_most else None if section.limit is None else section.limit * (1 - section.heldout)
+    steps = None if rows is None else training_steps(stage, config, rows)
+    return {"tokens": tokens, "flop": flop, "steps": steps, "at_most": at_most}

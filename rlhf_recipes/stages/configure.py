@@ -1,5 +1,6 @@
 """A recipe's settings as the configurations of the stages' trainers, checked before anything is loaded."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,24 @@ def stages_of(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
         if stage not in has:
             raise ValueError(f"Recipe {recipe.name!r} has no stage {stage!r}.{suggestion(stage, has)}")
     return [stage for stage in has if stages is None or stage in stages]
+
+
+def training_steps(stage: str, config: Any, rows: float) -> int | None:
+    """Optimizer steps of a stage, of PPO updates, on so many training rows, as the Trainer counts them.
+
+    None where packing makes fewer rows of them. PPO leaves out what is less than a rollout at the end of an epoch.
+    """
+    if stage == "ppo" and config.total_episodes is not None:
+        return math.ceil(config.total_episodes / config.rollout_size)
+    if config.max_steps > 0:
+        return config.max_steps
+    if getattr(config, "packing", False):
+        return None
+    of_one, accumulated = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if stage == "ppo":
+        of_one, accumulated = config.rollout_prompts, 1
+    batches = rows // of_one if stage == "ppo" or config.dataloader_drop_last else math.ceil(rows / of_one)
+    return math.ceil(config.num_train_epochs * max(1, math.ceil(batches / accumulated)))
 
 
 def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:

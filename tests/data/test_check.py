@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -356,6 +357,7 @@ def test_a_recipes_stage_with_its_data_columns_and_lengths(tmp_path: Path, capsy
     assert (sft["stage"], sft["max_length"], sft["columns"]) == ("sft", 20, {"prompt": "question"})
     # A prompt of 2 tokens, n + 1 words and the stop token fit into 20 for n = 0 to 16.
     assert (sft["rows"], sft["used"], sft["dropped"]) == (60, 17, {"too long": 43})
+    assert sft["steps"] == math.ceil(3 * math.ceil(sft["train"] / 8)), "three epochs of batches of eight"
     assert report("--stage", "ppo")["max_length"] == 2  # what 46 tokens of response leave of the model's 48
     assert report("--max-length", "63")["used"] == 60
     main_cli(["check", path, "--columns", "prompt=question", "--model", str(tmp_path / "model"), "--json"])

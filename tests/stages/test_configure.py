@@ -1,6 +1,7 @@
 """The stages' configurations: every argument of TRL's and transformers' trainers is read, owned or refused."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import TrainingArguments
 from rlhf_recipes import load
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.recipe.arguments import OWNED, REFUSED, REFUSED_IN, objection
-from rlhf_recipes.stages.configure import CONFIGS
+from rlhf_recipes.stages.configure import CONFIGS, training_steps
 
 # What transformers' Trainer reads, in every stage unless REFUSED_IN says otherwise.
 TRAINER = {
@@ -98,3 +99,17 @@ def test_a_value_that_would_fail_or_be_ignored_is_refused(stage: str, args: dict
     section = getattr(recipe, stage)
     with pytest.raises(ValueError, match=message):
         check_recipe(replace(recipe, **{stage: replace(section, args={**section.args, **args})}))
+
+
+def test_steps_are_counted_as_the_trainer_counts_them(tmp_path: Path) -> None:
+    where: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "num_train_epochs": 1}
+    sft = CONFIGS["sft"](**where, per_device_train_batch_size=4, gradient_accumulation_steps=8)
+    assert [training_steps("sft", sft, rows) for rows in (1, 32, 33, 100)] == [1, 1, 2, 4]
+    sft.packing = True
+    assert training_steps("sft", sft, 100) is None
+    ppo = CONFIGS["ppo"](**where, mini_batch_size=64, num_mini_batches=8, num_generations=2)  # 256 prompts a rollout
+    assert [training_steps("ppo", ppo, rows) for rows in (256, 511, 51_200 * 0.95)] == [1, 1, 190]
+    ppo.total_episodes = 1025
+    assert training_steps("ppo", ppo, 51_200) == 3
+    ppo.total_episodes, ppo.max_steps = None, 7
+    assert training_steps("ppo", ppo, 51_200) == 7
