@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 Row = dict[str, Any]  # of a JSONL file: whoever writes it says which keys it has
 
@@ -17,7 +18,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: to a neighbour, flushed to disk, then renamed."""
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # another one may be writing the same file
     with scratch.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

@@ -3,12 +3,9 @@
 from pathlib import Path
 from threading import Thread
 
-import pytest
-
 from rlhf_recipes.records.files import write_text
 
 
-@pytest.mark.xfail(strict=True, reason="both writers have the same scratch file, which the first of them moves away")
 def test_two_writers_of_one_file(tmp_path: Path) -> None:
     path, texts, failures = tmp_path / "file", ["a" * 10_000, "b" * 20_000], []
 
