@@ -59,7 +59,7 @@ from .rows import (
     report_bad,
     sift,
 )
-from .split import dialogue_hash, dialogue_position, prompt_hash, split_rows
+from .split import dialogue_hash, dialogue_number, dialogue_position, prompt_hash, split_rows
 from .tokens import (
     Ids,
     RefusedByTemplate,
@@ -84,13 +84,13 @@ RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # argumen
 class Prepared:
     """A stage's tokenized data. Every list of ids has its row's own length; nothing is padded.
 
-    The columns of `train` and `heldout`, by stage:
+    The columns of `train` and `heldout`, by stage, and of the first three `dialogue`, a number that all prompts of one
+    share (see `split`):
 
     sft     input_ids, and labels: the same with -100 where there is no loss, which is on the prompt unless asked for
-    reward  responses_ids (K lists, each prompt + response), ranking (K ranks, 1 for the best), prompt_length in tokens
-            and dialogue (a number that all prompts of one share, see `split`); where the source has them margin, weight
-            (of mean 1 on the training side), source and, of rankings, preferences (C(K, 2) probabilities or None). A
-            chosen and a rejected response are K = 2 with ranks [1, 2].
+    reward  responses_ids (K lists, each prompt + response), ranking (K ranks, 1 for the best) and prompt_length in
+            tokens; where the source has them margin, weight (of mean 1 on the training side), source and, of rankings,
+            preferences (C(K, 2) probabilities or None). A chosen and a rejected response are K = 2 with ranks [1, 2].
     dpo     prompt_ids, chosen_ids and rejected_ids, the last two without the prompt. Not the form of `reward`, because
             these are the columns that TRL's collator takes.
     ppo     prompt_ids, prompt, and every other column of the source, for reward functions
@@ -335,7 +335,7 @@ def _table(stage: str, source: Source, rows: list[Row], seed: int, loss_on: Loss
         case "sft":
             columns = _demonstration_columns(rows, loss_on)
         case "reward":
-            columns = _comparison_columns(rows, seed)
+            columns = _comparison_columns(rows)
         case "dpo":
             columns = {"chosen_ids": _token_column(rows, lambda row: row.ids["chosen"])}
             columns["rejected_ids"] = _token_column(rows, lambda row: row.ids["rejected"])
@@ -344,6 +344,8 @@ def _table(stage: str, source: Source, rows: list[Row], seed: int, loss_on: Loss
             columns = {"input_ids": _token_column(rows, lambda row: row.prompt_ids)}
         case _:
             columns = _prompt_columns(stage, source, rows)
+    if stage in ("sft", "reward", "dpo"):
+        columns["dialogue"] = [dialogue_number(row.prompt, seed) for row in rows]
     tables = []
     for column, values in columns.items():
         if isinstance(values, pa.ChunkedArray):  # with a name of its own, because `datasets` would pickle it to hash it
@@ -392,14 +394,13 @@ def _demonstration_columns(rows: list[Row], loss_on: LossOn) -> dict[str, Any]:
     }
 
 
-def _comparison_columns(rows: list[Row], seed: int) -> dict[str, Any]:
+def _comparison_columns(rows: list[Row]) -> dict[str, Any]:
     """Each row's responses, each after its prompt, with their ranks, and what else the reward model's loss uses."""
     are_pairs = "chosen" in rows[0].ids
     columns: dict[str, Any] = {
         "responses_ids": _token_column(rows, lambda row: [np.append(row.prompt_ids, ids) for ids in row.ids.values()]),
         "ranking": [[1, 2] if are_pairs else row.columns["ranking"] for row in rows],
         "prompt_length": [len(row.prompt_ids) for row in rows],
-        "dialogue": [dialogue_hash(row.prompt, seed) >> 1 for row in rows],  # Arrow's whole numbers have a sign
     }
     for column in ("margin", "weight"):
         if column in rows[0].columns:

@@ -34,6 +34,11 @@ def _opening(prompt: Text) -> Text:
     return messages[: first + 1]
 
 
+def dialogue_number(prompt: Text, seed: int) -> int:
+    """`dialogue_hash` as a whole number with a sign, as tables have them: what all prompts of a dialogue share."""
+    return dialogue_hash(prompt, seed) >> 1
+
+
 def dialogue_position(prompt: Text, seed: int) -> float:
     """Where a dialogue lies in [0, 1): below `Source.heldout` it is held out, in whatever stage, order or file."""
     return (dialogue_hash(prompt, seed) >> 16) / 2**48
@@ -73,13 +78,12 @@ def split_rows(rows: list[Row], share: float, seed: int) -> tuple[list[Row], lis
 def set_aside(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Prepared rows of the `reward` stage without a share of their dialogues, and the rows of that share.
 
-    It is independent of the held-out split, because what is hashed here are the dialogues' hashes. Raises ValueError
-    where there are fewer than two dialogues to share out.
+    It is independent of the held-out split (see `_positions_by_dialogue`). Raises ValueError where there are fewer than
+    two dialogues to share out.
     """
     if share == 0:
         return rows, rows.select([])
-    positions = [dialogue_position(str(dialogue), seed) for dialogue in rows["dialogue"]]
-    rest, aside = _sides_by_position(positions, share)
+    rest, aside = _sides_by_position(_positions_by_dialogue(rows, seed), share)
     if not aside:
         raise ValueError(
             "reward.judge_share shares out the training prompts by what the user says first, and in all it is the same."
@@ -88,26 +92,22 @@ def set_aside(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets
 
 
 def halve(heldout: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Held-out rows by which a checkpoint is chosen, and those of the other prompts, by which it is judged.
+    """Held-out rows by which a checkpoint is chosen, and those of the other dialogues, by which it is judged.
 
-    A prompt falls on the same side in every stage. Either has about half of the prompts; both are all rows where there
-    is one prompt.
+    A dialogue falls on the same side in every stage. Either has about half of them; both are all rows where there is
+    one dialogue.
     """
-    judging, choosing = _sides_by_position(_positions_by_ids(heldout, seed), 0.5)
+    judging, choosing = _sides_by_position(_positions_by_dialogue(heldout, seed), 0.5)
     return heldout.select(choosing or judging), heldout.select(judging)
 
 
-def _positions_by_ids(rows: datasets.Dataset, seed: int) -> list[float]:
-    """The positions of prepared rows' prompts as token ids, which do not depend on those of their texts."""
-    if "prompt_ids" in rows.column_names:
-        prompts = rows["prompt_ids"]
-    elif "responses_ids" in rows.column_names:  # each response begins with the prompt
-        columns = zip(rows["responses_ids"], rows["prompt_length"], strict=True)
-        prompts = [responses[0][:length] for responses, length in columns]
-    else:  # demonstrations, whose prompts have no label
-        columns = zip(rows["input_ids"], rows["labels"], strict=True)
-        prompts = [ids[: labels.count(-100)] for ids, labels in columns]
-    return [dialogue_position(json.dumps(ids), seed) for ids in prompts]
+def _positions_by_dialogue(rows: datasets.Dataset, seed: int) -> list[float]:
+    """The positions of prepared rows' dialogues, which do not depend on those of the held-out split: hashed again."""
+    if "prompt" in rows.column_names:  # of the `ppo` stage, whose other columns are the source's
+        dialogues = [dialogue_number(prompt, seed) for prompt in rows["prompt"]]
+    else:
+        dialogues = rows["dialogue"]
+    return [dialogue_position(str(dialogue), seed) for dialogue in dialogues]
 
 
 def _sides_by_position(positions: list[float], share: float) -> tuple[list[int], list[int]]:

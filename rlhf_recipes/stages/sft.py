@@ -31,7 +31,7 @@ class SFTTrainer(trl.SFTTrainer):
         if not packing:
             return dataset
         assert args.max_length is not None, "the settings were checked"
-        return trl.pack_dataset(dataset, args.max_length)
+        return trl.pack_dataset(dataset.select_columns(["input_ids", "labels"]), args.max_length)
 
 
 def train_sft(job: Job) -> StageResults:

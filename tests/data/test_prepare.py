@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf_recipes.data.prepare import _table, prepare
 from rlhf_recipes.data.rows import Row
-from rlhf_recipes.data.split import dialogue_hash, halve
+from rlhf_recipes.data.split import dialogue_number, halve
 from rlhf_recipes.data.tokens import set_chat_template, stop_token_id, tokenize_pair, tokenize_prompt
 from rlhf_recipes.recipe.values import Stage
 from rlhf_recipes.stages.options import RewardConfig
@@ -46,7 +46,9 @@ def preference(number: int) -> dict[str, Any]:
 
 
 def unsplit(tokenizer: FastTokenizer, name: Any, data: str, **changes: Any) -> list[dict[str, Any]]:
-    return prepare(name, Stage(data=data, heldout=0.0, **changes), tokenizer, None).train.to_list()
+    """The rows of a source without the number of their dialogue."""
+    table = prepare(name, Stage(data=data, heldout=0.0, **changes), tokenizer, None).train
+    return table.select_columns([column for column in table.column_names if column != "dialogue"]).to_list()
 
 
 def rows_of_function() -> list[dict[str, Any]]:
@@ -326,7 +328,6 @@ def test_all_stages_see_the_same_tokens_of_a_conversation(
         "responses_ids": [prompt + chosen, prompt + tokenize_pair(tokenizer, DIALOGUE, [assistant("no")])[1]],
         "ranking": [1, 2],
         "prompt_length": len(prompt),
-        "dialogue": dialogue_hash(DIALOGUE, 0) >> 1,
     }
     assert ppo["prompt_ids"] == prompt == tokenize_prompt(tokenizer, DIALOGUE)
     assert ppo["prompt"] == DIALOGUE
@@ -539,7 +540,7 @@ def test_surplus_held_out_rows_are_not_trained_on(tokenizer: FastTokenizer, tmp_
     cut = prepare("sft", Stage(data=path, heldout=0.3, heldout_limit=4), tokenizer, None)
     assert cut.train.to_list() == whole.train.to_list()
     assert cut.heldout.to_list() == whole.heldout.to_list()[:4]
-    assert cut.heldout.column_names == cut.train.column_names == ["input_ids", "labels"]
+    assert cut.heldout.column_names == cut.train.column_names == ["input_ids", "labels", "dialogue"]
 
 
 @pytest.mark.parametrize(("share", "count", "expected"), [(0.001, 5, 1), (0.9, 2, 1), (0.5, 1, 0), (0.0, 3, 0)])
@@ -654,15 +655,12 @@ def test_real_hh_rows_over_the_limit_are_counted() -> None:
 
 
 def test_held_out_prompts_choose_or_judge_and_the_same_ones_in_every_stage() -> None:
-    prompts = [[number, 5] for number in range(40)] * 2  # each twice
-    rows = datasets.Dataset.from_dict({"prompt_ids": prompts, "row": [*range(80)]})
+    prompts = [f"Question {number}" for number in range(40)] * 2  # each twice
+    rows = datasets.Dataset.from_dict({"prompt": prompts, "row": [*range(80)]})
     choosing, judging = halve(rows, seed=0)
     assert sorted([*choosing["row"], *judging["row"]]) == [*range(80)] and 20 < len(choosing) < 60
-    chose = {tuple(ids) for ids in choosing["prompt_ids"]}
-    assert not chose & {tuple(ids) for ids in judging["prompt_ids"]}
-    pairs = {"responses_ids": [[[*ids, 7], [*ids, 8]] for ids in prompts], "prompt_length": [2] * 80}
-    texts = {"input_ids": [[*ids, 7] for ids in prompts], "labels": [[-100, -100, 7]] * 80}
-    for columns in (pairs, texts):
-        other = halve(datasets.Dataset.from_dict({**columns, "row": [*range(80)]}), seed=0)
-        assert [[*side["row"]] for side in other] == [[*choosing["row"]], [*judging["row"]]]
+    assert not set(choosing["prompt"]) & set(judging["prompt"])
+    dialogues = [dialogue_number(prompt, 0) for prompt in prompts]
+    other = halve(datasets.Dataset.from_dict({"dialogue": dialogues, "row": [*range(80)]}), seed=0)
+    assert [[*side["row"]] for side in other] == [[*choosing["row"]], [*judging["row"]]]
     assert [len(side) for side in halve(rows.select([0, 40]), seed=0)] == [2, 2], "of one prompt both are all"

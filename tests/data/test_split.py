@@ -57,7 +57,6 @@ def test_a_dialogue_does_not_straddle_the_judges_share(tmp_path: Path) -> None:
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 60 and len(sides[1]) > 5
 
 
-@pytest.mark.xfail(strict=True, reason="halve tells prompts apart by all of their tokens")
 def test_a_dialogue_does_not_straddle_the_half_that_chooses(tmp_path: Path) -> None:
     source, tokenizer = Stage(write(tmp_path / "rows.jsonl", dialogues(60)), heldout=0.5), make_tokenizer()
     stages: tuple[Any, ...] = ("sft", "reward", "dpo", "ppo")

@@ -220,7 +220,7 @@ def test_dpo_sees_the_tokens_of_the_other_stages(recipe: Recipe, conversational:
     found, sft, reward, ppo = (
         prepare(name, source, tokenizer, None).train[0] for name in ("dpo", "sft", "reward", "ppo")
     )
-    assert found.keys() == {"prompt_ids", "chosen_ids", "rejected_ids"}
+    assert found.keys() == {"prompt_ids", "chosen_ids", "rejected_ids", "dialogue"}
     assert found["prompt_ids"] == ppo["prompt_ids"]
     assert found["prompt_ids"] + found["chosen_ids"] == sft["input_ids"] == reward["responses_ids"][0]
     assert found["prompt_ids"] + found["rejected_ids"] == reward["responses_ids"][1]
