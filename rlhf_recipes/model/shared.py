@@ -240,7 +240,8 @@ class SharedBase(nn.Module):
     @functools.cached_property
     def caching(self) -> Caching:
         """What the base's KV cache can do."""
-        return caching(self.causal)
+        with self._evaluating():
+            return caching(self.causal)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The active role's final hidden states (B, L, H), normalized as the language-model head takes them."""
@@ -307,10 +308,16 @@ class SharedBase(nn.Module):
         stop_token_ids: Tensor,
     ) -> Tensor:
         """Sample from the active role: left-padded prompts (B, P) to responses (B, T). See `decode.decode`."""
-        training = self.training
-        self.eval()  # gradient checkpointing would switch the KV cache off in training mode
-        try:
+        with self._evaluating():
             return decode(self, input_ids, attention_mask, uniforms, temperature, stop_token_ids)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode: gradient checkpointing would switch the KV cache off in training mode."""
+        training = self.training
+        self.eval()
+        try:
+            yield
         finally:
             self.train(training)
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rlhf_recipes.model import decode
 from rlhf_recipes.model.base import load_base, load_tokenizer
+from rlhf_recipes.model.check import Caching
 from rlhf_recipes.model.decode import RoomyLayer, draw_tokens, roomy_cache
 from rlhf_recipes.model.sampler import Sampler
 from rlhf_recipes.model.shared import SharedBase, lora_config
@@ -254,6 +255,14 @@ def test_a_sliding_window_that_holds_prompt_and_response_is_written_in_place(tmp
     config = tiny_config("mistral", sliding_window=20)
     assert {type(layer) for layer in roomy_cache(config, 20).layers} == {RoomyLayer}
     assert {type(layer) for layer in roomy_cache(config, 21).layers} == {DynamicSlidingWindowLayer}
+
+
+def test_what_the_cache_can_do_is_found_in_training_mode_too(tmp_path: Path) -> None:
+    """There gradient checkpointing would switch the cache off."""
+    shared = SharedBase(load_base(Base(str(save_architecture(tmp_path, "llama")))))
+    shared.add_role("policy", trainable=True)
+    shared.activation_checkpointing_enable()
+    assert shared.train().caching == Caching(left_padding=True, pieces=True) and shared.training
 
 
 @pytest.mark.long
