@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from ...data.split import set_aside
 from ...model.base import check_fingerprint, load_base, write_fingerprint
 from ...model.memory import release
-from ...model.shared import HEAD, SharedBase, lora_config
+from ...model.shared import HEAD, SharedBase, lora_config, set_adapter
 from ...records.contents import Fingerprint, StageResults
 from ...records.files import Row
 from ..job import Job
@@ -105,7 +105,7 @@ def start_from_sft(model: PeftModel, folder: Path, fingerprint: Fingerprint) -> 
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     sft = load_peft_weights(str(folder), device="cpu")
     assert own.keys() == {*sft, HEAD}, "the two adapters have the same shape, because a recipe has one `lora`"
-    set_peft_model_state_dict(model, {**sft, HEAD: own[HEAD]})
+    set_adapter(model, {**sft, HEAD: own[HEAD]})
 
 
 def evaluate_adapters(job: Job) -> StageResults:
