@@ -34,6 +34,9 @@ from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 ROOT = Path(__file__).parents[2] / ".venv-parity"
 DUMP = ROOT / "dump"
 TOLERANCE = 1e-5  # of the largest number compared
+# AdamW's steps are of the learning rate's size however small a gradient is, its rounding included, and sums round
+# otherwise here, where rows lie at the left, than behind TRL's mask.
+ADAMW_TOLERANCE = 5e-5
 REAL = 1e-3  # of the same: a difference of rules is at least so large
 
 pytestmark = pytest.mark.skipif(
@@ -274,9 +277,17 @@ def apart(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 @pytest.fixture
 def agree(report: Report) -> Check:
-    """Asserts that two tensors agree to `TOLERANCE` of the largest number, or of `scale`, with some rules applied."""
+    """Asserts that two tensors agree to a `tolerance` of the largest number, or of `scale`, with some rules applied."""
 
-    def check(what: str, column: str, ours: Tensor, theirs: Tensor, *rules: str, scale: Any = None) -> None:
+    def check(
+        what: str,
+        column: str,
+        ours: Tensor,
+        theirs: Tensor,
+        *rules: str,
+        scale: Any = None,
+        tolerance: float = TOLERANCE,
+    ) -> None:
         size, largest = apart(ours, theirs)
         largest = largest if scale is None else float(scale)
         if column:
@@ -284,7 +295,7 @@ def agree(report: Report) -> Check:
             row[column] = max(row.get(column, (0.0, 0.0)), (size, largest))
         for rule in rules:
             report.left[rule] = max(report.left.get(rule, 0.0), size / largest)
-        assert size <= TOLERANCE * largest, f"{what} ({column or rules}): {size:.2e} of {largest:.3g}"
+        assert size <= tolerance * largest, f"{what} ({column or rules}): {size:.2e} of {largest:.3g}"
 
     return check
 
@@ -323,9 +334,12 @@ def test_eight_updates(make: Make, agree: Check, name: str, column: str, kind: t
     for role, before in start.items():
         for updates, after in (("1 update", first[role]), ("8 updates", flat(named(ours.model, role)))):
             theirs = numbers.parameters(f"{int(updates[0]) - 1}/after", role)
-            # Part of what was learned; for AdamW, which blows up the rounding of small gradients, of the parameters.
-            scale = theirs.abs().max() if name == "adamw" else (theirs - before).abs().max()
-            agree(f"{role} parameters after {updates}", column, after, theirs, *rules, UNCLIPPED, scale=scale)
+            # Part of what was learned; for AdamW, of the parameters.
+            scale, tolerance = (theirs - before).abs().max(), TOLERANCE
+            if name == "adamw":
+                scale, tolerance = theirs.abs().max(), ADAMW_TOLERANCE
+            what = f"{role} parameters after {updates}"
+            agree(what, column, after, theirs, *rules, UNCLIPPED, scale=scale, tolerance=tolerance)
     # The run did go where the losses are clipped.
     assert all(sum(ours.logged(name)) > 1 for name in ("policy/clipfrac_avg", "val/clipfrac_avg"))
 
