@@ -8,7 +8,7 @@ LoRA r16 on all linear layers, four roles, 512 prompt and 512 response tokens (n
 update in 4 mini-batches, one PPO epoch (`update` takes as many times its seconds as there are epochs), gradient
 checkpointing, the process capped at 24 GiB. Every shape is a process of its own, which warms up on short rows and then
 makes one update; one that fails is a line of the table. On a CPU memory is metered byte by byte, which takes time.
-With `--work hh=1` prompts have the lengths of Anthropic's HH, and so have the responses that are scored and trained on:
+With `--work=hh=1` prompts have the lengths of Anthropic's HH, and so have the responses that are scored and trained on:
 every response is sampled to its full length and then cut, and limits of the hardware are not given.
 `--decoded=N` samples only the last N tokens of each response, behind random ones, and scales the seconds to all: the
 peaks are the same, since the cache has its full size, and the attention of each token is that of the last.
@@ -323,7 +323,7 @@ def planned_gib(shape: str, backend: str | None, cap: float | None) -> dict[str,
         recipe = Recipe("gpu_7b", Base(folder, quantization="nf4"), lora=lora, ppo=PPOStage("none"))
         config = PPOConfig(folder, max_prompt_length=work["prompt"], **options(work, backend, cap is not None))
         found = plan_memory(recipe, {"ppo": config}, cap and cap * GIB).stages["ppo"]
-    return {phase: mib / 1024 for phase, mib in found.phases.items()}
+    return {phase: found.phases[phase] / 1024 for phase in PHASES}  # weights are not loaded here
 
 
 def fractions(
