@@ -4,6 +4,7 @@ transformers' `generate` copies the whole KV cache for each token and keeps fini
 prompts and thousands of responses that is most of a rollout's time.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -69,12 +70,18 @@ def keep_rows(cache: Cache, rows: Any) -> None:
     cache.reorder_cache(rows)
 
 
+@functools.cache  # it is asked for with every token
+def _parameters(model_class: type) -> frozenset[str]:
+    """The names of what a model's forward takes."""
+    return frozenset(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
+
+
 def cache_argument(model: Any, cache: Cache | None) -> dict[str, Cache | None]:
     """A KV cache under the name by which a model's forward takes it: before transformers 5.24 it was another.
 
     Raises ValueError where it takes none.
     """
-    names = inspect.signature(type(model).forward).parameters
+    names = _parameters(type(model))
     for name in ("cache", "past_key_values", "cache_params"):
         if name in names:
             return {name: cache}
@@ -91,7 +98,7 @@ def cached_forward(
         attention_mask: (B, tokens so far and L) bool, or None where no row has padding.
         position_ids: (B, L), or None likewise. Architectures that take none count by the mask.
     """
-    takes_positions = "position_ids" in inspect.signature(type(decoder).forward).parameters
+    takes_positions = "position_ids" in _parameters(type(decoder))
     return decoder(
         input_ids=input_ids,
         attention_mask=attention_mask,

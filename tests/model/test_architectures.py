@@ -265,8 +265,17 @@ def test_what_the_cache_can_do_is_found_in_training_mode_too(tmp_path: Path) -> 
     assert shared.train().caching == Caching(left_padding=True, pieces=True) and shared.training
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a in NOT_LOADED | NOT_ADAPTED | NO_REWARD])
+EVERY_TIME = ("ctrl", "laguna", "rwkv")  # one of each table
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(architecture, marks=() if architecture in EVERY_TIME else pytest.mark.long)
+        for architecture in ARCHITECTURES
+        if architecture in NOT_LOADED | NOT_ADAPTED | NO_REWARD
+    ],
+)
 def test_what_cannot_be_right_is_refused(architecture: str, tmp_path: Path) -> None:
     message = (NOT_LOADED | NOT_ADAPTED | NO_REWARD)[architecture]
     save_architecture(tmp_path / "base", architecture)
