@@ -3,6 +3,7 @@
 B rows of L tokens, or N tokens in one row; H hidden size, V vocabulary.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
+
+from .log_probs import float32_linear
 
 
 def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -77,17 +80,24 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """What a causal model's own forward makes of final hidden states (..., H): logits (..., V).
 
     It is that forward, with the hidden states in the place of its backbone: what some architectures do to states and
-    logits beside the product (scales, caps) is then done by whoever knows it.
+    logits beside the product (scales, caps) is then done by whoever knows it. Of a head in 16 bits the product, and
+    what follows it, is in float32.
     """
     decoder = text_decoder(model)
+    head: Any = model.get_output_embeddings()
+    in_16_bits = isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16)
     name, place = next((n, child) for n, child in model.named_children() if any(m is decoder for m in child.modules()))
     rows = hidden.flatten(0, -2)[None]  # (1, N, H)
     answer: Any = _Answer(place, decoder, rows)
     model._modules[name] = answer
+    if in_16_bits:
+        head.forward = functools.partial(float32_linear, head)
     try:
         logits = model(input_ids=rows.new_zeros(rows.shape[:2], dtype=torch.long), use_cache=False).logits  # (1, N, V)
     finally:
         model._modules[name] = place
+        if in_16_bits:
+            del head.forward
     return logits[0].unflatten(0, hidden.shape[:-1])
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Logits that exist at one time, in elements: 64 MiB of float32. A (B, T, V) tensor would take 40 GiB at V = 152k.
 LOGITS_AT_ONCE = 2**24
 CPU_ROWS = 128  # and in rows on a CPU, whose cache is small
+CPU_WEIGHTS = 2**22  # weights that are there in float32 at one time on a CPU, whose 16-bit products have 16-bit results
 
 
 def token_log_probs(
@@ -88,3 +89,35 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_log_probs[:, None].to(gradient.dtype), None, None, None, None, None
+
+
+def float32_linear(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    """A frozen linear layer in 16 bits with a result in float32: hidden states (..., H) to logits (..., V).
+
+    Rounding logits to 16 bits is a quarter of the noise of their log-probabilities (the head in float32: MiniMax-M1,
+    arXiv:2506.13585, section 3.2).
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = _Float32Product.apply(hidden.flatten(0, -2).to(layer.weight.dtype), layer.weight)
+        if layer.bias is not None:
+            logits = logits + layer.bias
+    return logits.unflatten(0, hidden.shape[:-1])
+
+
+class _Float32Product(torch.autograd.Function):
+    """Rows (n, H) times a frozen matrix (V, H), both in 16 bits, as (n, V) in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        if rows.device.type == "cuda":
+            return torch.mm(rows, weight.T, out_dtype=torch.float32)
+        rows = rows.float()
+        parts = weight.split(max(1, CPU_WEIGHTS // weight.shape[1]))
+        return torch.cat([nn.functional.linear(rows, part.float()) for part in parts], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient.to(weight.dtype) @ weight, None

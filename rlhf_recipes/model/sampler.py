@@ -42,7 +42,7 @@ class Samples:
     def rows(self: S, index: Tensor) -> S:
         """Some of the rows, without the columns that are padding in all of them."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        picked = {name: tensor[index] for name, tensor in columns.items() if tensor is not None}
+        picked = {name: tensor[index] for name, tensor in columns.items() if isinstance(tensor, Tensor)}
         length = self.response_mask.shape[1]
         prompt = self.input_ids.shape[1] - length
         left = prompt - int(picked["attention_mask"][:, :prompt].sum(1).max())
@@ -151,16 +151,31 @@ class Sampler:
         return ids.to(self.model.device), kept.bool().to(self.model.device)
 
     @torch.no_grad()
-    def _forwards(self, role: str, samples: Samples, work: Callable[[Tensor, Samples], None]) -> None:
+    def _forwards(
+        self,
+        role: str,
+        samples: Samples,
+        work: Callable[[Tensor, Samples], None],
+        batches: Sequence[Tensor] | None = None,
+    ) -> None:
         """Call `work` with the indices and the rows of each batch, with the role active."""
         with self.model.role(role), self.autocast():
-            lengths = samples.attention_mask.sum(1).cpu()
-            self.in_batches(lengths, lambda rows: work(rows, samples.rows(rows)), TOKENS_AT_ONCE)
+            if batches is None:
+                lengths = samples.attention_mask.sum(1).cpu()
+                self.in_batches(lengths, lambda rows: work(rows, samples.rows(rows)), TOKENS_AT_ONCE)
+            for rows in batches or ():
+                work(rows, samples.rows(rows))
 
-    def log_probs(self, role: str, samples: Samples, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    def log_probs(
+        self, role: str, samples: Samples, with_entropy: bool = False, batches: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (B, T) of a role on the responses, from the same forward that trains.
 
         The entropies are zero unless they are asked for.
+
+        Args:
+            batches: the indices (b,) of the rows of each forward, in their order; None: as many rows as `in_batches`
+                takes. Rows in none of them stay zero.
         """
         log_probs, entropy = torch.zeros(2, *samples.response_mask.shape, device=self.model.device)
 
@@ -172,17 +187,20 @@ class Sampler:
             if entropies is not None:
                 entropy[rows, :width] = entropies
 
-        self._forwards(role, samples, work)
+        self._forwards(role, samples, work, batches)
         return log_probs, entropy
 
-    def values(self, samples: Samples) -> Tensor:
-        """The critic's values (B, T) of the states before the response tokens, zero outside the mask."""
+    def values(self, samples: Samples, batches: Sequence[Tensor] | None = None) -> Tensor:
+        """The critic's values (B, T) of the states before the response tokens, zero outside the mask.
+
+        `batches` as in `log_probs`.
+        """
         values = torch.zeros(samples.response_mask.shape, device=self.model.device)
 
         def work(rows: Tensor, part: Samples) -> None:
             values[rows, : part.response_mask.shape[1]] = state_values(self.model, part)
 
-        self._forwards("critic", samples, work)
+        self._forwards("critic", samples, work, batches)
         return values
 
     def reward_scores(self, samples: Samples, role: str = "reward") -> Tensor:

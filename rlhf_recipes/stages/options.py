@@ -129,7 +129,8 @@ class PPOConfig(TrainingArguments):
     )
     per_device_train_batch_size: int | Literal["auto"] = _option(  # type: ignore[assignment]
         8,
-        "Episodes that the update takes through the model at once. It changes memory use and speed, and no result. "
+        "Episodes that the update takes through the model at once, and what scores them for policy, reference and "
+        "critic. It changes memory use and speed, and no result. "
         "auto: as many of the mini_batch_size as fit, halved where memory runs out. [TRL]",
     )
 
@@ -143,7 +144,8 @@ class PPOConfig(TrainingArguments):
     num_generations: int = _option(1, "Responses to each prompt; rloo and grpo need 2 or more. [TRL]")
     rollout_micro_batch_size: int | Literal["auto"] = _option(
         64,
-        "Rows that are sampled or scored at once, in evaluations too. It changes memory use and speed, and no result. "
+        "Rows that are sampled, or scored by reward models, at once, and all rows of evaluations. It changes memory "
+        "use and speed, and no result. "
         "auto: as many of the rollout as fit, halved where memory runs out. [TRL's local_rollout_forward_batch_size]",
     )
     generation_backend: Literal["native", "generate", "static", "continuous", "vllm"] = _option(
@@ -361,6 +363,21 @@ class PPOConfig(TrainingArguments):
     def has_critic(self) -> bool:
         """Whether a critic is learned at all."""
         return self.advantage_estimator == "gae"
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether an update is a single optimizer step, so that the policy that it moves is the one that sampled."""
+        return self.num_ppo_epochs == self.num_mini_batches == 1
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether an update asks for the policy's log-probabilities before the forward that it trains by.
+
+        It does for the KL penalty in the reward, for the KL as a budget, and where a later step is to be told from the
+        policy that sampled.
+        """
+        in_reward = self.advantage_estimator != "grpo" and (self.kl_coef > 0 or self.target_kl is not None)
+        return in_reward or not self.is_one_step or self.max_kl is not None or self.critic_warmup_steps > 0
 
 
 @dataclass

@@ -108,8 +108,8 @@ class Watched(PPOTrainer):
         self.watch.count()
         self.after[name] = self.watch.elements_alive() - before
 
-    def policy_loss(self, batch: Rollout, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        found = super().policy_loss(batch, tokens)
+    def policy_loss(self, rollout: Rollout, rows: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        found = super().policy_loss(rollout, rows, tokens)
         self.watch.count()
         self.between.append(self.watch.logits_alive())
         return found
@@ -159,6 +159,7 @@ def update(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_recipes.model.log_probs.LOGITS_AT_ONCE", AT_ONCE * VOCABULARY)
+        patch.setattr("rlhf_recipes.model.log_probs.CPU_WEIGHTS", AT_ONCE * VOCABULARY)
         with trainer.watch, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             trainer.train()
     return Update(trainer, request.param, saved, tokens, modes, addresses)

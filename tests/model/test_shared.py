@@ -173,12 +173,27 @@ def at_last_token(outputs: Tensor, attention_mask: Tensor) -> Tensor:
     return outputs.gather(1, last)[:, 0]
 
 
+def in_float32(model: Any, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    """A model's own logits, with its head's product in float32, as the shared base has it."""
+    head = model.get_output_embeddings()
+    caught: list[Tensor] = []
+    hook = head.register_forward_hook(lambda module, args, output: caught.append(args[0]))
+    logits = model(input_ids=input_ids, **inputs).logits
+    hook.remove()
+    if head.weight.dtype == torch.float32:
+        return logits
+    assert torch.equal(nn.functional.linear(caught[0].to(head.weight.dtype), head.weight, head.bias), logits)
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast("cpu", enabled=False):
+        return nn.functional.linear(caught[0].to(head.weight.dtype).float(), head.weight.float(), bias)
+
+
 def row_by_row(setup: Setup, model: nn.Module) -> list[Tensor]:
     """Response log-probs from a stand-alone model's logits, each row by itself without padding."""
     found = []
     with torch.no_grad(), setup.autocast():
         for prompt, row in zip(PROMPTS, ROWS, strict=True):
-            logits = model.eval()(input_ids=row[None]).logits[0, :-1].float()
+            logits = in_float32(model.eval(), row[None])[0, :-1]
             log_probs = (logits / TEMPERATURE).log_softmax(-1)
             found.append(log_probs.gather(1, row[1:, None])[len(prompt) - 1 :, 0])
     return found
@@ -270,7 +285,7 @@ def test_role_base_is_the_model_without_any_adapter(each: Setup, each_shared: Sh
     position_ids = (kept.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), each.autocast(), each_shared.eval().role("base"):
         found = each_shared.logits(each_shared.hidden(ids, kept))
-        expected = bare(input_ids=ids, attention_mask=kept, position_ids=position_ids).logits
+        expected = in_float32(bare, ids, attention_mask=kept, position_ids=position_ids)
     assert_same(each, found[kept.bool()], expected[kept.bool()])
 
 

@@ -187,7 +187,7 @@ class LateScore(Bessel):
             for role, loss_of, mask in losses:
                 tokens = mask[micro].sum()
                 with self.model.role(role):
-                    loss, sums = loss_of(replace(rollout, response_mask=mask).rows(micro), tokens)
+                    loss, sums = loss_of(replace(rollout, response_mask=mask), micro, tokens)
                     (loss / self.config.gradient_accumulation_steps).backward()
                 self.metrics.add(sums)
         self.optimizer.step()
@@ -526,7 +526,7 @@ def test_old_log_probs_from_generation(make: Make, agree: Check, differ: Check, 
     differ(GENERATED, what, torch.ones_like(ratio), ratio, 0 if name == "sampled" else REAL)
     batch = rollout.rows(rows)
     with ours.model.role("policy"):
-        _, logged = ours.policy_loss(batch, batch.response_mask.sum())
+        _, logged = ours.policy_loss(rollout, rows, batch.response_mask.sum())
     assert logged["val/ratio"] == 1 and logged["policy/approxkl_avg"] == 0
     if name == "sampled":
         seen = numbers.mask()

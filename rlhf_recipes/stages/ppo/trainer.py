@@ -9,11 +9,13 @@ B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 
 import copy
 import dataclasses
+import functools
 import json
+import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,15 +38,20 @@ from ..scores import ROLE, RewardFunc, Rewards, resolve_rewards
 from . import objectives
 from .metrics import Metrics, rollout_metrics
 from .roles import copies
-from .rollout import Rollout
+from .rollout import Rollout, draw_passes
+
+logger = logging.getLogger(__name__)
 
 DOING = {  # phase -> what is said where memory runs out in it
     "generate": "sampling responses, {rows} rows at a time",
-    "score": "scoring responses, up to {rows} rows at a time",
+    "score": "scoring responses, up to {rows} rows at a time by reward models and {micro} by the other roles",
     "update_policy": "training the policy, {micro} rows at a time",
     "update_critic": "training the critic, {micro} rows at a time",
     "evaluate": "evaluating, up to {rows} rows at a time",
 }
+
+# The largest log-ratio of a token before the first optimizer step of an update. Whatever the dtype, 0 is right.
+EXACT = "val/first_pass_log_ratio_max"
 
 STATE = "ppo_state.json"  # in a checkpoint: what changes through training and is no weight
 
@@ -88,6 +95,8 @@ class PPOTrainer(Trainer):
         self.kl_coef = args.kl_coef  # which target_kl adapts
         self.micro_batch_size = int(args.per_device_train_batch_size)  # which auto halves
         self.best_reward = -math.inf  # of the role `best`
+        self.kept: Tensor | None = None  # the policy's forward on the whole rollout, for the only step of the update
+        self.is_exact = True  # so far (see EXACT)
         self.trained = ("policy", "critic") if args.has_critic else ("policy",)
         for role in copies(self.config):
             model.add_role(role, exact=True)
@@ -193,16 +202,59 @@ class PPOTrainer(Trainer):
         with self.phase("score"):
             raw, logs = self.rewards.raw(rows, samples)
             self.metrics.add(logs)
-            log_probs, entropy = self.sampler.log_probs("policy", samples, with_entropy=True)
-            ref_log_probs, _ = self.sampler.log_probs("reference", samples)
-            return Rollout(
+            zeros = functools.partial(torch.zeros, samples.response_mask.shape, device=self.model.device)  # (B, T)
+            rollout = Rollout(
                 **vars(samples),
-                log_probs=log_probs,
-                ref_log_probs=ref_log_probs,
-                entropy=entropy,
+                log_probs=zeros(),
+                ref_log_probs=zeros(),
+                entropy=zeros(),
                 scores=self.rewards.training_scores(raw, samples),
-                values=self.sampler.values(samples) if self.config.has_critic else None,
+                values=None,
+                passes=draw_passes(samples, self.config),
             )
+            self.with_fewer_rows(lambda: self.score(rollout))
+            return rollout
+
+    def score(self, rollout: Rollout) -> None:
+        """What policy, reference and critic make of a rollout, from the micro-batches of the update's first pass.
+
+        In 16 bits a row's rounding depends on the rows beside it, by as much as an update moves the policy. Scored in
+        the same micro-batches a row's ratio is 1 to the bit before the first step (RLinf found the same, its pull
+        request 1534).
+        """
+        rollout.micro_batch_size = self.micro_batch_size
+        batches = [micro for rows in rollout.passes[0] for micro in rows.split(self.micro_batch_size)]
+        rollout.ref_log_probs = self.sampler.log_probs("reference", rollout, batches=batches)[0]
+        if self.config.has_critic:
+            rollout.values = self.sampler.values(rollout, batches)
+        self.kept = None
+        if self.config.scores_policy and self.config.is_one_step and len(batches) == 1 and not self.warming_up:
+            self.kept = self.recorded_forward(rollout, batches[0])
+        elif self.config.scores_policy:
+            rollout.log_probs, rollout.entropy = self.sampler.log_probs("policy", rollout, True, batches)
+
+    def recorded_forward(self, rollout: Rollout, rows: Tensor) -> Tensor:
+        """The policy's log-probabilities (b, t) of some rows, with their graph, which become those of the rollout."""
+        log_probs, entropy = self.policy_forward(rollout.rows(rows), with_entropy=True)
+        rollout.log_probs[rows, : log_probs.shape[1]] = log_probs.detach()
+        rollout.entropy[rows, : log_probs.shape[1]] = entropy
+        return log_probs
+
+    def policy_forward(self, batch: Rollout, with_entropy: bool = False) -> tuple[Tensor, Any]:
+        """The policy's log-probabilities of a micro-batch and, where they are asked for, the entropies."""
+        with self.model.role("policy"), self.accelerator.autocast():
+            return self.model.log_probs(
+                batch.input_ids, batch.attention_mask, batch.response_mask, self.config.temperature, with_entropy
+            )
+
+    def batching_noise(self, rollout: Rollout) -> float:
+        """Standard deviation, in nats, of what a token's log-probability differs by from one micro-batch to another.
+
+        It is what the passes after the first see beside the policy's own moves; measured on the second's.
+        """
+        batches = [micro for rows in rollout.passes[1] for micro in rows.split(self.micro_batch_size)]
+        again, _ = self.sampler.log_probs("policy", rollout, batches=batches)
+        return (again - rollout.log_probs)[rollout.response_mask].std(correction=0).item()
 
     def advantages(self, rollout: Rollout) -> Rollout:
         """The rollout with advantages (B, T) by `advantage_estimator` and, for gae, returns (B, T)."""
@@ -234,9 +286,10 @@ class PPOTrainer(Trainer):
         """
         loss = 0.0
         with self.phase("update"):
-            for _ in range(self.config.num_ppo_epochs):
-                order = torch.randperm(len(rollout.scores)).to(rollout.input_ids.device)
-                for rows in order.split(self.config.mini_batch_size):
+            if self.state.global_step == 0 and rollout.passes[-1] is not rollout.passes[0]:
+                self.metrics.add({"val/batching_noise": self.batching_noise(rollout)})
+            for mini_batches in rollout.passes:
+                for rows in mini_batches:
                     loss = self.optimizer_step(rollout, rows)
         if not math.isfinite(loss):
             raise RuntimeError(
@@ -261,10 +314,8 @@ class PPOTrainer(Trainer):
         The two never share a graph, because a backward must run under the role of its forward. Returns the loss, the
         policy's and `vf_coef` times the critic's, without the language-model loss of `ptx`.
         """
-        rows = rows[rollout.attention_mask[rows].sum(1).argsort()]  # rows of like length share a micro-batch
         loss = 0.0
-        warming_up = self.state.global_step < self.config.critic_warmup_steps
-        for role in self.trained[1:] if warming_up else self.trained:
+        for role in self.trained[1:] if self.warming_up else self.trained:
             with self.phase(f"update_{role}"), self.model.role(role):
                 averages = self.backward(role, rollout, rows)
             policy = role == "policy"
@@ -272,16 +323,21 @@ class PPOTrainer(Trainer):
             if self.config.max_grad_norm > 0:
                 norm = self.accelerator.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm)
                 averages[f"{role}/grad_norm"] = float(norm or 0)
+            if averages.get(EXACT):
+                self.warn_inexact(averages[EXACT])
             self.metrics.add(averages)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        rollout.fresh = False
         return loss
 
-    def backward(self, role: str, rollout: Rollout, rows: Tensor) -> dict[str, float]:
-        """Gradients of the active role on a mini-batch, and the mini-batch's averages.
+    @property
+    def warming_up(self) -> bool:
+        """Whether only the critic learns in this update."""
+        return self.state.global_step < self.config.critic_warmup_steps
 
-        With `per_device_train_batch_size=auto` it begins again in half the size where memory runs out.
-        """
+    def backward(self, role: str, rollout: Rollout, rows: Tensor) -> dict[str, float]:
+        """Gradients of the active role on a mini-batch, and the mini-batch's averages."""
         loss_of = self.policy_loss if role == "policy" else self.value_loss
         tokens = rollout.response_mask[rows].sum()
         ptx = role == "policy" and self.config.ptx_coef > 0
@@ -293,43 +349,57 @@ class PPOTrainer(Trainer):
             averages.clear()
             for parameter in self.model.parameters_of(role):
                 parameter.grad = None
+            if rollout.fresh and rollout.micro_batch_size != self.micro_batch_size:
+                self.score(rollout)  # anew, from the micro-batches that there are now
             for micro in rows.split(self.micro_batch_size):
-                loss, shares = loss_of(rollout.rows(micro), tokens)
+                loss, shares = loss_of(rollout, micro, tokens)
                 self.accelerator.backward(loss)
                 for name, share in shares.items():
-                    averages[name] += share.item()
+                    averages[name] = (
+                        max(averages[name], share.item()) if name == EXACT else averages[name] + share.item()
+                    )
             if texts:
                 averages["loss/ptx_avg"] = self.ptx_backward(texts)
 
-        if "per_device_train_batch_size" not in self.config.auto_sizes:
-            work()
-        else:
-            while ran_out(work):
-                self.micro_batch_size = halved(min(self.micro_batch_size, len(rows)), "per_device_train_batch_size")
+        self.with_fewer_rows(work)
         return averages
 
-    def policy_loss(self, batch: Rollout, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def with_fewer_rows(self, work: Callable[[], None]) -> None:
+        """Do the work; where memory runs out, with `per_device_train_batch_size=auto`, again in half the size."""
+        if "per_device_train_batch_size" not in self.config.auto_sizes:
+            return work()
+        while ran_out(work):
+            size = min(self.micro_batch_size, self.config.mini_batch_size or math.inf)
+            self.micro_batch_size = halved(int(size), "per_device_train_batch_size")
+
+    def policy_loss(self, rollout: Rollout, rows: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped policy loss of a micro-batch, and its share in the mini-batch's averages over `tokens` tokens."""
+        log_probs, self.kept = self.kept, None
+        if not self.config.scores_policy:
+            log_probs = self.recorded_forward(rollout, rows)
+        batch = rollout.rows(rows)
+        if log_probs is None:
+            log_probs, _ = self.policy_forward(batch)
         assert batch.advantages is not None
-        with self.accelerator.autocast():
-            log_probs, _ = self.model.log_probs(
-                batch.input_ids, batch.attention_mask, batch.response_mask, self.config.temperature
-            )
         loss, sums = objectives.policy_loss(
             log_probs, batch.log_probs, batch.advantages, batch.response_mask, self.config.cliprange, tokens
         )
         if self.config.advantage_estimator == "grpo":
             kl = objectives.kl_penalty(log_probs, batch.ref_log_probs, "k3") * batch.response_mask
             loss = loss + self.kl_coef * kl.sum() / tokens
-        return loss, {
+        shares = {
             "loss/policy_avg": loss.detach(),
             "policy/approxkl_avg": sums["approxkl"] / tokens,
             "policy/clipfrac_avg": sums["clipfrac"] / tokens,
             "val/ratio": sums["ratio"] / tokens,
         }
+        if rollout.fresh:
+            shares[EXACT] = (log_probs.detach() - batch.log_probs).abs().max()
+        return loss, shares
 
-    def value_loss(self, batch: Rollout, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def value_loss(self, rollout: Rollout, rows: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped value loss of a micro-batch times `vf_coef`, and its share in the mini-batch's averages."""
+        batch = rollout.rows(rows)
         assert batch.values is not None and batch.returns is not None
         with self.accelerator.autocast():
             values = state_values(self.model, batch)
@@ -387,6 +457,17 @@ class PPOTrainer(Trainer):
         """The estimate (B, T) of each token's KL to the reference, by `kl_estimator`."""
         estimator = self.config.kl_estimator or "k1"
         return objectives.kl_penalty(rollout.log_probs, rollout.ref_log_probs, estimator)
+
+    def warn_inexact(self, log_ratio: float) -> None:
+        """Say once that the update's first forward is not the one that scored."""
+        if self.is_exact:
+            logger.warning(
+                "Before the first step of an update the policy's ratio should be 1, and a token's log-ratio was %.2g: "
+                "its forward with a gradient rounds otherwise than the one without. This noise is in every "
+                "policy/approxkl_avg and policy/clipfrac_avg; base.dtype=float16 or float32 makes it smaller.",
+                log_ratio,
+            )
+        self.is_exact = False
 
     def non_score_reward(self, rollout: Rollout) -> Tensor:
         """The KL penalty's part (B,) of each response's reward."""

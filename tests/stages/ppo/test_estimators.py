@@ -56,7 +56,7 @@ def test_grpos_penalty_is_in_the_loss(folder: Path, make: Make) -> None:
     rollout.advantages.zero_()
     tokens = rollout.response_mask.sum()
     with model.role("policy"):
-        trainer.policy_loss(rollout, tokens)[0].backward()
+        trainer.policy_loss(rollout, torch.arange(4), tokens)[0].backward()
         found = [p.grad.clone() for p in model.parameters_of("policy")]
         model.zero_grad()
         log_probs, _ = model.log_probs(rollout.input_ids, rollout.attention_mask, rollout.response_mask)

@@ -84,7 +84,8 @@ def test_where_not_even_one_row_fits_memory_runs_out(folder: Path, make: Make) -
     model.room = 2
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as found:  # not where it was not asked for
         make(model, per_device_train_batch_size=4, rollout_micro_batch_size=2).train()
-    assert found.value.__notes__ == ["training the policy, 4 rows at a time"]
+    doing = "scoring responses, up to 2 rows at a time by reward models and 4 by the other roles"
+    assert found.value.__notes__ == [doing]
 
 
 def test_auto_needs_a_mini_batch_size_and_that_is_a_whole(make: Make) -> None:
