@@ -117,6 +117,16 @@ def ppo_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
             "At a dotted line a round begins, with a reward model of its own: rewards of two rounds do not compare."
         )
     yield from _grid(_drawn(runs, PPO_PANELS, lambda run, key: run.ppo(key), "update", marks), runs)
+    entries = [
+        (index, "PPO", [f"{max(first):.2g}", f"{noise[0]:.2g}" if (noise := run.ppo("val/batching_noise")[1]) else ""])
+        for index, run in enumerate(runs)
+        if (first := run.ppo("val/first_pass_log_ratio_max")[1])
+    ]
+    if entries:
+        columns = ["", "largest log-ratio of a token before an update's first step; 0 is exact"]
+        columns.append("noise of later passes: standard deviation of a token's log-ratio, nats")
+        rows = [TableRow(label, cells, colour) for label, colour, cells in shared_by_runs(runs, entries)]
+        yield Table(columns, rows, "Rounding")
 
 
 def reward_curves(runs: Sequence[RunContents]) -> Iterator[Any]:

@@ -22,6 +22,7 @@ ENDLESS = 0.2  # share of answers
 COLLAPSED = 0.3  # of the entropy at the start
 EXPLAINED = 0.2  # of the returns' variance
 WIDE = 0.1  # half of an interval
+ROUNDING = 0.5  # of the approximate KL of an update
 
 
 class RunWarning(NamedTuple):
@@ -48,6 +49,8 @@ def warnings_of_run(run: RunContents) -> Iterator[RunWarning]:
             over_optimised(*_evaluations(run), run.checkpoints()) if len(run.parts) == 1 else None,
             ratio_far(*run.ppo("val/ratio")),
             clipped(run.ppo("policy/clipfrac_avg")[1]),
+            inexact(run.ppo("val/first_pass_log_ratio_max")[1]),
+            noisy(run.ppo("val/batching_noise")[1], run.ppo("policy/approxkl_avg")[1]),
             unexplained(run.ppo("val/explained_variance")[1]),
             endless(run.ppo("without_eos")[1]),
             entropy_collapsed(run.ppo("policy/entropy_avg")[1]),
@@ -169,6 +172,35 @@ def clipped(fractions: Sequence[float]) -> str | None:
     return (
         f"{statistics.fmean(last[0]):.0%} of the tokens were clipped over the last fifth of the updates: much of each "
         "rollout was not learned from. Lower ppo.learning_rate or ppo.num_ppo_epochs."
+    )
+
+
+def inexact(log_ratios: Sequence[float]) -> str | None:
+    """Before the first step of an update some token's ratio was not 1."""
+    if not any(log_ratios):
+        return None
+    return (
+        f"Before the first step of an update a token's log-ratio was {max(log_ratios):.2g}, and should be 0: the "
+        "forward that trains rounds otherwise than the one that scored, and this noise is in every ratio. "
+        "base.dtype=float16 or float32 makes it smaller."
+    )
+
+
+def noisy(noise: Sequence[float], approxkl: Sequence[float]) -> str | None:
+    """Of how far updates seem to move the policy, much is the rounding of the passes after the first.
+
+    Args:
+        noise: of each round, standard deviations of a token's log-ratio. Half their square is their share of approxkl.
+        approxkl: of each update.
+    """
+    moved = statistics.fmean(approxkl) if approxkl else 0.0
+    if not noise or not moved or max(noise) ** 2 / 2 <= ROUNDING * moved:
+        return None
+    return (
+        f"A token's log-probability differs by {max(noise):.2g} nats (one standard deviation) from one micro-batch to "
+        f"another: an approximate KL of {max(noise) ** 2 / 2:.2g} in each pass after the first. Updates had "
+        f"{moved:.2g}, so much of what they seem to move is rounding. Set base.dtype=float16, ppo.num_ppo_epochs=1, or "
+        "ppo.num_mini_batches=1, whose passes round alike."
     )
 
 

@@ -46,6 +46,7 @@ PPO_METRICS = {
     "loss/policy_avg",
     "loss/value_avg",
     "val/ratio",
+    "val/first_pass_log_ratio_max",
     "val/explained_variance",
     "response_length",
     "without_eos",
@@ -188,6 +189,7 @@ def test_every_metric_of_a_run_is_recorded(finished: tuple[Path, dict[str, Any]]
     # Before the first update the policy is the reference, and on its first mini-batch the one that sampled.
     assert updates[0]["objective/kl"] == 0 and updates[1]["objective/kl"] != 0
     assert updates[0]["val/ratio"] == pytest.approx(1, abs=0.1)
+    assert {update["val/first_pass_log_ratio_max"] for update in updates} == {0}
     assert [row["step"] for row in rows_of(folder, "ppo") if "eval_gold" in row] == [2, 3]
 
 

@@ -102,6 +102,7 @@ def write_run(
 def measured(far: float) -> dict[str, float]:
     """What PPO logs of an update."""
     losses = {"loss/policy_avg": 0.1, "loss/value_avg": 0.2, "val/ratio": 1.0, "policy/clipfrac_avg": 0.1}
+    losses |= {"val/first_pass_log_ratio_max": 0.0, "val/batching_noise": 0.05}
     state = {"policy/entropy_avg": 1.0, "val/explained_variance": 0.5, "response_length": 9.0, "without_eos": 0.0}
     return {"objective/scores": far, "objective/kl": 1.0, **losses, **state, "time/generate": 1.0, "time/score": 0.5}
 
@@ -188,6 +189,11 @@ def test_quality_that_falls_while_the_reward_rises_is_over_optimisation() -> Non
         (warnings.ratio_far([1, 2], [1.05, math.nan]), None),
         (warnings.clipped([0.0] * 8 + [0.4, 0.5]), "45% of the tokens"),
         (warnings.clipped([0.9] * 8 + [0.1, 0.1]), None),
+        (warnings.inexact([0.0, 0.25]), "a token's log-ratio was 0.25, and should be 0"),
+        (warnings.inexact([0.0, 0.0]), None),
+        (warnings.noisy([0.06], [0.002, 0.003]), "KL of 0.0018 in each pass after the first. Updates had 0.0025"),
+        (warnings.noisy([0.06], [0.02, 0.03]), None),
+        (warnings.noisy([], [0.002]), None),
         (warnings.unexplained([0.9] * 4 + [-0.2] * 6), "-20% of the returns' variance, less than a constant"),
         (warnings.unexplained([-0.9] * 4 + [0.5] * 6), None),
         (warnings.endless([0.0] * 8 + [0.5, 0.75]), "62% of the responses"),
@@ -528,3 +534,9 @@ def test_the_page_may_run_nothing_but_its_own(page_path: Path) -> None:
         digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
         assert f"{kind}-src 'sha256-{digest}'" in policy
     assert not re.search(r'(?:src|href)="(?!#|data:,)', page), "it links to nothing but itself"
+
+
+def test_a_run_says_how_exact_it_is(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    table = page[page.index("Rounding") :].partition("</table>")[0]
+    assert "0 is exact" in table and re.findall(r">([0-9.]+)</td>", table) == ["0", "0.05"]
