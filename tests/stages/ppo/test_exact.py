@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.paths import SHARED
 from support.ppo import PROMPTS, Make, Small, rows_of, share_of_w7, shared_base, weights
 
+from rlhf_recipes.model.base import load_tokenizer
 from rlhf_recipes.model.shared import SharedBase
+from rlhf_recipes.recipe.values import Base
 from rlhf_recipes.stages.options import PPOConfig
 from rlhf_recipes.stages.ppo.trainer import EXACT
+
+STORIES = SHARED / "models" / "stories260K"
 
 # Two mini-batches of six episodes, in micro-batches of four and two.
 SPLIT = {"mini_batch_size": 6, "per_device_train_batch_size": 4, "num_mini_batches": 2, "total_episodes": 12}
@@ -44,6 +49,18 @@ def test_on_a_4bit_base_under_checkpointing_too(folder: Path, make: Make) -> Non
     given = SPLIT | {"num_ppo_epochs": 1, "learning_rate": 0.0, "response_length": 20, "gradient_checkpointing": True}
     log = first_log(folder, make, quantization="nf4", **given)
     assert [log[name] for name in FIRST] == [0, 0, 0]
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not beside this checkout")
+def test_on_a_real_model_too_whose_later_passes_have_noise(make: Make) -> None:
+    base = Base(str(STORIES), dtype="bfloat16")
+    model = shared_base(STORIES, dtype="bfloat16")
+    given = SPLIT | {"num_ppo_epochs": 2, "learning_rate": 0.0, "response_length": 40, "bf16": True}
+    trainer = make(model, PROMPTS, load_tokenizer(base), stop_token_ids=(), **given)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log[EXACT] == 0 and log["objective/kl"] == 0
+    assert 0.005 < log["val/batching_noise"] < 0.1
 
 
 def test_later_passes_have_a_noise_that_is_measured_unless_they_are_the_same(folder: Path, make: Make) -> None:
