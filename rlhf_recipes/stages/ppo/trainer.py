@@ -389,9 +389,9 @@ class PPOTrainer(Trainer):
             loss = loss + self.kl_coef * kl.sum() / tokens
         shares = {
             "loss/policy_avg": loss.detach(),
-            "policy/approxkl_avg": sums["approxkl"] / tokens,
-            "policy/clipfrac_avg": sums["clipfrac"] / tokens,
-            "val/ratio": sums["ratio"] / tokens,
+            "policy/approxkl_avg": sums["approxkl"].double() / tokens,
+            "policy/clipfrac_avg": sums["clipfrac"].double() / tokens,
+            "val/ratio": sums["ratio"].double() / tokens,
         }
         if rollout.fresh:
             shares[EXACT] = (log_probs.detach() - batch.log_probs).abs().max()
