@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,22 @@ def device() -> torch.device:
 def precision(base: Base) -> torch.dtype:
     """The one rule for dtypes: what the base's unquantized weights and activations are held in.
 
-    bfloat16 on a GPU that has it and on every quantized base, float32 otherwise; `base.dtype` overrides it. Where it
-    is bfloat16, trainers run under bfloat16 autocast. Adapters and heads that are trained are always float32: a step
-    of 1e-5 on a LoRA weight is below bfloat16's resolution. PPO's frozen adapters are held in the base's dtype.
+    On a GPU bfloat16, or float16 where it has none (T4, RTX 20); on a CPU float32, or bfloat16 on a quantized base.
+    `base.dtype` overrides it. In 16 bits trainers run under autocast, in float16 with their losses scaled. Adapters and
+    heads that are trained are always float32: a step of 1e-5 on a LoRA weight is below bfloat16's resolution. PPO's
+    frozen adapters are held in the base's dtype.
     """
     if base.dtype != "auto":
         return getattr(torch, base.dtype)
-    bf16_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16_gpu or base.quantization else torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if base.quantization else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """The context of forwards on a base of this dtype: autocast to it in 16 bits, else nothing."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype if half else None, enabled=half)
 
 
 def cache_folder() -> Path:

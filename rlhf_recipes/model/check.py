@@ -38,6 +38,7 @@ def check_causal(model: PreTrainedModel) -> None:
     """
     decoder, (ids, mask) = text_decoder(model), _probe(model)
     hidden = decoder(input_ids=ids[:1], use_cache=False).last_hidden_state[0]  # (L, H)
+    _require_finite(hidden)
     own = model(input_ids=ids[:1], use_cache=False).logits[0]  # (L, V)
     what = "the logits of its hidden states are not its own"
     _require(model, what, lambda: _difference(head_logits(model, hidden), own))
@@ -61,6 +62,7 @@ def check_classifier(model: PreTrainedModel) -> None:
     config, head = model.config.get_text_config(), model.get_submodule("score")
     assert isinstance(head, nn.Linear)
     ids[~mask] = config.pad_token_id or 0
+    _require_finite(text_decoder(model)(input_ids=ids[:1], use_cache=False).last_hidden_state)
 
     def error() -> float:
         last = hidden_states(text_decoder(model), ids, mask)[[0, 1], [-1, -1 - PADDING]]  # (2, H)
@@ -124,6 +126,13 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     """
     difference = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-6)
     return difference.median().item()
+
+
+def _require_finite(hidden: Tensor) -> None:
+    """Raises ValueError where hidden states overflow, as some models' do in float16, Gemma's among them."""
+    if not hidden.isfinite().all():
+        remedy = " Set base.dtype=bfloat16, which has the range of float32." if hidden.dtype == torch.float16 else ""
+        raise ValueError(f"base.model: on a few tokens its hidden states overflow {hidden.dtype}.{remedy}")
 
 
 def _tolerance(model: PreTrainedModel) -> float:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
 from ..data.tokens import response_texts
+from .base import autocast
 from .batches import TOKENS_AT_ONCE, Batches
 from .shared import SharedBase
 
@@ -78,7 +79,7 @@ class Sampler:
             temperature: of the policy; log-probabilities are of the tempered distribution too. Nothing else warps it
                 (no top-k, top-p, penalty, minimum length), or the KL would be of one that nobody sampled from.
             stop_token_ids: tokens that end a response, beside the tokenizer's EOS.
-            autocast: context of every forward, the same in which the update trains; None: bfloat16 where the base is.
+            autocast: context of every forward, the same in which the update trains; None: see `autocast_of`.
             auto: where memory runs out, halve `batch_size` and go on.
         """
         self.model, self.tokenizer = model, tokenizer
@@ -232,8 +233,8 @@ class Sampler:
 
 
 def autocast_of(model: SharedBase) -> AbstractContextManager:
-    """The context of forwards outside a trainer: bfloat16 autocast on a bfloat16 base, else nothing."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.causal.dtype == torch.bfloat16)
+    """The context of forwards outside a trainer: autocast on a base in 16 bits, else nothing."""
+    return autocast(model.device, model.causal.dtype)
 
 
 def state_values(model: SharedBase, samples: Samples) -> Tensor:

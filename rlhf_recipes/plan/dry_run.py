@@ -6,6 +6,7 @@ what they would allocate and free. But for the insides of kernels, that is what 
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from ..model import log_probs
-from ..model.base import precision
+from ..model.base import autocast, precision
 from ..model.batches import TOKENS_AT_ONCE
 from ..model.decode import RoomyLayer, cached_forward, draw_tokens, roomy_cache
 from ..model.shared import SharedBase, lora_config
@@ -77,9 +78,9 @@ def dry_batch(rows: int, length: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
 
 
-def forward_precision(shape: Shape) -> torch.autocast:
+def forward_precision(shape: Shape) -> AbstractContextManager:
     """The precision in which the trainers run their forwards."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision(shape.base) == torch.bfloat16)
+    return autocast(torch.device("cpu"), precision(shape.base))
 
 
 def no_grad(step: Callable[[], Any]) -> Callable[[], Any]:

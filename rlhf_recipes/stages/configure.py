@@ -134,6 +134,7 @@ def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments
         "run_name": f"{run_dir.name}-{stage}",
         "seed": recipe.seed,
         "bf16": precision(recipe.base) == torch.bfloat16,
+        "fp16": precision(recipe.base) == torch.float16,
         "use_cpu": device().type == "cpu",
         "disable_tqdm": True,
     }

@@ -21,6 +21,7 @@ from ..records.folder import last_checkpoint, round_folder
 from ..records.recorder import Recorder
 from ..records.tracking import Session, Tracker
 from .callbacks import Progress, RecordLogs
+from .float16 import CountSkippedSteps, scale_losses
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ class Job:
         assert self.tracker is not None
         recorder = Recorder(self.run_dir, self.stage, self.tracker, self.step or 0)
         trainer.remove_callback(PrinterCallback)
+        if trainer.args.fp16:
+            trainer.add_callback(CountSkippedSteps(trainer.accelerator))
         trainer.add_callback(RecordLogs(recorder))
         trainer.add_callback(Progress(self.stage))
         for callback in self.callbacks:
@@ -152,6 +155,7 @@ class Job:
 
     def train(self, trainer: Trainer) -> None:
         """Train from the stage's last checkpoint, if there is one, to the end."""
+        scale_losses(trainer.accelerator)
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 # TRL makes the adapters of a quantized base bfloat16, where a step of 1e-5 on a weight is lost.

@@ -33,6 +33,7 @@ from ...model.sampler import Sampler, state_values, text_loss
 from ...model.shared import SharedBase
 from ...records.contents import Sample
 from ..compare import Evaluator, held_out_texts, quality
+from ..float16 import SKIPPED, check_scale, scale_losses
 from ..options import PPOConfig
 from ..scores import ROLE, RewardFunc, Rewards, resolve_rewards
 from . import objectives
@@ -124,6 +125,9 @@ class PPOTrainer(Trainer):
         )
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        scale_losses(self.accelerator)
+        self.scaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
+        self.skipped = 0  # optimizer steps since the last log
         self.sampler = self._sampler(stop_token_ids)
         sources = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else reward_funcs
         self.rewards = Rewards(self.sampler, args, resolve_rewards(sources), lambda: self.state)
@@ -160,6 +164,8 @@ class PPOTrainer(Trainer):
         """One PPO update, from the prompts in `inputs` to the last optimizer step, whose loss it returns."""
         start = time.perf_counter()
         self.model.train()
+        # The Trainer will take a step after the update, along no gradients, which a scaler does not forgive.
+        self.optimizer.scaler = None
         # 1. Rollout: the policy answers each prompt, and every role says what it makes of the answers.
         rollout = self.rollout([row for row in inputs for _ in range(self.config.num_generations)])
         # 2. Advantages: how much better each token did than was expected.
@@ -291,7 +297,7 @@ class PPOTrainer(Trainer):
             for mini_batches in rollout.passes:
                 for rows in mini_batches:
                     loss = self.optimizer_step(rollout, rows)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not self.scaler.is_enabled():
             raise RuntimeError(
                 f"The PPO loss is {loss} at update {self.state.global_step + 1}: lower ppo.learning_rate."
             )
@@ -314,21 +320,32 @@ class PPOTrainer(Trainer):
         The two never share a graph, because a backward must run under the role of its forward. Returns the loss, the
         policy's and `vf_coef` times the critic's, without the language-model loss of `ptx`.
         """
-        loss = 0.0
-        for role in self.trained[1:] if self.warming_up else self.trained:
+        loss, logged = 0.0, {}
+        roles = self.trained[1:] if self.warming_up else self.trained
+        for role in roles:
             with self.phase(f"update_{role}"), self.model.role(role):
                 averages = self.backward(role, rollout, rows)
             policy = role == "policy"
             loss += averages["loss/policy_avg"] if policy else self.config.vf_coef * averages["loss/value_avg"]
-            if self.config.max_grad_norm > 0:
-                norm = self.accelerator.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm)
-                averages[f"{role}/grad_norm"] = float(norm or 0)
             if averages.get(EXACT):
                 self.warn_inexact(averages[EXACT])
-            self.metrics.add(averages)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        rollout.fresh = False
+            logged |= averages
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        self.scaler.unscale_(optimizer)  # once, though each role's gradients are clipped by themselves
+        if self.config.max_grad_norm > 0:
+            for role in roles:
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm)
+                logged[f"{role}/grad_norm"] = norm.item()
+        scale = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
+        if self.scaler.get_scale() < scale:  # some gradient overflowed, and nothing has changed
+            self.skipped += 1
+            check_scale(self.scaler)
+        else:
+            self.metrics.add(logged)
+            rollout.fresh = False
         return loss
 
     @property
@@ -478,6 +495,8 @@ class PPOTrainer(Trainer):
             logs |= self.metrics.flush()
             logs["episode"] = self.state.global_step * self.config.rollout_size
             logs["memory/peak_mib"] = peak_memory_mib()
+            if self.scaler.is_enabled():
+                logs[SKIPPED], self.skipped = self.skipped, 0
             if self.config.auto_sizes:
                 logs["auto/per_device_train_batch_size"] = self.micro_batch_size
                 logs["auto/rollout_micro_batch_size"] = self.sampler.batch_size
