@@ -1,4 +1,4 @@
-"""Other ways to sample a rollout than the package's own `native` loop: transformers' three, and vLLM.
+"""Other ways to sample a rollout than the package's own (`native`, `eager`): transformers' three, and vLLM.
 
 A backend takes a role and prompts (token ids) and returns the responses, (t,) token ids each on the model's device.
 What follows a response's first stop token means nothing. Whatever sampled them, log-probabilities are computed anew by
@@ -66,7 +66,8 @@ def make_backend(
 
     The other arguments are of `vllm`: see `VLLM`. Raises ValueError as `check_backend` does.
     """
-    if name == "native":
+    if name in ("native", "eager"):
+        sampler._static = None if name == "native" else False
         return sampler.generate
     if name == "vllm":
         return VLLM(sampler, gpu_memory_utilization, enable_sleep_mode, max_model_length)

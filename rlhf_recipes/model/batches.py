@@ -20,6 +20,13 @@ class Batches:
     size: int
     option: str | None = None  # what sets the size, named where memory runs out; None: running out is an error
 
+    def run_whole(self, work: Callable[[int], None]) -> None:
+        """Call `work` with how many rows may be under way, and again with half as many where memory runs out."""
+        if self.option is None:
+            return work(self.size)
+        while ran_out(lambda: work(self.size)):
+            self.size = halved(self.size, self.option)
+
     def run(
         self,
         lengths: Tensor,

@@ -5,6 +5,7 @@ B rows of L tokens; H hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .architecture import head_logits, hidden_states, text_decoder
 from .decode import cached_forward, keep_rows, roomy_cache
+from .graph import NoLook, StaticDecoder
 
 TOKENS = 8
 PADDING = 2  # columns at the left of the row that has some
@@ -95,6 +97,40 @@ def caching(model: PreTrainedModel) -> Caching:
     _require(model, "its KV cache cannot be used here", lambda: error(False, WHOLE))
     left_padding = works(True, WHOLE)
     return Caching(left_padding, pieces=not left_padding and works(False, PIECES))
+
+
+@torch.no_grad()
+def static_refusal(model: Any) -> str | None:
+    """Why a shared base, with a role active, is not decoded in steps at fixed addresses; None where it can be.
+
+    Two rows of unequal length get the tokens of a third, one a step, and their states are compared with its own. On
+    CUDA all steps but the first are replayed.
+    """
+    causal = model.causal
+    if getattr(causal, "is_loaded_in_8bit", False):
+        return "products in 8 bits make the host wait"
+    if not model.backbone._supports_attention_backend:
+        return "its attention is not transformers' AttentionInterface"
+    (row, _), _ = _probe(causal)  # (L,)
+    ends = WHOLE[0], WHOLE[0] - PADDING  # of the two prompts
+    decoder = StaticDecoder(model, 2, TOKENS, TOKENS, 1.0, row[:0])
+    try:
+        expected = hidden_states(model.backbone, row[None], torch.ones_like(row)[None])[0]  # (L, H)
+        decoder.enter([0, 1], [row[:end].tolist() for end in ends], row.new_zeros(2, TOKENS, dtype=torch.float64))
+        states = []
+        for step in range(TOKENS - ends[0] + 1):
+            decoder.tokens.copy_(torch.stack([row[end - 1 + step] for end in ends]))
+            with NoLook():
+                decoder.run(2, 1)
+            states.append(_difference(decoder.hidden, torch.stack([expected[end - 1 + step] for end in ends])))
+        error = max(states)
+        return None if error < _tolerance(causal) else f"its states differ by {error:.2g} from the eager ones"
+    except torch.OutOfMemoryError:
+        raise
+    except FOREIGN as cause:
+        return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    finally:
+        decoder.close()
 
 
 def _cached(model: PreTrainedModel, ids: Tensor, mask: Tensor, ends: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,7 @@
 B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -16,7 +17,10 @@ from trl.trainer.utils import pad
 from ..data.tokens import response_texts
 from .base import autocast
 from .batches import TOKENS_AT_ONCE, Batches
+from .graph import layers_refusal, room
 from .shared import SharedBase
+
+logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound="Samples")
 
@@ -91,6 +95,8 @@ class Sampler:
         self.stop_token_ids = sorted({*stop_token_ids, eos})
         self.pad_token_id = 0 if padding is None else padding
         self.backend: Backend = self.generate  # see `backends.make_backend`
+        self._static: bool | None = None  # whether `generate` decodes in static steps; None: where they can be captured
+        self.decoding = ""  # which of its two ways `generate` went last, and why
 
     @property
     def batch_size(self) -> int:
@@ -122,7 +128,10 @@ class Sampler:
         return Samples(torch.cat([ids, response], 1), torch.cat([kept, mask], 1), mask, ended)
 
     def generate(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> list[Tensor]:
-        """The backend `native`: see `decode.decode`. How the rows are batched does not change what is drawn.
+        """The backends `native` and `eager`. How the rows are batched does not change what is drawn.
+
+        `native` replays a CUDA graph where there can be one (see `graph.decode_static`). It keeps `batch_size` rows
+        under way. All else is `decode.decode`'s loop, which `decoding` says the reason for.
 
         Args:
             uniforms: (B, T) float64, the random numbers that the tokens come from; None: torch's own.
@@ -132,7 +141,7 @@ class Sampler:
             uniforms = torch.rand(len(prompts), self.response_length, dtype=torch.float64)
         uniforms = uniforms.to(device)
         stops = torch.tensor(self.stop_token_ids, device=device)
-        responses: list[Tensor] = [torch.empty(0)] * len(prompts)
+        responses: list[Tensor | None] = [None] * len(prompts)
 
         def work(rows: Tensor) -> None:
             inputs = self.pad_left([prompts[row] for row in rows.tolist()])
@@ -140,10 +149,33 @@ class Sampler:
             for row, response in zip(rows.tolist(), sampled, strict=True):
                 responses[row] = response
 
+        def static_work(rows: int) -> None:
+            left = [i for i, response in enumerate(responses) if response is None]
+            self.model.generate_static(
+                *([prompts[i] for i in left], uniforms[left], self.temperature, stops, rows),
+                lambda i, response: responses.__setitem__(left[i], response),
+            )
+
+        lengths = [len(prompt) for prompt in prompts]
         with self.model.role(role), self.autocast():
-            lengths = torch.tensor([len(prompt) for prompt in prompts])
-            self.in_batches(lengths, work, of_one_length=not self.model.caching.left_padding)
-        return responses
+            reason = self._static_refusal(room(max(lengths), uniforms.shape[1]))
+            decoding = f"the eager loop ({reason})" if reason else "static steps" + ", captured" * uniforms.is_cuda
+            if decoding != self.decoding:
+                logger.info("Responses are sampled by %s.", decoding)
+                self.decoding = decoding
+            if reason is None:
+                self.batches.run_whole(static_work)
+            else:
+                self.in_batches(torch.tensor(lengths), work, of_one_length=not self.model.caching.left_padding)
+        return [response for response in responses if response is not None]
+
+    def _static_refusal(self, capacity: int) -> str | None:
+        """Why `generate` takes the eager loop for rows of up to so many tokens; None where it does not."""
+        if self._static is False:
+            return "ppo.generation_backend=eager"
+        if self._static is None and self.model.device.type != "cuda":
+            return "no CUDA device"
+        return layers_refusal(self.model.causal.config, capacity) or self.model.static_refusal
 
     def pad_left(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Prompts (B, P) padded at the left, and their attention mask from the lengths."""

@@ -25,8 +25,9 @@ from ..recipe.values import Lora
 from ..records.contents import Fingerprint
 from .architecture import excluded_modules, head_logits, hidden_states, text_decoder
 from .base import check_fingerprint, write_fingerprint
-from .check import Caching, caching
+from .check import Caching, caching, static_refusal
 from .decode import decode
+from .graph import decode_static
 from .log_probs import token_log_probs
 
 BIAS = "score_bias.json"  # beside a reward adapter: what is added to its score (see `reward`)
@@ -243,6 +244,12 @@ class SharedBase(nn.Module):
         with self._evaluating():
             return caching(self.causal)
 
+    @functools.cached_property
+    def static_refusal(self) -> str | None:
+        """Why `generate_static` would be wrong or fail, found out with the active role; None where it is right."""
+        with self._evaluating():
+            return static_refusal(self)
+
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The active role's final hidden states (B, L, H), normalized as the language-model head takes them."""
         return hidden_states(self.backbone, input_ids, attention_mask)
@@ -310,6 +317,11 @@ class SharedBase(nn.Module):
         """Sample from the active role: left-padded prompts (B, P) to responses (B, T). See `decode.decode`."""
         with self._evaluating():
             return decode(self, input_ids, attention_mask, uniforms, temperature, stop_token_ids)
+
+    def generate_static(self, *args: Any) -> None:
+        """Sample from the active role in steps that a CUDA graph replays. See `graph.decode_static`."""
+        with self._evaluating():
+            decode_static(self, *args)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

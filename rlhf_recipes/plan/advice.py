@@ -59,7 +59,8 @@ def candidate_changes(recipe: Recipe, stage: str, config: Any, gpu: float | None
         yield f"{stage}.gradient_checkpointing=true", True
     key = "rollout_micro_batch_size" if stage == "ppo" else "per_device_eval_batch_size"
     if getattr(config, key) > 1 and key not in auto:
-        yield f"{stage}.{key}={getattr(config, key) // 2}", getattr(config, "generation_backend", "native") == "native"
+        backend = getattr(config, "generation_backend", "native")
+        yield f"{stage}.{key}={getattr(config, key) // 2}", backend in ("native", "eager")
     for key in ("max_prompt_length", "response_length") if stage == "ppo" else ("max_length",):
         if getattr(config, key):
             yield f"{stage}.{key}={getattr(config, key) // 2}", False

@@ -95,8 +95,8 @@ def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:
     for section in (recipe[stage] for stage in STAGES if recipe.get(stage)):
         args = section["args"]
         free = ["per_device_eval_batch_size", "gradient_checkpointing"]
-        if args.get("generation_backend", "native") == "native":  # what others draw depends on the batching
-            free.append("rollout_micro_batch_size")
+        if args.get("generation_backend", "native") in ("native", "eager"):  # what others draw depends on the batching
+            free += ["generation_backend", "rollout_micro_batch_size"]
         for key in free:
             args.pop(key, None)
         rows, steps = args.pop("per_device_train_batch_size", 8), args.pop("gradient_accumulation_steps", 1)

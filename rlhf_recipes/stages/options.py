@@ -148,11 +148,13 @@ class PPOConfig(TrainingArguments):
         "use and speed, and no result. "
         "auto: as many of the rollout as fit, halved where memory runs out. [TRL's local_rollout_forward_batch_size]",
     )
-    generation_backend: Literal["native", "generate", "static", "continuous", "vllm"] = _option(
+    generation_backend: Literal["native", "eager", "generate", "static", "continuous", "vllm"] = _option(
         "native",
-        "What samples the responses. native: our decoding loop. generate: transformers' generate. static: the same "
-        "with a KV cache of fixed size, compiled on CUDA unless the base is quantized. continuous: transformers' "
-        "continuous batching. vllm: vLLM, on its own copy of the base. Log-probabilities always come from our forward.",
+        "What samples the responses. native: our own decoding; on CUDA a step is captured in a CUDA graph and "
+        "replayed, where the model can be captured, and the log says which. eager: our own, without a graph. "
+        "generate: transformers' generate. static: the same with a KV cache of fixed size, compiled on CUDA unless the "
+        "base is quantized. continuous: transformers' continuous batching. vllm: vLLM, on its own copy of the base. "
+        "Log-probabilities always come from our forward.",
     )
     vllm_gpu_memory_utilization: float = _option(
         0.3,
@@ -290,7 +292,7 @@ class PPOConfig(TrainingArguments):
             "kl_estimator": (None, "k1", "k3"),
             "advantage_estimator": ("gae", "rloo", "grpo", "reinforce++"),
             "critic": (None, "reward", "sft", "head"),
-            "generation_backend": ("native", "generate", "static", "continuous", "vllm"),
+            "generation_backend": ("native", "eager", "generate", "static", "continuous", "vllm"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
