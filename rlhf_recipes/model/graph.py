@@ -26,7 +26,7 @@ from .batches import TOKENS_AT_ONCE
 from .decode import RoomyLayer, cached_forward, draw_tokens, roomy_cache
 
 LOOK = 8  # steps between two looks of the host at what is finished
-REFILL = 3 / 8  # share of the slots that are free before waiting prompts fill them: a prompt pass costs some steps
+REFILL = 1 / 4  # share of the slots that are free before waiting prompts fill them: a prompt pass costs some steps
 CAPACITY = 64  # a slot's room is a multiple of this, so that rollouts of nearly equal prompts take the same blocks
 
 

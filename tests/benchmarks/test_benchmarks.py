@@ -17,7 +17,7 @@ from rlhf_recipes import Base, Lora, PPOConfig, SharedBase
 from rlhf_recipes.model.base import device, load_base
 
 sys.path.insert(0, str(Path(__file__).parent))
-gpu_7b, growth, workload = map(importlib.import_module, ("gpu_7b", "growth", "workload"))
+gpu_7b, growth, refill, workload = map(importlib.import_module, ("gpu_7b", "growth", "refill", "workload"))
 
 WORK = gpu_7b.SHAPES["tiny"]["work"]
 
@@ -96,3 +96,13 @@ def test_flops_are_what_torch_counts(tmp_path: Path) -> None:
 def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
     assert growth.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
     assert growth.exponent([1, 10, 100], [5.0, 5.0, 5.0]) == pytest.approx(0)
+
+
+def test_steps_with_and_without_refills() -> None:
+    assert refill.simulated([8] * 64, 16) == (32, 4 * 8 * 16, 4)  # four batches one after the other
+    # Beside the first row, which takes 64 steps, come 15 of 8 steps, then 15 more, then one: 16, 16, 2 rows and 1.
+    uneven = [64] + [8] * 31
+    assert refill.simulated(uneven, 16) == (64, 8 * (16 + 16 + 2) + 40 * 1, 3)
+    assert refill.one_after_the_other(uneven, 16)[0] == 64 + 8
+    lengths = workload.lengths_by(workload.HH_RESPONSES, 512, 512)
+    assert refill.simulated(lengths, 32)[0] < 0.25 * refill.one_after_the_other(lengths, 32)[0]

@@ -92,6 +92,13 @@ NOT_LOADED = {
     "rwkv": "takes no KV cache",
 }
 NOT_ADAPTED = {"laguna": "PEFT cannot load adapters of this architecture back"}
+# Not decoded in static steps: caches of other kinds, caps and sinks in attention, attention that is not transformers'.
+EAGER = """
+    axk2 bamba biogpt bloom deepseek_v32 doge dots3_note_text falcon falcon_h1 falcon_mamba flint gemma2 glm_moe_dsa
+    gpt_neo gpt_neox_japanese gpt_oss granite_swa granitemoe_swa granitemoehybrid hy_v4 inkling_text jamba kimi_linear
+    lara_mini lfm2_moe lfm3 longcat_flash mamba mamba2 mimo_v2_flash mistral mpt nemotron_h olmo_hybrid
+    qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma stablelm vaultgemma zaya
+""".split()
 NO_REWARD = {
     "ctrl": "its files lack 1 weights of a CTRLForSequenceClassification",
     "longcat_flash": "PEFT would take its .* for the head",
@@ -203,6 +210,10 @@ def test_samples_are_those_of_full_forwards_row_by_row(each: Setup, monkeypatch:
             assert token == draw_tokens(logits, uniform[t : t + 1]).item(), t
         assert len(response) == LENGTH or response[-1] in [2, *STOPS]
     assert len(set(samples.lengths.tolist())) > 1, "rows end at different times"
+
+    sampler._static = True  # the steps that a GPU replays
+    assert sampler.sample("policy", prompts, uniforms).responses() == samples.responses()
+    assert (sampler.decoding == "static steps") == (each.architecture not in EAGER)
 
 
 def test_saved_roles_load_into_the_models_own_classes(each: Setup, tmp_path: Path) -> None:
