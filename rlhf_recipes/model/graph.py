@@ -9,6 +9,7 @@ longest response; V vocabulary.
 """
 
 import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,11 +20,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .attention import STATIC, attends_by, has_flash, static_mask
 from .batches import TOKENS_AT_ONCE
 from .decode import RoomyLayer, cached_forward, draw_tokens, roomy_cache
+
+logger = logging.getLogger(__name__)
 
 LOOK = 8  # steps between two looks of the host at what is finished
 REFILL = 1 / 4  # share of the slots that are free before waiting prompts fill them: a prompt pass costs some steps
@@ -313,15 +317,21 @@ class StaticDecoder:
                 continue
             with self.stepping():
                 self.step(rows)
-                if self.tokens.is_cuda:
+                if self.tokens.is_cuda and rows not in self.graphs:
                     self.graphs[rows] = self.capture(rows)
 
     def capture(self, rows: int) -> Any:
-        """The graph of a step. In one memory pool: of the graphs one runs at a time."""
+        """The graph of a step, or None where there is none, which is logged. All are in one memory pool."""
         graph = torch.cuda.CUDAGraph()
-        pool = next((graph.pool() for graph in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self.step(rows)
+        pool = next((other.pool() for other in self.graphs.values() if other), None)
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self.step(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            logger.warning("A step of %d rows cannot be captured, and is slow: %s", rows, str(error).splitlines()[0])
+            return None
         return graph
 
     @contextmanager
@@ -351,7 +361,7 @@ class StaticDecoder:
 
     def close(self) -> None:
         """Free the graphs: their memory is not a tensor's."""
-        for graph in self.graphs.values():
+        for graph in filter(None, self.graphs.values()):
             graph.reset()
         self.graphs.clear()
 
@@ -382,6 +392,7 @@ def decode_static(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # prompts of like length enter together
     schedule = Schedule(deque(order), [None] * rows)
     drawn = dict.fromkeys(range(len(prompts)), 0)  # steps of each row
+    bar = tqdm(total=len(prompts), desc="sampling", unit="row", leave=False, delay=1, disable=None)
     try:
         while schedule.waiting or schedule.taken:
             if entered := schedule.fill():
@@ -400,5 +411,7 @@ def decode_static(
                 if looked[slot] >= 0:
                     keep(prompt, decoder.responses[slot, : looked[slot]].clone())
                     schedule.slots[slot] = None
+                    bar.update()
     finally:
+        bar.close()
         decoder.close()

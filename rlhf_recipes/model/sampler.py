@@ -158,7 +158,7 @@ class Sampler:
 
         lengths = [len(prompt) for prompt in prompts]
         with self.model.role(role), self.autocast():
-            reason = self._static_refusal(room(max(lengths), uniforms.shape[1]))
+            reason = self._static_refusal(room(max(lengths, default=0), uniforms.shape[1]))
             decoding = f"the eager loop ({reason})" if reason else "static steps" + ", captured" * uniforms.is_cuda
             if decoding != self.decoding:
                 logger.info("Responses are sampled by %s.", decoding)

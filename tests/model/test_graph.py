@@ -33,6 +33,7 @@ from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.recipe.values import Base
 
 LENGTH = 20
+SHAPES = ((4, 8, 1, 64), (2, 4, 128, 2, 64))  # queries (B, Hq, 1, D); keys and values (2, B, C, Hkv, D)
 UNIFORMS = torch.rand(len(PROMPTS), LENGTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -266,6 +267,9 @@ def test_what_flash_attention_is_told() -> None:
     mask = static_mask(torch.tensor([5, 2, 9], dtype=torch.int32), 16, flash=True)
     assert mask.shape == (3, 1, 1, 4) and mask.dtype == torch.int32
     assert mask[:, 0, 0].tolist() == [[0, 1, 2, 3], [0, 16, 32, 48], [5, 2, 9, 0]]
+    query, room = (torch.randn(*shape, dtype=torch.bfloat16, device="meta") for shape in SHAPES)
+    mask = static_mask(torch.ones(4, dtype=torch.int32, device="meta"), 128, flash=True)
+    assert static_attention(nn.Module(), query, *room.transpose(2, 3), mask)[0].shape == (4, 1, 8, 64)
 
 
 def test_the_configuration_names_our_attention_within_a_step_alone(model: SharedBase) -> None:
@@ -337,9 +341,6 @@ def test_flash_attention_over_a_cache_is_attention_over_its_first_keys(dtype: st
     masks = [static_mask(lengths, 128, flash) for flash in (True, False)]
     flash, plain = (static_attention(nn.Module(), query, key, value, mask, scaling=0.1)[0] for mask in masks)
     torch.testing.assert_close(flash, plain, rtol=0.02, atol=0.01)
-
-
-SHAPES = ((4, 8, 1, 64), (2, 4, 128, 2, 64))  # queries (B, Hq, 1, D); keys and values (2, B, C, Hkv, D)
 
 
 @pytest.mark.gpu
