@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes.records.manifest import VERSIONS, Manifest
+from rlhf_recipes.records.manifest import VERSIONS, Manifest, _without_memory
 
 DATA: Any = {"source": "rows.jsonl", "rows": 3, "used": 3, "train": 2, "heldout": 1}
 SFT = {"seconds": 8.4, "peak_memory_mib": 810.6, "state": "done", "data": DATA, "results": {"heldout_loss": 0.5}}
@@ -37,3 +37,15 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: not JSON"):
         Manifest.read(tmp_path)
+
+
+def test_both_of_our_ways_to_sample_give_the_same_run() -> None:
+    unset, eager, other = (
+        _without_memory({"ppo": {"args": args}})
+        for args in (
+            {},
+            {"generation_backend": "eager", "rollout_micro_batch_size": 8},
+            {"generation_backend": "generate"},
+        )
+    )
+    assert unset == eager != other
