@@ -104,9 +104,9 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def excluded_modules(model: PreTrainedModel, all_linear: bool) -> str | None:
     """A pattern of the modules that no adapter belongs on, for PEFT; None where there are none.
 
-    Outside the text decoder an adapter would get no gradient. A router that is a linear layer gives more than an
-    adapter can be added to. Mamba's kernels take the weights of `out_proj` past an adapter on it; who names that layer
-    himself is told so by PEFT.
+    Outside the text decoder an adapter would get no gradient. An architecture's own kinds of linear layers (routers,
+    layers of several groups) give more, or something else, than an adapter can be added to. Mamba's kernels take the
+    weights of `out_proj` past an adapter on it; who names that layer himself is told so by PEFT.
 
     Args:
         model: a causal model or a sequence classifier.
@@ -120,8 +120,8 @@ def excluded_modules(model: PreTrainedModel, all_linear: bool) -> str | None:
         patterns.append(rf"(?!{re.escape(path)}\.).*")
     if all_linear:
         modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-        routers = {name for name, m in modules if isinstance(m, nn.Linear) and type(m).__name__.endswith("Router")}
-        patterns += sorted(rf".*\.{name}" for name in routers)
+        special = {name for name, m in modules if isinstance(m, nn.Linear) and "transformers" in type(m).__module__}
+        patterns += sorted(rf".*\.{name}" for name in special)
         mixers = {name for name, module in modules if hasattr(module, "A_log") and hasattr(module, "D")}
         patterns += sorted(rf".*\.{name}\.out_proj" for name in mixers)
     return "|".join(patterns) or None
