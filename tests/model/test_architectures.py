@@ -94,7 +94,7 @@ NOT_LOADED = {
 NOT_ADAPTED = {"laguna": "PEFT cannot load adapters of this architecture back"}
 # Not decoded in static steps: caches of other kinds, caps and sinks in attention, attention that is not transformers'.
 EAGER = """
-    axk2 bamba biogpt bloom deepseek_v32 doge dots3_note_text falcon falcon_h1 falcon_mamba flint gemma2 glm_moe_dsa
+    axk2 bamba biogpt bloom deepseek_v32 deepseek_v4 doge dots3_note_text falcon falcon_h1 falcon_mamba flint gemma2 glm_moe_dsa
     gpt_neo gpt_neox_japanese gpt_oss granite_swa granitemoe_swa granitemoehybrid hy_v4 inkling_text jamba kimi_linear
     lara_mini lfm2_moe lfm3 longcat_flash mamba mamba2 mimo_v2_flash mistral mpt nemotron_h olmo_hybrid
     qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma stablelm vaultgemma zaya
