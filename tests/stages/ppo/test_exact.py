@@ -119,19 +119,22 @@ ONE_STEP = {"num_ppo_epochs": 1, "mini_batch_size": 12, "total_episodes": 12, "m
 GRPO = {"advantage_estimator": "grpo", "num_generations": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1}
 
 
-@pytest.mark.parametrize("given, forwards", [({"per_device_train_batch_size": 12}, 1), (GRPO, 3)], ids=["gae", "grpo"])
-def test_an_update_of_one_step_scores_no_policy_and_is_the_same(
-    folder: Path, make: Make, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], forwards: int
+WHOLE = {"per_device_train_batch_size": 12}
+
+
+@pytest.mark.parametrize("given, forwards, apart", [(WHOLE, 1, 1), (WHOLE | {"num_ppo_epochs": 2}, 2, 1), (GRPO, 3, 3)])
+def test_an_update_of_one_mini_batch_scores_no_policy_and_is_the_same(
+    folder: Path, make: Make, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], forwards: int, apart: int
 ) -> None:
     found = []
     for scored in (False, True):
         if scored:
-            monkeypatch.setattr(PPOConfig, "is_one_step", False)
+            monkeypatch.setattr(PPOConfig, "keeps_forward", False)
             monkeypatch.setattr(PPOConfig, "scores_policy", True)
-        trainer = make(shared_base(folder, Counting, policy_seed=2), **ONE_STEP, **given)
+        trainer = make(shared_base(folder, Counting, policy_seed=2), **ONE_STEP | given)
         trainer.train()
         counts = trainer.model.__dict__["forwards"]
-        assert counts["policy", True] == forwards and counts["policy", False] == (forwards if scored else 0)
+        assert counts["policy", True] == forwards and counts["policy", False] == (apart if scored else 0)
         found.append((weights(trainer, "policy"), trainer.state.log_history[0]))
     assert torch.equal(found[0][0], found[1][0])
     for name in ("objective/kl", "objective/entropy", "policy/entropy_avg", "loss/policy_avg", *FIRST):
