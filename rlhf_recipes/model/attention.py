@@ -35,12 +35,15 @@ def attention(
         query, key, value: (B, heads, L, D), of packed rows (1, heads, N, D).
     Returns:
         (B, L, heads, D), and no weights.
+    Raises:
+        ValueError: the architecture caps the products of packed rows, or adds to them.
     """
     starts = kwargs.get("cu_seq_lens_q")
     if starts is None or attention_mask is None or attention_mask.numel() != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("position_bias") is not None:
-        raise ValueError("packed rows have no position bias")
+    asked = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if asked:
+        raise ValueError(f"attention over packed rows has no {asked[0]}")
     return packed_attention(query, key, value, starts, kwargs["max_length_q"], kwargs.get("scaling")), None
 
 
