@@ -143,8 +143,12 @@ class LocalModel:
 
         @torch.no_grad()
         def work(batch: Tensor) -> None:
-            hidden = self.shared.hidden(*self._pad([rows[row] for row in batch.tolist()]))[:, -longest:]
-            log_probs[batch, -hidden.shape[1] :] = self.shared.logits(hidden).float().log_softmax(-1).cpu()
+            ids, kept = self._pad([rows[row] for row in batch.tolist()])
+            states = self.shared.states(ids, kept).split(kept.sum(1).tolist())  # (l, H) each
+            ends = [of_row[-longest:] for of_row in states]
+            logits = self.shared.logits(torch.cat(ends)).float()
+            for row, found in zip(batch, logits.log_softmax(-1).cpu().split(list(map(len, ends))), strict=True):
+                log_probs[row, -len(found) :] = found
 
         self.batches.run(torch.tensor([len(row) for row in rows]), work, TOKENS_AT_ONCE)
         return [

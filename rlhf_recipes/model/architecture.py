@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
+from .attention import packing
 from .log_probs import float32_linear
 
 
@@ -34,22 +35,31 @@ def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
     raise ValueError(f"base.model: in a {type(model).__name__} there is no text decoder to train.")
 
 
-def hidden_states(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Final hidden states (B, L, H) of a text decoder, whatever side the padding is on; those of padding mean nothing.
+def token_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, packed: bool) -> Tensor:
+    """Final hidden states (N, H) of the tokens that a mask keeps, row by row, whatever side the padding is on.
 
-    Rows are moved to the left and have their padding at the right, where no token sees it. So no mask is needed, with
-    which PyTorch's attention would give up its causal kernel and copy keys and values for each group of queries, and
-    no positions, which some architectures take from nowhere else.
+    Packed, the rows go through the decoder one behind the other, as one row without padding. Else they are moved to the
+    left and have their padding at the right, where no token sees it. So no mask is needed, with which PyTorch's
+    attention would give up its causal kernel and copy keys and values for each group of queries, and no positions,
+    which some architectures take from nowhere else.
+
+    Args:
+        input_ids, attention_mask: (B, L).
+        packed: whether the decoder can take packed rows: see `check.packs_rows`.
     """
     kept = attention_mask.bool()  # (B, L)
     if kept.all():
-        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    lengths, tokens = kept.sum(1), input_ids[kept]  # (B,), (N,)
     longest = kept.shape[1] - int((~kept).sum(1).min())
-    # Of each row the columns of its tokens, and behind them those of padding: (B, longest).
-    order = (~kept).int().argsort(dim=1, stable=True)[:, :longest]
-    states = decoder(input_ids=input_ids.gather(1, order), use_cache=False).last_hidden_state  # (B, longest, H)
-    place = (kept.cumsum(1) - 1).clamp(min=0)  # (B, L): where each token has gone
-    return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1]))
+    if packed:
+        positions = (kept.cumsum(1) - 1)[kept]  # (N,)
+        given = packing(lengths, longest, ours=decoder.config._attn_implementation == "sdpa")
+        output = decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **given)
+        return output.last_hidden_state[0]
+    left = torch.arange(longest, device=lengths.device) < lengths[:, None]  # (B, longest)
+    ids = input_ids.new_zeros(left.shape).masked_scatter(left, tokens)
+    return decoder(input_ids=ids, use_cache=False).last_hidden_state[left]
 
 
 @dataclass

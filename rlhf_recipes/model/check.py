@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import head_logits, hidden_states, text_decoder
+from .architecture import head_logits, text_decoder, token_states
 from .decode import cached_forward, keep_rows, roomy_cache
 from .graph import NoLook, StaticDecoder
 
@@ -45,7 +45,7 @@ def check_causal(model: PreTrainedModel) -> None:
     what = "the logits of its hidden states are not its own"
     _require(model, what, lambda: _difference(head_logits(model, hidden), own))
     what = "what it says of a token depends on padding behind it"
-    _require(model, what, lambda: _difference(hidden_states(decoder, ids, mask)[1, PADDING:], hidden[:-PADDING]))
+    _require(model, what, lambda: _difference(token_states(decoder, ids, mask, False)[TOKENS:], hidden[:-PADDING]))
     caching(model)
 
 
@@ -67,12 +67,32 @@ def check_classifier(model: PreTrainedModel) -> None:
     _require_finite(text_decoder(model)(input_ids=ids[:1], use_cache=False).last_hidden_state)
 
     def error() -> float:
-        last = hidden_states(text_decoder(model), ids, mask)[[0, 1], [-1, -1 - PADDING]]  # (2, H)
+        last = token_states(text_decoder(model), ids, mask, False)[[TOKENS - 1, -1]]  # (2, H)
         rows = slice(None) if config.pad_token_id is not None else slice(1)  # without padding it takes no batch
         own = model(input_ids=ids[rows], attention_mask=mask[rows], use_cache=False).logits  # (2, 1)
         return _difference(own, last[rows] @ head.weight.T)
 
     _require(model, "its scores are not its head's on the last token", error)
+
+
+@torch.no_grad()
+def packs_rows(model: PreTrainedModel) -> bool:
+    """Whether the tokens of several rows may go through the decoder as one row (see `token_states`).
+
+    Layers must take what says where rows begin, and must look as far back as a row is long, for which no probe is.
+    """
+    decoder, config, (ids, mask) = text_decoder(model), model.config.get_text_config(), _probe(model)
+    kind = decoder.config._attn_implementation or ""
+    if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+        return False
+    if kind != "sdpa" and "flash" not in kind:
+        return False  # by a mask from one token to each other it would be right, and slow
+    try:
+        packed, alone = (token_states(decoder, ids, mask, packed) for packed in (True, False))
+    except FOREIGN:
+        return False
+    # At its beginning the second row shows whether anything of the first is in it.
+    return _difference(packed[TOKENS : TOKENS + 3], alone[TOKENS : TOKENS + 3]) < _tolerance(model)
 
 
 @torch.no_grad()
@@ -115,7 +135,7 @@ def static_refusal(model: Any) -> str | None:
     ends = WHOLE[0], WHOLE[0] - PADDING  # of the two prompts
     decoder = StaticDecoder(model, 2, TOKENS, TOKENS, 1.0, row[:0])
     try:
-        expected = hidden_states(model.backbone, row[None], torch.ones_like(row)[None])[0]  # (L, H)
+        expected = token_states(model.backbone, row[None], torch.ones_like(row)[None], False)  # (L, H)
         decoder.enter([0, 1], [row[:end].tolist() for end in ends], row.new_zeros(2, TOKENS, dtype=torch.float64))
         states = []
         for step in range(TOKENS - ends[0] + 1):

@@ -23,9 +23,9 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..recipe.values import Lora
 from ..records.contents import Fingerprint
-from .architecture import excluded_modules, head_logits, hidden_states, text_decoder
+from .architecture import excluded_modules, head_logits, text_decoder, token_states
 from .base import check_fingerprint, write_fingerprint
-from .check import Caching, caching, static_refusal
+from .check import Caching, caching, packs_rows, static_refusal
 from .decode import decode
 from .graph import decode_static
 from .log_probs import token_log_probs
@@ -250,9 +250,18 @@ class SharedBase(nn.Module):
         with self._evaluating():
             return static_refusal(self)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The active role's final hidden states (B, L, H), normalized as the language-model head takes them."""
-        return hidden_states(self.backbone, input_ids, attention_mask)
+    @functools.cached_property
+    def packs_rows(self) -> bool:
+        """Whether rows go through the base packed, without padding."""
+        with self._evaluating():
+            return packs_rows(self.causal)
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The active role's final hidden states (N, H), normalized as the language-model head takes them.
+
+        They are those of the tokens that the mask (B, L) keeps, row by row.
+        """
+        return token_states(self.backbone, input_ids, attention_mask, self.packs_rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Language-model head: hidden states (n, H) to logits (n, V), as the model's own forward would."""
@@ -276,24 +285,25 @@ class SharedBase(nn.Module):
             log-probabilities and entropies, (B, T) float32, zero outside the mask. Entropies carry no gradient.
         """
         length = response_mask.shape[1]
-        hidden = self.hidden(input_ids, attention_mask)[:, -length - 1 : -1]  # (B, T, H): the state before each token
-        labels = input_ids[:, -length:][response_mask]  # (N,)
-        log_probs, entropy = token_log_probs(
-            hidden[response_mask], labels, self.logits, self.vocabulary, temperature, with_entropy
-        )
+        place = (attention_mask.flatten().cumsum(0) - 1).view(attention_mask.shape)  # (B, L): of each token's state
+        before = place[:, -length - 1 : -1][response_mask]  # (n,): of the state before each response token
+        labels = input_ids[:, -length:][response_mask]  # (n,)
+        hidden = self.states(input_ids, attention_mask)[before]  # (n, H)
+        log_probs, entropy = token_log_probs(hidden, labels, self.logits, self.vocabulary, temperature, with_entropy)
         empty = log_probs.new_zeros(response_mask.shape)
         return empty.masked_scatter(response_mask, log_probs), (
             None if entropy is None else empty.masked_scatter(response_mask, entropy)
         )
 
     def head_outputs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The active role's head, and its bias, at every position: (B, L) float32.
+        """The active role's head, and its bias, at every token: (B, L) float32, zero where there is padding.
 
         The product is written out so that autocast leaves it in float32.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.active not in self._borrowed):
-            hidden = self.hidden(input_ids, attention_mask)
-        return (hidden.float() * self.head_weight(self.active)).sum(-1) + self.biases.get(self.active, 0.0)
+            hidden = self.states(input_ids, attention_mask)  # (N, H)
+        outputs = (hidden.float() * self.head_weight(self.active)).sum(-1) + self.biases.get(self.active, 0.0)
+        return outputs.new_zeros(attention_mask.shape).masked_scatter(attention_mask.bool(), outputs)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The active role's head (B,) at the last token of each row, whatever side the padding is on."""

@@ -194,6 +194,7 @@ def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
     """PPO: a micro-batch of decoding, of scoring (log-probs, a head), and of the policy's and the critic's update."""
     with torch.device("meta"):
         shared = SharedBase(skeleton(shape.base, layers), shape.lora)
+        shared.packs_rows = False  # its rows have no padding
         for role in shape.roles:
             if role.on is None:
                 head = role.head is not None

@@ -381,6 +381,14 @@ class PPOConfig(TrainingArguments):
         in_reward = self.advantage_estimator != "grpo" and (self.kl_coef > 0 or self.target_kl is not None)
         return in_reward or not self.is_one_step or self.max_kl is not None or self.critic_warmup_steps > 0
 
+    @property
+    def keeps_forward(self) -> bool:
+        """Whether the forward that scores the policy is kept for the first step, if a micro-batch holds the rollout.
+
+        Where the rollout is one mini-batch, nothing has moved the policy between the two.
+        """
+        return self.scores_policy and self.num_mini_batches == 1
+
 
 @dataclass
 class DPOConfig(trl.DPOConfig):

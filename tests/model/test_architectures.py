@@ -4,7 +4,7 @@ Each is a tiny random model with two adapters that change what it says: one for 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,10 @@ NOT_LOADED = {
 NOT_ADAPTED = {"laguna": "PEFT cannot load adapters of this architecture back"}
 # Not decoded in static steps: caches of other kinds, caps and sinks in attention, attention that is not transformers'.
 EAGER = """
-    axk2 bamba biogpt bloom deepseek_v32 deepseek_v4 doge dots3_note_text falcon falcon_h1 falcon_mamba flint gemma2 glm_moe_dsa
-    gpt_neo gpt_neox_japanese gpt_oss granite_swa granitemoe_swa granitemoehybrid hy_v4 inkling_text jamba kimi_linear
-    lara_mini lfm2_moe lfm3 longcat_flash mamba mamba2 mimo_v2_flash mistral mpt nemotron_h olmo_hybrid
-    qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma stablelm vaultgemma zaya
+    axk2 bamba biogpt bloom deepseek_v32 deepseek_v4 doge dots3_note_text falcon falcon_h1 falcon_mamba flint gemma2
+    glm_moe_dsa gpt_neo gpt_neox_japanese gpt_oss granite_swa granitemoe_swa granitemoehybrid hy_v4 inkling_text
+    jamba kimi_linear lara_mini lfm2_moe lfm3 longcat_flash mamba mamba2 mimo_v2_flash mistral mpt nemotron_h
+    olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma stablelm vaultgemma zaya
 """
 NO_REWARD = {
     "ctrl": "its files lack 1 weights of a CTRLForSequenceClassification",
@@ -243,20 +243,27 @@ def test_only_the_text_model_of_a_vision_language_model_is_adapted(tmp_path: Pat
         assert all(".language_model." in name for name in adapted)
 
 
-def test_padded_rows_are_scored_without_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_padded_rows_are_scored_without_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     """With a mask PyTorch's attention gives up its causal kernel, and copies keys and values for each query group."""
     shared = SharedBase(load_base(Base(str(save_architecture(tmp_path, "llama"))))).eval()
-    attention, masks = nn.functional.scaled_dot_product_attention, []
+    assert shared.packs_rows
+    shared.packs_rows = packed
+    attention, masks, tokens = nn.functional.scaled_dot_product_attention, [], []
 
     def watched(*args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any) -> Tensor:
         masks.append((attn_mask, is_causal))
         return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    shared.backbone.register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     ids, kept, mask = batch()
     with torch.no_grad(), shared.role("base"):
         log_probs, _ = shared.log_probs(ids, kept, mask)
-        assert masks == [(None, True)] * 2
+        assert masks == [(None, True)] * 2 * (3 if packed else 1)  # two layers, and a call for each packed row
+        assert tokens == [(1, 24) if packed else (3, 10)]
         for row, response, found in zip(ROWS, RESPONSES, log_probs, strict=True):
             no_padding, _ = shared.log_probs(row[None], torch.ones_like(row)[None], torch.ones(1, len(response)).bool())
             torch.testing.assert_close(found[: len(response)], no_padding[0], rtol=0, atol=1e-6)
@@ -274,6 +281,27 @@ def test_what_the_cache_can_do_is_found_in_training_mode_too(tmp_path: Path) -> 
     shared.add_role("policy", trainable=True)
     shared.activation_checkpointing_enable()
     assert shared.train().caching == Caching(left_padding=True, pieces=True) and shared.training
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "packs"),
+    [
+        ("llama", {}, True),
+        ("opt", {}, True),  # its positions are learned
+        ("mistral", {"sliding_window": None}, True),
+        ("mistral", {"sliding_window": 100}, False),  # longer than the probe
+        ("bloom", {}, False),  # its positions come from the mask
+        ("mamba", {}, False),  # its state would go on into the next row
+        ("falcon_h1", {}, False),
+    ],
+)
+def test_rows_are_packed_where_no_row_sees_another(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], packs: bool
+) -> None:
+    base = Base(str(save_architecture(tmp_path, architecture, **settings)))
+    assert SharedBase(load_base(base)).packs_rows == packs
+    if architecture == "llama":  # right there by a mask of all tokens, which is slow
+        assert not SharedBase(load_base(replace(base, attn_implementation="eager"))).packs_rows
 
 
 EVERY_TIME = ("ctrl", "laguna", "rwkv")  # one of each table

@@ -11,7 +11,7 @@ class Narrow:
     """Inside the block, a forward of more rows runs out of memory; what goes through is counted.
 
     Attributes:
-        rows, tokens: of each forward that went through, padding included.
+        rows, tokens: of each forward that went through, padding included where rows are not packed.
         refused: how many did not.
     """
 
@@ -22,11 +22,12 @@ class Narrow:
         self.refused = 0
 
     def _look(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        ids = kwargs["input_ids"]
-        if len(ids) > self.most:
+        ids, starts = kwargs["input_ids"], kwargs.get("cu_seq_lens_q")
+        rows = len(ids) if starts is None else len(starts) - 1
+        if rows > self.most:
             self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        self.rows.append(len(ids))
+        self.rows.append(rows)
         self.tokens.append(ids.numel())
 
     def __enter__(self) -> "Narrow":

@@ -116,13 +116,13 @@ class Small(SharedBase):
         self.need(len(input_ids))
         return super().generate(input_ids, *args)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = super().hidden(input_ids, attention_mask)
-        if hidden.requires_grad:  # too late in the backward, when some gradients are already there
-            hidden.register_hook(lambda gradient: self.need(len(gradient)))
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = super().states(input_ids, attention_mask)
+        if states.requires_grad:  # too late in the backward, when some gradients are already there
+            states.register_hook(lambda gradient: self.need(len(input_ids)))
         else:
             self.need(len(input_ids))
-        return hidden
+        return states
 
 
 def after_one_update(folder: Path, make: Make, options: dict[str, Any]) -> dict[str, Tensor]:

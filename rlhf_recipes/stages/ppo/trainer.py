@@ -96,7 +96,7 @@ class PPOTrainer(Trainer):
         self.kl_coef = args.kl_coef  # which target_kl adapts
         self.micro_batch_size = int(args.per_device_train_batch_size)  # which auto halves
         self.best_reward = -math.inf  # of the role `best`
-        self.kept: Tensor | None = None  # the policy's forward on the whole rollout, for the only step of the update
+        self.kept: Tensor | None = None  # the policy's forward on the whole rollout, for the first step of the update
         self.is_exact = True  # so far (see EXACT)
         self.trained = ("policy", "critic") if args.has_critic else ("policy",)
         for role in copies(self.config):
@@ -234,7 +234,7 @@ class PPOTrainer(Trainer):
         if self.config.has_critic:
             rollout.values = self.sampler.values(rollout, batches)
         self.kept = None
-        if self.config.scores_policy and self.config.is_one_step and len(batches) == 1 and not self.warming_up:
+        if self.config.keeps_forward and len(batches) == 1 and not self.warming_up:
             self.kept = self.recorded_forward(rollout, batches[0])
         elif self.config.scores_policy:
             rollout.log_probs, rollout.entropy = self.sampler.log_probs("policy", rollout, True, batches)
