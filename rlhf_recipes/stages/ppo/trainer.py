@@ -96,7 +96,8 @@ class PPOTrainer(Trainer):
         self.kl_coef = args.kl_coef  # which target_kl adapts
         self.micro_batch_size = int(args.per_device_train_batch_size)  # which auto halves
         self.best_reward = -math.inf  # of the role `best`
-        self.kept: Tensor | None = None  # the policy's forward on the whole rollout, for the first step of the update
+        # The policy's forward on the whole rollout, for the first step of the update: its rows, and their log-probs.
+        self.kept: tuple[Tensor, Tensor] | None = None
         self.is_exact = True  # so far (see EXACT)
         self.trained = ("policy", "critic") if args.has_critic else ("policy",)
         for role in copies(self.config):
@@ -235,7 +236,7 @@ class PPOTrainer(Trainer):
             rollout.values = self.sampler.values(rollout, batches)
         self.kept = None
         if self.config.keeps_forward and len(batches) == 1 and not self.warming_up:
-            self.kept = self.recorded_forward(rollout, batches[0])
+            self.kept = batches[0], self.recorded_forward(rollout, batches[0])
         elif self.config.scores_policy:
             rollout.log_probs, rollout.entropy = self.sampler.log_probs("policy", rollout, True, batches)
 
@@ -391,12 +392,14 @@ class PPOTrainer(Trainer):
 
     def policy_loss(self, rollout: Rollout, rows: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped policy loss of a micro-batch, and its share in the mini-batch's averages over `tokens` tokens."""
-        log_probs, self.kept = self.kept, None
+        kept, self.kept = self.kept, None
         if not self.config.scores_policy:
             log_probs = self.recorded_forward(rollout, rows)
+        elif kept is not None and kept[0].data_ptr() == rows.data_ptr():
+            log_probs = kept[1]
+        else:
+            log_probs, _ = self.policy_forward(rollout.rows(rows))
         batch = rollout.rows(rows)
-        if log_probs is None:
-            log_probs, _ = self.policy_forward(batch)
         assert batch.advantages is not None
         loss, sums = objectives.policy_loss(
             log_probs, batch.log_probs, batch.advantages, batch.response_mask, self.config.cliprange, tokens
