@@ -45,6 +45,11 @@ def token_log_probs(
     return log_probs, entropy if with_entropy else None
 
 
+def chunks(count: int, size: int) -> list[slice]:
+    """So many rows in chunks of one size."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """`token_log_probs` in chunks of rows, n at a time, whose gradient is made in the forward."""
 
@@ -61,8 +66,7 @@ class _TokenLogProbs(torch.autograd.Function):
         trains = ctx.needs_input_grad[0]
         log_probs, entropy = torch.zeros(2, len(labels), device=hidden.device)
         gradient = torch.empty_like(hidden) if trains else None  # (N, H): of each log-probability to its hidden state
-        for start in range(0, len(labels), chunk):
-            rows = slice(start, start + chunk)
+        for rows in chunks(len(labels), chunk):
             states, label = hidden[rows].detach().requires_grad_(trains), labels[rows, None]
             with torch.set_grad_enabled(trains):
                 output = head(states)  # (n, V)

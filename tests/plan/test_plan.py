@@ -1,5 +1,6 @@
 """The plan: planned and measured memory, what does not fit, what to change, what is said when memory runs out."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -20,11 +21,13 @@ from rlhf_recipes.model.base import load_base
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.plan.advice import helpful_changes, size_in_bytes
 from rlhf_recipes.plan.dry_run import dry_run, optimizer_bytes
+from rlhf_recipes.plan.meter import MicroBatchMemory
 from rlhf_recipes.plan.plan import (
     at_full_depth,
+    held_beside,
+    least_checkpointed,
     largest_size,
     plan_memory,
-    reserve,
     settle_auto_sizes,
     shape_of,
     stage_plan,
@@ -159,15 +162,27 @@ def test_optimizer_state(optim: str, size: float) -> None:
     assert optimizer_bytes(optim, [torch.nn.Parameter(torch.zeros(64, 128))]) == size * 64 * 128
 
 
-def test_depth_goes_on_in_a_straight_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # under autocast each layer's adapter is there in 16 bits too
+def test_depth_goes_on_in_a_straight_line(tmp_path: Path, dtype: str) -> None:
     shape = {"num_hidden_layers": 5, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
     config = AutoConfig.for_model("qwen3", **ARCHITECTURES["qwen3"] | shape)
     config.save_pretrained(tmp_path)  # no weights: none are read
-    recipe = make_recipe(tmp_path, tmp_path, {}, checkpointing=True)
+    recipe = make_recipe(tmp_path, tmp_path, {"dtype": dtype}, checkpointing=True)
     for stage, section in check_recipe(recipe).items():
+        if dtype == "bfloat16" and stage != "ppo":
+            continue
         shape = shape_of(recipe, stage, section, on_gpu=False)
-        carried = at_full_depth(shape)
-        assert carried == pytest.approx(dry_run(shape, 5), rel=0.01), stage
+        for layers in (None, 2, 4) if dtype == "bfloat16" else (None,):
+            first = dataclasses.replace(shape, checkpointed=layers)
+            carried, real = (with_peaks(numbers) for numbers in (at_full_depth(first), dry_run(first, 5)))
+            assert carried == pytest.approx(real, rel=0.02), (stage, layers)
+
+
+def with_peaks(numbers: dict[str, float]) -> dict[str, float]:
+    """A dry run's numbers, with the peak of each phase in the place of its parts."""
+    phases = {name.split(".")[0] for name in numbers if "." in name}
+    peaks = {p: MicroBatchMemory(*(numbers[f"{p}.{name}"] for name in MicroBatchMemory._fields)).peak for p in phases}
+    return {name: value for name, value in numbers.items() if "." not in name} | peaks
 
 
 # --- What fits, and what to change ------------------------------------------------------------------------------------
@@ -238,15 +253,36 @@ def test_auto_is_the_largest_that_fits(recipe: Recipe, key: str) -> None:
     own = ["update"] if key == "per_device_train_batch_size" else ["generate", "score"]
     peaks = []
     for size in sizes:
-        tried = plan_memory(replace(recipe, ppo={**args, key: size}), only=["ppo"]).stages["ppo"]
+        fixed = replace(recipe, base={"dtype": "float32"}, ppo={**args, key: size, "optim": "adamw_torch"})
+        tried = plan_memory(fixed, gpu=2**40, only=["ppo"]).stages["ppo"]
         peak = max(tried.phases[phase] for phase in own)
-        peaks.append((peak + reserve(peak, tried.parts["weights"])) * 2**20)
+        weights = tried.parts["weights"] * 2**20
+        peaks.append(peak * 2**20 + sum(held_beside(peak * 2**20, weights, on_gpu=True).values()))
     auto = replace(recipe, ppo={**args, key: "auto"})
     for limit, size in zip(peaks, sizes, strict=True):
         config = check_recipe(replace(auto, base={"dtype": "float32"}, ppo={"optim": "adamw_torch"}))
         assert largest_size(auto, config, key, gpu=limit + 1) == size
     settle_auto_sizes(auto, config["ppo"], gpu=peaks[1] + 1)
     assert getattr(config["ppo"], key) == sizes[1]
+
+
+def test_auto_checkpoints_the_fewest_layers_that_memory_asks_for(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 6})
+    config.save_pretrained(tmp_path)
+    own = {"gradient_checkpointing": "auto", "optim": "adamw_torch"}
+    recipe = replace(make_recipe(tmp_path, tmp_path, {"dtype": "float32"}), ppo=own)
+    needs = {}
+    for layers in (0, 2, 6):
+        fixed = replace(recipe, ppo={**own, "gradient_checkpointing": layers})
+        planned = plan_memory(fixed, gpu=2**40, only=["ppo"]).stages["ppo"]
+        peak, weights = planned.phases["update"] * 2**20, planned.parts["weights"] * 2**20
+        needs[layers] = peak + sum(held_beside(peak, weights, on_gpu=True).values())
+    assert needs[0] > needs[2] > needs[6]
+    ppo = check_recipe(recipe)["ppo"]
+    assert [least_checkpointed(recipe, ppo, gpu=need + 1) for need in needs.values()] == [0, 2, 6]
+    assert least_checkpointed(recipe, ppo, gpu=needs[6] / 2) == 6, "for another to say that it does not fit"
+    settle_auto_sizes(recipe, ppo, gpu=needs[2] + 1)
+    assert ppo.chosen_sizes == {"checkpointed_layers": 2}
 
 
 def test_a_judge_is_one_more_adapter_and_trains_nothing(recipe: Recipe) -> None:
