@@ -114,14 +114,19 @@ class _Float32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        if rows.device.type == "cuda":
-            return torch.mm(rows, weight.T, out_dtype=torch.float32)
-        rows = rows.float()
-        parts = weight.split(max(1, CPU_WEIGHTS // weight.shape[1]))
-        return torch.cat([nn.functional.linear(rows, part.float()) for part in parts], 1)
+        return float32_product(rows, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return gradient.to(weight.dtype) @ weight, None
+
+
+def float32_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows (n, H) times a matrix (V, H), both in 16 bits, as (n, V) in float32."""
+    if rows.device.type == "cuda":
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    rows = rows.float()
+    parts = weight.split(max(1, CPU_WEIGHTS // weight.shape[1]))
+    return torch.cat([nn.functional.linear(rows, part.float()) for part in parts], 1)

@@ -120,17 +120,22 @@ def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> di
     Raises:
         NoPlan: the model cannot be run dry.
     """
-    at_once, chunks = log_probs.CPU_ROWS, log_probs.chunks
-    if shape.on_gpu:  # the tensors of a dry run say that they are on a CPU
-        log_probs.CPU_ROWS = log_probs.LOGITS_AT_ONCE
+    chunks, before = log_probs.chunks, vars(log_probs).copy()
     # From the second on, a chunk of logits takes what every one takes. Of a large vocabulary there are hundreds.
     log_probs.chunks = lambda count, size: chunks(count, size)[:2]
+    if shape.on_gpu:  # the tensors of a dry run say that they are on a CPU
+        log_probs.CPU_ROWS, log_probs.float32_product = log_probs.LOGITS_AT_ONCE, gpu_product
     try:
         return (dry_ppo if shape.stage == "ppo" else dry_trl)(shape, layers, training_only)
     except RuntimeError as error:
         raise NoPlan(f"{shape.stage} cannot be planned: {str(error).splitlines()[0]}") from error
     finally:
-        log_probs.CPU_ROWS, log_probs.chunks = at_once, chunks
+        vars(log_probs).update(before)
+
+
+def gpu_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """What `log_probs.float32_product` allocates on a GPU."""
+    return rows.new_empty(len(rows), len(weight), dtype=torch.float32)
 
 
 def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:

@@ -120,8 +120,8 @@ class PPOConfig(TrainingArguments):
     logging_steps: float = _option(1, "Log every so many PPO updates.")
     gradient_checkpointing: bool | int | Literal["auto"] = _option(  # type: ignore[assignment]
         True,
-        "Trade compute for memory: in the backward, decoder layers run their forward again. A number: the first so many "
-        "of them. auto: as few as fit, and more where memory runs out. It changes no result. [TRL, all or none]",
+        "Trade compute for memory: in the backward, decoder layers run their forward again. A number: the first "
+        "so many. auto: as few as fit, and more where memory runs out. It changes no result. [TRL, all or none]",
     )
     total_episodes: int | None = _option(
         None, "Responses sampled in all; None: num_train_epochs over the data, num_generations a prompt. [TRL]"

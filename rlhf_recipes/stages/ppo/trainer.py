@@ -396,7 +396,8 @@ class PPOTrainer(Trainer):
             if "gradient_checkpointing" in sizes and first < layers:
                 self.model.checkpointed = layers - (layers - first) // 2
                 logger.warning("Out of memory: now %d of %d layers are checkpointed.", self.model.checkpointed, layers)
-                self.model.activation_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+                kwargs = self.args.gradient_checkpointing_kwargs
+                self.model.activation_checkpointing_enable(kwargs if isinstance(kwargs, dict) else None)
             elif "per_device_train_batch_size" in sizes:
                 size = min(self.micro_batch_size, self.config.mini_batch_size or math.inf)
                 self.micro_batch_size = halved(int(size), "per_device_train_batch_size")

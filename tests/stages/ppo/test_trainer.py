@@ -439,15 +439,14 @@ def test_gradient_checkpointing_changes_no_update(folder: Path, make: Make, use_
 def test_only_the_first_layers_run_their_forward_again(folder: Path, make: Make) -> None:
     for layers, runs in ((True, [2, 2]), (2, [2, 2]), (1, [2, 1]), (0, [1, 1]), (False, [1, 1])):
         trainer = make(gradient_checkpointing=layers, num_ppo_epochs=1, advantage_estimator="grpo", num_generations=2)
-        counts = [0, 0]
+        calls: list[int] = []
         for number, layer in enumerate(trainer.model.checkpointable):
-
-            def count(module: Any, args: Any, number: int = number) -> None:
-                counts[number] += torch.is_grad_enabled()
-
-            layer.self_attn.register_forward_pre_hook(count, with_kwargs=False)
+            attention: Any = layer.self_attn
+            attention.register_forward_pre_hook(
+                lambda *_, number=number, calls=calls: calls.append(number) if torch.is_grad_enabled() else None
+            )
         trainer.train()
-        assert counts == runs, layers
+        assert [calls.count(number) for number in range(2)] == runs, layers
 
 
 def test_where_memory_runs_out_layers_are_checkpointed_before_rows_are_halved(folder: Path, make: Make) -> None:
@@ -477,7 +476,10 @@ def test_where_memory_runs_out_layers_are_checkpointed_before_rows_are_halved(fo
             continue
         trainer.train()
         log = trainer.state.log_history[0]
-        assert (log["auto/checkpointed_layers"], log["auto/per_device_train_batch_size"]) == ({8: 0, 4: 1, 0: 2}[room], 4)
+        assert (log["auto/checkpointed_layers"], log["auto/per_device_train_batch_size"]) == (
+            {8: 0, 4: 1, 0: 2}[room],
+            4,
+        )
         found.append(weights(trainer, "policy"))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
