@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Words for them in the table.
 PARTS = {"kv_cache": "KV cache", "other_models": "other models", "workspaces": "cuBLAS workspaces"}
-BESIDE = {"fragments": "allocator's fragments", "context": "CUDA context"}
+BESIDE = {"fragments": "fragments", "context": "CUDA context"}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,9 +66,9 @@ def _run(options: argparse.Namespace) -> None:
     console.print("Planned for rows of the longest lengths that the settings allow.")
     if any(stage["seconds"] for stage in plan["stages"].values()):
         console.print(
-            "Seconds and hours, least to most, go by the data sheet and by what one card, an H200, reached of its own: "
-            "on it they held. They leave out loading, evaluations and attention. Decoding is between what its bytes "
-            "allow and what it took kernel by kernel."
+            "Seconds of a step, and hours, least to most: by the card's data sheet, and by what an H200, the only card "
+            "that was measured, reached of its own. Loading, evaluations and attention are left out. Decoding is "
+            "between what its bytes allow and what it took kernel by kernel."
         )
 
 
@@ -111,7 +111,7 @@ def _plan_table(plan: Mapping[str, Any]) -> "Table":
     if all(stage["seconds"] for stage in stages):
         for phase in dict.fromkeys(phase for stage in stages for phase in stage["seconds"]):
             ranges = (stage["seconds"].get(phase) for stage in stages)
-            table.add_row(f"seconds a step, {phase}", *("" if r is None else _range(r) for r in ranges))
+            table.add_row(f"{phase}, s", *("" if r is None else _range(r) for r in ranges))
         table.add_row("hours", *(_range(stage["hours"]) for stage in stages))
     return table
 

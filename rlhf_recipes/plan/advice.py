@@ -14,7 +14,6 @@ from .cards import Card
 from .hours import hours, seconds_of_step
 from .plan import MemoryPlan, for_device, gib, plan_memory, work_of_step
 
-
 MOST_CHANGES = 3  # of results, before a stage is said not to fit
 
 
@@ -128,14 +127,19 @@ def settings_that_fit(recipe: Recipe, stage: str, configs: Configs, gpu: float |
 
 
 def doubled(settings: dict[str, str], key: str, most: int) -> dict[str, str] | None:
-    """Settings with twice the rows under a key, and half the accumulated batches; None beyond `most` rows."""
-    rows, steps = 2 * int(settings[key]), f"{key.split('.')[0]}.gradient_accumulation_steps"
+    """Settings with twice the rows under a key, and half the batches that add up to a step; None beyond `most` rows.
+
+    A key with as many rows as at first is no change.
+    """
+    rows = 2 * int(settings[key])
     if rows > most:
         return None
-    settings = settings | {key: str(rows)}
+    settings, changed = settings | {key: str(rows)}, [key]
+    steps = f"{key.split('.')[0]}.gradient_accumulation_steps"
     if "train" in key and steps in settings:
         settings[steps] = str(int(settings[steps]) // 2)
-    return {name: value for name, value in settings.items() if name not in (key, steps) or rows < most}
+        changed.append(steps)
+    return {name: value for name, value in settings.items() if name not in changed or rows < most}
 
 
 def _as_dict(words: str) -> dict[str, str]:

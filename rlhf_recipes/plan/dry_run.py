@@ -115,8 +115,8 @@ def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> di
         layers: of the model; None: all that it has.
         training_only: leave out the phases without gradients.
     Returns:
-        `adapters`, `gradients`, `optimizer`, of PPO `kv_cache`, and a `MicroBatchMemory` of each phase, as
-        `update.saved`, `update.activations` and so on.
+        `adapters`, `gradients`, `optimizer`, of PPO `kv_cache` and `copies` (the policy's adapter in the base's dtype),
+        and a `MicroBatchMemory` of each phase, as `update.saved`, `update.activations` and so on.
     Raises:
         NoPlan: the model cannot be run dry.
     """
@@ -224,6 +224,7 @@ def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
             dry_backward(values)
 
     numbers = adapter_bytes(shared, shape.optim)
+    numbers["copies"] = sum(p.numel() for p in shared.parameters_of("policy")) * precision(shape.base).itemsize
     with DRY:
         materialize(shared)
         metered = functools.partial(meter_micro_batch, shared, shared.backbone)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers.training_args import OptimizerNames
 
 from ..model.batches import TOKENS_AT_ONCE
+from ..model.graph import layers_refusal, room, static_bytes
 from ..model.memory import resident_mib
 from ..recipe.values import Base, Recipe
 from ..stages.configure import Configs, configure, training_steps
@@ -31,7 +32,7 @@ from .dry_run import Shape
 from .kept import kept_dry_run
 from .meter import MicroBatchMemory
 from .others import for_gpu, other_models
-from .skeleton import read_config, skeleton, weight_bytes
+from .skeleton import quantized, read_config, skeleton, weight_bytes
 
 LAYERS = (2, 3)  # of the dry runs
 
@@ -200,6 +201,8 @@ def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> St
     stays = models + numbers["optimizer"] + rollout + workspaces
     if others.vllm:  # it samples in place of our loop, from a KV cache of its own
         numbers |= {"kv_cache": 0, "generate.activations": others.vllm, "generate.saved": 0, "generate.logits": 0}
+    elif stage == "ppo" and gpu is not None:
+        numbers |= captured_decoding(recipe, config, shape, numbers)
     training = "update" if stage == "ppo" else "train"
     phases, activations = {"load": models + others.loading}, {}
     for phase in ("generate", "score", "update") if stage == "ppo" else ("train", "evaluate"):
@@ -222,6 +225,24 @@ def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> St
     parts |= held_beside(max(phases.values()), weights, gpu is not None)
     parts, phases = ({name: size / MIB for name, size in sizes.items()} for sizes in (parts, phases))
     return StagePlan(parts, phases)
+
+
+def captured_decoding(recipe: Recipe, config: PPOConfig, shape: Shape, numbers: dict[str, float]) -> dict[str, float]:
+    """What sampling takes where its step is captured in a CUDA graph, in place of the eager loop's numbers.
+
+    The KV cache has whole blocks of tokens. The policy's adapter is there once more, and so are the graphs' own memory
+    and the state of the rows, while prompts go through the model eagerly.
+    """
+    text = read_config(recipe.base).get_text_config()
+    refused = config.generation_backend != "native" or recipe.base.quantization == "int8"
+    if refused or layers_refusal(text, room(shape.prompt, config.response_length)) is not None:
+        return {}
+    token = numbers["kv_cache"] / (shape.more_rows * shape.length)
+    dequantized = max((2 * module.weight.numel() for module in quantized(skeleton(recipe.base, 1))), default=0)
+    static = static_bytes(shape.more_rows, shape.prompt, config.response_length, token, text.vocab_size, dequantized)
+    more = numbers["copies"] + static["buffers"] + static["pool"]
+    grown = {name: numbers[name] + more for name in ("generate.saved", "generate.activations")}
+    return {"kv_cache": static["cache"], **grown}
 
 
 def held_beside(peak: float, weights: float, on_gpu: bool) -> dict[str, float]:

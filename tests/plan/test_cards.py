@@ -41,6 +41,7 @@ def on_gpu(folder: Path, model: dict[str, Any], **changes: Any) -> tuple[Recipe,
         "max_prompt_length": 512,
         "response_length": 512,
         "optim": "paged_adamw_8bit",
+        "generation_backend": "eager",  # the one that was measured
     }
     ppo = PPOStage("none", args=args | changes)
     recipe = Recipe("gpu", Base(str(folder), quantization="nf4"), reward=Stage("none"), ppo=ppo)
@@ -64,6 +65,20 @@ def test_memory_is_what_an_h200_took(
     assert planned.needed_mib / 1024 == pytest.approx(held, rel=0.03)
 
 
+def test_a_captured_step_takes_its_graphs_and_one_more_copy_of_the_adapter(tmp_path: Path) -> None:
+    recipe, config = on_gpu(tmp_path, MISTRAL)
+    eager = plan_memory(recipe, {"ppo": config}, 24 * GIB).stages["ppo"]
+    config.generation_backend = "native"
+    captured = plan_memory(recipe, {"ppo": config}, 24 * GIB).stages["ppo"]
+    adapter = 2 * 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)  # q and o, k and v, the MLP's, in 16 bits
+    buffers, weight = 32 * (16 * 513 + 21), 2 * 4096 * 14336
+    more = (captured.phases["generate"] - eager.phases["generate"]) * 2**20
+    assert more == pytest.approx(adapter + buffers + weight)
+    assert captured.parts["kv_cache"] == eager.parts["kv_cache"] == 4096
+    config.response_length = 500
+    assert plan_memory(recipe, {"ppo": config}, 24 * GIB).stages["ppo"].parts["kv_cache"] == 4096, "whole blocks"
+
+
 def test_seconds_hold_those_of_an_h200(tmp_path: Path) -> None:
     recipe, config = on_gpu(tmp_path, MISTRAL)
     card = card_of("h200")
@@ -74,6 +89,9 @@ def test_seconds_hold_those_of_an_h200(tmp_path: Path) -> None:
         assert least < measured < most
         if phase != "generate":
             assert (least * most) ** 0.5 == pytest.approx(measured, rel=0.05)
+    assert ranges["generate"][1] == pytest.approx(37.4, rel=0.05)
+    config.generation_backend = "native"  # which nobody has measured
+    ranges = seconds_of_step(recipe, "ppo", config, planned, card)
     least, most = ranges["generate"]
     assert most == pytest.approx(37.4, rel=0.05), "of the eager loop"
     # A token of 32 rows moves the weights in 4 bits, writes and reads them in 16, and the cache in the middle.

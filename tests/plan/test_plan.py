@@ -23,6 +23,9 @@ from rlhf_recipes.plan.advice import helpful_changes, settings_that_fit
 from rlhf_recipes.plan.dry_run import dry_run, optimizer_bytes
 from rlhf_recipes.plan.meter import MicroBatchMemory
 from rlhf_recipes.plan.plan import (
+    CONTEXT,
+    FRAGMENTS,
+    WORKSPACES,
     at_full_depth,
     held_beside,
     largest_size,
@@ -174,7 +177,7 @@ def test_depth_goes_on_in_a_straight_line(tmp_path: Path, dtype: str) -> None:
         if dtype == "bfloat16" and stage != "ppo":
             continue
         shape = shape_of(recipe, stage, section, on_gpu=False)
-        for layers in (None, 2, 4) if dtype == "bfloat16" else (None,):
+        for layers in (None, 2) if dtype == "bfloat16" else (None,):
             first = dataclasses.replace(shape, checkpointed=layers)
             carried, real = (with_peaks(numbers) for numbers in (at_full_depth(first), dry_run(first, 5)))
             assert carried == pytest.approx(real, rel=0.02), (stage, layers)
@@ -197,7 +200,9 @@ def test_a_stage_that_cannot_fit_is_refused_before_anything_is_read(
     assert plan_memory(recipe).fits
     limit = 2**20 * (max(peaks.values()) - 0.01)
     monkeypatch.setattr("rlhf_recipes.plan.plan.available_bytes", lambda: limit)
-    with pytest.raises(ValueError, match=r"dpo does not fit: .* GiB, .* What helps most: .* same results.*--force"):
+    with pytest.raises(
+        ValueError, match=r"dpo does not fit: .* GiB, .* What helps most: .* same results.*It fits with dpo.*--force"
+    ):
         run(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.json").exists()
     printed = capsys.readouterr().out
@@ -331,33 +336,38 @@ def test_steps_of_a_limit_are_the_most_that_there_can_be(recipe: Recipe) -> None
 def test_plan_prints_a_table_or_json(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.py"
     file.write_text(f"from rlhf_recipes.recipe.values import *\nrecipe = {recipe!r}\n")
-    main_cli(["plan", str(file), "--gpu", "1GiB", "--json", "ppo.response_length=20"])
+    words = ["plan", str(file), "--gpu", "t4", "ppo.response_length=20"]
+    main_cli([*words, "--json"])
     plan = json.loads(capsys.readouterr().out)
-    assert plan["limit_mib"] == 1024 and set(plan["stages"]) == set(STAGES)
-    for stage in plan["stages"].values():
-        assert stage["fits"] == (stage["needed_mib"] <= 1024) and stage["seconds"] is None, "a size has no speed"
+    assert plan["limit_mib"] == 14.5 * 1024 and set(plan["stages"]) == set(STAGES)
+    for name, stage in plan["stages"].items():
+        assert stage["fits"] == (stage["needed_mib"] <= plan["limit_mib"]) and stage["fits_with"] is None
+        assert set(stage["seconds"]) == ({"generate", "score", "update"} if name == "ppo" else {"train"})
+        assert all(0 < least < most for least, most in [*stage["seconds"].values(), stage["hours"]])
         assert stage["peak_mib"] == max(stage["phases"].values())
         beside = stage["parts"]["fragments"] + stage["parts"]["context"]
         assert stage["needed_mib"] == pytest.approx(stage["peak_mib"] + beside)
-    main_cli(["plan", str(file), "--gpu", "t4"])
+    main_cli(words)
     printed = capsys.readouterr().out
-    for words in ("of 14.5", "KV cache", "allocator's fragments", "CUDA context", "seconds a step,", "hours"):
+    for words in ("of 14.5", "KV cache", "fragments", "CUDA context", "train, s", "hours"):
         assert words in printed
     with pytest.raises(SystemExit):
         main_cli(["plan", str(file), "--gpu", "a lot"])
     assert "--gpu=a lot is no GPU that is known and no size of memory" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_does_not_fit_fits_with_the_settings_that_are_named(recipe: Recipe) -> None:
     configs = check_recipe(recipe)
-    needed = {stage: p.needed_mib * 2**20 for stage, p in plan_memory(recipe, configs, gpu=2**40).stages.items()}
-    for share in (0.97, 0.94):  # the context, which nothing makes smaller, is most of it
-        words = settings_that_fit(recipe, "ppo", configs, share * needed["ppo"])
+    needed = plan_memory(recipe, configs, gpu=2**40, only=["ppo"]).stages["ppo"].needed_mib * 2**20
+    fixed = CONTEXT + (1 + FRAGMENTS) * WORKSPACES  # which nothing makes smaller
+    for share in (0.8, 0.6):
+        gpu = fixed + share * (needed - fixed)
+        words = settings_that_fit(recipe, "ppo", configs, gpu)
         assert words is not None
         changed = replace(recipe, **parse_overrides(words.split()))
-        planned = plan_memory(changed, check_recipe(changed), share * needed["ppo"], only=["ppo"])
-        assert planned.fits
-        assert _without_memory(to_dict(recipe)) == _without_memory(to_dict(changed)), "no result had to change"
+        assert plan_memory(changed, check_recipe(changed), gpu, only=["ppo"]).fits
+        print(share, words)
     assert settings_that_fit(recipe, "ppo", configs, 2**29) is None
 
 
