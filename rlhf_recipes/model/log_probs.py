@@ -45,6 +45,11 @@ def token_log_probs(
     return log_probs, entropy if with_entropy else None
 
 
+def chunks(count: int, size: int) -> list[slice]:
+    """So many rows in chunks of one size."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """`token_log_probs` in chunks of rows, n at a time, whose gradient is made in the forward."""
 
@@ -61,8 +66,7 @@ class _TokenLogProbs(torch.autograd.Function):
         trains = ctx.needs_input_grad[0]
         log_probs, entropy = torch.zeros(2, len(labels), device=hidden.device)
         gradient = torch.empty_like(hidden) if trains else None  # (N, H): of each log-probability to its hidden state
-        for start in range(0, len(labels), chunk):
-            rows = slice(start, start + chunk)
+        for rows in chunks(len(labels), chunk):
             states, label = hidden[rows].detach().requires_grad_(trains), labels[rows, None]
             with torch.set_grad_enabled(trains):
                 output = head(states)  # (n, V)
@@ -110,14 +114,19 @@ class _Float32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        if rows.device.type == "cuda":
-            return torch.mm(rows, weight.T, out_dtype=torch.float32)
-        rows = rows.float()
-        parts = weight.split(max(1, CPU_WEIGHTS // weight.shape[1]))
-        return torch.cat([nn.functional.linear(rows, part.float()) for part in parts], 1)
+        return float32_product(rows, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return gradient.to(weight.dtype) @ weight, None
+
+
+def float32_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows (n, H) times a matrix (V, H), both in 16 bits, as (n, V) in float32."""
+    if rows.device.type == "cuda":
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    rows = rows.float()
+    parts = weight.split(max(1, CPU_WEIGHTS // weight.shape[1]))
+    return torch.cat([nn.functional.linear(rows, part.float()) for part in parts], 1)

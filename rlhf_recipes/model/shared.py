@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -118,6 +119,7 @@ class SharedBase(nn.Module):
         self.biases: dict[str, float] = {}  # role -> constant added to its head's output
         self._borrowed: dict[str, str] = {}  # role without an adapter of its own -> role whose features its head reads
         self._active = "base"
+        self.checkpointed: int | None = None  # decoder layers, the first ones, that checkpointing is of; None: all
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         self._tuner_layers: list[BaseTunerLayer] = []
 
@@ -346,7 +348,12 @@ class SharedBase(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
-        """What transformers' Trainer calls for `gradient_checkpointing=True`. Non-reentrant unless it is told so."""
+        """What transformers' Trainer calls for `gradient_checkpointing=True`. Non-reentrant unless it is told so.
+
+        Only the first `checkpointed` layers run their forward again: what the others have saved is gone by then.
+        """
+        if self.checkpointed == 0:
+            return
         options = activation_checkpointing_kwargs or {"use_reentrant": False}
         if hasattr(self.causal, "activation_checkpointing_enable"):
             self.causal.activation_checkpointing_enable(options, **kwargs)
@@ -355,6 +362,13 @@ class SharedBase(nn.Module):
         if options.get("use_reentrant"):
             # The embeddings are frozen, and reentrant checkpointing passes gradients only where an input wants one.
             self.causal.enable_input_require_grads()
+        for number, layer in enumerate(self.checkpointable):
+            layer.gradient_checkpointing = self.checkpointed is None or number < self.checkpointed
+
+    @property
+    def checkpointable(self) -> list[GradientCheckpointingLayer]:
+        """The decoder layers, in their order."""
+        return [layer for layer in self.backbone.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """The same for the older versions of transformers that know it by this name."""

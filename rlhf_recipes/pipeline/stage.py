@@ -97,6 +97,8 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
     record = manifest.begin(job.stage, job.data.report)
     manifest.write(job.run_dir)
     job.folder.mkdir(parents=True, exist_ok=True)
+    if sizes := getattr(job.config, "chosen_sizes", None):
+        record["chosen_sizes"] = sizes
     if plan is not None:
         # On a CPU the measured peak is that of the process, with all that it has loaded before.
         already = 0.0 if torch.cuda.is_available() else resident_mib()

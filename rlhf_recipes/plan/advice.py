@@ -1,7 +1,6 @@
 """What to change where a plan does not fit: each change with what it buys."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,11 @@ from tqdm.auto import tqdm
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
 from ..stages.configure import Configs, configure
+from .cards import Card
+from .hours import hours, seconds_of_step
 from .plan import MemoryPlan, for_device, gib, plan_memory, work_of_step
+
+MOST_CHANGES = 3  # of results, before a stage is said not to fit
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def candidate_changes(recipe: Recipe, stage: str, config: Any, gpu: float | None
         if "mini_batch_size" not in getattr(recipe, stage).args:
             fewer += f" {stage}.gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
         yield fewer, True
-    if not config.gradient_checkpointing:
+    first = getattr(config, "checkpointed_layers", None)
+    if (not config.gradient_checkpointing or first is not None) and "gradient_checkpointing" not in auto:
         yield f"{stage}.gradient_checkpointing=true", True
     key = "rollout_micro_batch_size" if stage == "ppo" else "per_device_eval_batch_size"
     if getattr(config, key) > 1 and key not in auto:
@@ -80,28 +84,94 @@ def best_changes(recipe: Recipe, stage: str, configs: Configs, gpu: float | None
     return f"What helps most: {'; '.join(map(str, best))}." if best else "No single setting helps."
 
 
-def size_in_bytes(text: str) -> float:
-    """`24GiB`, `24GB`, `24576MiB`, or `24`, which is in GiB. Raises ValueError for anything else."""
-    units = {"": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-    match = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in units or match[1].count(".") > 1:
-        raise ValueError(f"--gpu={text} is no size of memory. Write 24GiB, 24GB or 24576MiB.")
-    return float(match[1]) * units[match[2]]
+def settings_that_fit(recipe: Recipe, stage: str, configs: Configs, gpu: float | None = None) -> str | None:
+    """Settings, as the command line takes them, with which a stage fits that does not; None where none were found.
+
+    All that leaves the results as they are goes as low as it can. Where that is not enough, the change that saves most
+    comes with it, and the next. Then rows are doubled again, as often as they still fit.
+    """
+
+    def plan(settings: dict[str, str]) -> MemoryPlan:
+        changed = changed_by(settings)
+        return plan_memory(changed, configure(changed), gpu, only=[stage])
+
+    def changed_by(settings: dict[str, str]) -> Recipe:
+        return replace(recipe, **parse_overrides(f"{key}={value}" for key, value in settings.items()))
+
+    def candidates(settings: dict[str, str], same_results: bool) -> list[dict[str, str]]:
+        changed = changed_by(settings)
+        found = candidate_changes(changed, stage, configure(changed)[stage], gpu)
+        return [_as_dict(words) for words, same in found if same == same_results]
+
+    chosen: dict[str, str] = {}
+    while lower := candidates(chosen, same_results=True):
+        for settings in lower:
+            chosen |= settings
+    planned = plan(chosen)
+    for _ in range(MOST_CHANGES):
+        if planned.fits:
+            break
+        changes = [chosen | settings for settings in candidates(chosen, same_results=False)]
+        tried = [(plan(settings), settings) for settings in changes]
+        planned, chosen = min([(planned, chosen), *tried], key=lambda pair: pair[0].peak_mib)
+    if not planned.fits:
+        return None
+    original = configs[stage]
+    for key in ("rollout_micro_batch_size", "per_device_eval_batch_size", "per_device_train_batch_size"):
+        while f"{stage}.{key}" in chosen:
+            larger = doubled(chosen, f"{stage}.{key}", getattr(original, key))
+            if larger is None or not plan(larger).fits:
+                break
+            chosen = larger
+    return " ".join(f"{key}={value}" for key, value in chosen.items())
 
 
-def plan_as_dict(recipe: Recipe, configs: Configs, plan: MemoryPlan, gpu: float | None) -> dict[str, Any]:
-    """The plan as JSON values, in MiB, with changes for each stage that does not fit, or for the largest."""
+def doubled(settings: dict[str, str], key: str, most: int) -> dict[str, str] | None:
+    """Settings with twice the rows under a key, and half the batches that add up to a step; None beyond `most` rows.
+
+    A key with as many rows as at first is no change.
+    """
+    rows = 2 * int(settings[key])
+    if rows > most:
+        return None
+    settings, changed = settings | {key: str(rows)}, [key]
+    steps = f"{key.split('.')[0]}.gradient_accumulation_steps"
+    if "train" in key and steps in settings:
+        settings[steps] = str(int(settings[steps]) // 2)
+        changed.append(steps)
+    return {name: value for name, value in settings.items() if name not in changed or rows < most}
+
+
+def _as_dict(words: str) -> dict[str, str]:
+    """Settings as the command line takes them, by their keys."""
+    return dict(word.split("=", 1) for word in words.split())
+
+
+def plan_as_dict(
+    recipe: Recipe, configs: Configs, plan: MemoryPlan, gpu: float | None, card: Card | None = None
+) -> dict[str, Any]:
+    """The plan as JSON values, in MiB, with changes for each stage that does not fit, or for the largest.
+
+    Of a `card` whose rates are known with the least and the most seconds of each phase of a step, and hours.
+    """
     largest_stage = max(plan.stages, key=lambda stage: plan.stages[stage].peak_mib)
     stages = {}
     for stage, planned in plan.stages.items():
         helped = stage == largest_stage if plan.fits else not plan.fits_in(stage)
+        work, seconds = work_of_step(recipe, stage, configs[stage]), None
+        if card is not None and card.tflops is not None:
+            _, on_card, config = for_device(recipe, stage, configs[stage], gpu)
+            seconds = seconds_of_step(on_card, stage, config, planned, card)
         stages[stage] = {
             "parts": planned.parts,
             "phases": planned.phases,
             "peak_mib": planned.peak_mib,
             "needed_mib": planned.needed_mib,
             "fits": plan.fits_in(stage),
-            "work": work_of_step(recipe, stage, configs[stage]),
+            "work": work,
+            "seconds": seconds,
+            "hours": seconds and hours(seconds, work["steps"]),
             "changes": [dataclasses.asdict(c) for c in helpful_changes(recipe, stage, configs, gpu)] if helped else [],
+            "fits_with": None if plan.fits_in(stage) else settings_that_fit(recipe, stage, configs, gpu),
         }
     return {"limit_mib": plan.limit_mib, "fits": plan.fits, "stages": stages}

@@ -65,6 +65,7 @@ class Shape:
     lora: Lora
     optim: str
     checkpointing: str  # gradient checkpointing: off, reentrant or not
+    checkpointed: int | None  # of so many decoder layers, the first ones; None: of all
     rows: int  # of a micro-batch in training
     more_rows: int  # of one without gradients: in evaluation, or in PPO's rollouts
     prompt: int  # longest prompt, of PPO
@@ -103,6 +104,7 @@ def largest(phase: str, *micro_batches: MicroBatchMemory) -> dict[str, float]:
 def enable_checkpointing(model: Any, shape: Shape) -> None:
     """Switch gradient checkpointing on where the shape has it."""
     if shape.checkpointing != "off":
+        model.checkpointed = shape.checkpointed
         model.activation_checkpointing_enable({"use_reentrant": shape.checkpointing == "reentrant"})
 
 
@@ -113,20 +115,27 @@ def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> di
         layers: of the model; None: all that it has.
         training_only: leave out the phases without gradients.
     Returns:
-        `adapters`, `gradients`, `optimizer`, of PPO `kv_cache`, and a `MicroBatchMemory` of each phase, as
-        `update.saved`, `update.activations` and so on.
+        `adapters`, `gradients`, `optimizer`, of PPO `kv_cache` and `copies` (the policy's adapter in the base's dtype),
+        and a `MicroBatchMemory` of each phase, as `update.saved`, `update.activations` and so on.
     Raises:
         NoPlan: the model cannot be run dry.
     """
-    at_once = log_probs.CPU_ROWS
+    chunks, before = log_probs.chunks, vars(log_probs).copy()
+    # From the second on, a chunk of logits takes what every one takes. Of a large vocabulary there are hundreds.
+    log_probs.chunks = lambda count, size: chunks(count, size)[:2]
     if shape.on_gpu:  # the tensors of a dry run say that they are on a CPU
-        log_probs.CPU_ROWS = log_probs.LOGITS_AT_ONCE
+        log_probs.CPU_ROWS, log_probs.float32_product = log_probs.LOGITS_AT_ONCE, gpu_product
     try:
         return (dry_ppo if shape.stage == "ppo" else dry_trl)(shape, layers, training_only)
     except RuntimeError as error:
         raise NoPlan(f"{shape.stage} cannot be planned: {str(error).splitlines()[0]}") from error
     finally:
-        log_probs.CPU_ROWS = at_once
+        vars(log_probs).update(before)
+
+
+def gpu_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """What `log_probs.float32_product` allocates on a GPU."""
+    return rows.new_empty(len(rows), len(weight), dtype=torch.float32)
 
 
 def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:
@@ -216,6 +225,7 @@ def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
             dry_backward(values)
 
     numbers = adapter_bytes(shared, shape.optim)
+    numbers["copies"] = sum(p.numel() for p in shared.parameters_of("policy")) * precision(shape.base).itemsize
     with DRY:
         materialize(shared)
         metered = functools.partial(meter_micro_batch, shared, shared.backbone)
@@ -224,7 +234,8 @@ def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
             saved, activations, logits = metered(no_grad(lambda: sizes.append(dry_decode(shared, shape))))
             numbers |= largest("generate", MicroBatchMemory(saved - sizes[0], activations - sizes[0], logits))
             numbers["kv_cache"] = sizes[0]
-            rows = min(shape.more_rows, max(1, TOKENS_AT_ONCE // shape.length))
+            # What PPO updates is scored in the update's micro-batches, all else in as many tokens as keep a GPU busy.
+            rows = max(shape.rows, min(shape.more_rows, TOKENS_AT_ONCE // shape.length))
             scored = [metered(no_grad(lambda role=role: head_step(role, rows))) for role in list(shared.heads)[:1]]
             numbers |= largest("score", metered(no_grad(lambda: policy_step(rows, entropy=True))), *scored)
         shared.train()

@@ -14,7 +14,7 @@ from ..model.memory import give_back_at_once, peak_memory_mib
 from ..recipe.values import Recipe
 from ..stages.configure import Configs
 from ..stages.job import Job
-from .advice import best_changes
+from .advice import best_changes, settings_that_fit
 from .dry_run import NoPlan
 from .plan import MemoryPlan, StagePlan, for_device, gib, plan_memory, settle_auto_sizes, stage_plan
 
@@ -38,7 +38,9 @@ def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console
         console.print(Text(f"warning: {error}", style="yellow"))
         return False
     for stage in plan.stages:
-        console.print(Text(plan.line(stage)))
+        chosen = getattr(configs[stage], "chosen_sizes", {})
+        sizes = ", ".join(f"{key}={'all' if size is None else size}" for key, size in chosen.items())
+        console.print(Text(plan.line(stage) + f"; chosen: {sizes}" * bool(chosen)))
     if not force:
         refuse_misfit(recipe, configs, plan)
     if not plan.on_gpu and max(map(plan.held_mib, plan.stages)) > plan.limit_mib:
@@ -51,10 +53,12 @@ def refuse_misfit(recipe: Recipe, configs: Configs, plan: MemoryPlan) -> None:
     """Raises ValueError for the first stage that does not fit, with the three changes that help most."""
     for stage, stage_memory in plan.stages.items():
         if not plan.fits_in(stage):
+            settings = settings_that_fit(recipe, stage, configs)
+            fits = "No setting that is known makes it fit." if settings is None else f"It fits with {settings}."
             raise ValueError(
-                f"{stage} does not fit: it is planned to take {gib(stage_memory.peak_mib)} GiB, or with the "
-                f"allocator's reserve {gib(stage_memory.needed_mib)}, of {gib(plan.limit_mib)}. "
-                f"{best_changes(recipe, stage, configs)} To run it all the same: --force."
+                f"{stage} does not fit: it is planned to take {gib(stage_memory.peak_mib)} GiB, or with what is held "
+                f"beside its tensors {gib(stage_memory.needed_mib)}, of {gib(plan.limit_mib)}. "
+                f"{best_changes(recipe, stage, configs)} {fits} To run it all the same: --force."
             )
 
 

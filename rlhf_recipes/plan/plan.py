@@ -5,8 +5,10 @@ take is found by dry runs (see `dry_run`) of few layers, from where every number
 them. Lengths are the longest that the configuration allows.
 """
 
+import bisect
 import copy
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -18,8 +20,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers.training_args import OptimizerNames
 
+from ..model.batches import TOKENS_AT_ONCE
+from ..model.graph import layers_refusal, room, static_bytes
 from ..model.memory import resident_mib
-from ..recipe.values import Recipe
+from ..recipe.values import Base, Recipe
 from ..stages.configure import Configs, configure, training_steps
 from ..stages.options import PPOConfig
 from ..stages.ppo.roles import Role, ppo_roles
@@ -28,17 +32,21 @@ from .dry_run import Shape
 from .kept import kept_dry_run
 from .meter import MicroBatchMemory
 from .others import for_gpu, other_models
-from .skeleton import read_config, skeleton, weight_bytes
+from .skeleton import quantized, read_config, skeleton, weight_bytes
 
 LAYERS = (2, 3)  # of the dry runs
 
-# Of all but the weights: what the allocator holds in fragments and, from 7B on, the CUDA context (0.5 GiB).
-RESERVE = 0.15
+GIB, MIB = 2**30, 2**20
 
-# The same of glibc, which keeps what is freed. In a stage of SmolLM2 in float32 that is planned at 5.1 GiB, 0.5 of them
+# What is there beside the tensors of a stage. Fitted to PPO of a 7B and a 14B in NF4 on an H200 (see README.md).
+WORKSPACES = 2 * 32 * MIB  # cuBLAS's, of the forward's and the backward's thread. Before Hopper they take 8 MiB each.
+CONTEXT = 0.73 * GIB  # CUDA's: kernels and their state, which no allocator counts
+FRAGMENTS = 0.27  # of all but the weights: what torch's allocator holds and nothing uses (22 % and 32 % were measured)
+CPU_FRAGMENTS = 0.15
+
+# What glibc holds, which keeps what is freed. In a stage of SmolLM2 in float32 that is planned at 5.1 GiB, 0.5 of them
 # weights, a process held 8.5 GiB above its start after a few steps, and 11.1 GiB in all in a whole run.
 HELD = 1.2
-MIB = 2**20
 
 
 def gib(mib: float) -> str:
@@ -60,8 +68,8 @@ class StagePlan:
 
     @property
     def needed_mib(self) -> float:
-        """The peak and the allocator's reserve."""
-        return self.peak_mib + self.parts["reserve"]
+        """The peak with what is held beside the tensors."""
+        return self.peak_mib + self.parts["fragments"] + self.parts["context"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class MemoryPlan:
         return max(stage.peak_mib for stage in self.stages.values())
 
     def fits_in(self, stage: str) -> bool:
-        """Whether a stage fits, with the allocator's reserve."""
+        """Whether a stage fits, with what is held beside its tensors."""
         return self.stages[stage].needed_mib <= self.limit_mib
 
     def line(self, stage: str) -> str:
@@ -153,6 +161,7 @@ def shape_of(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> Shape:
         raise ValueError(
             f"{stage}: the model has no longest context, so set {stage}.max_{'prompt_' * bool(prompt)}length."
         )
+    first = getattr(config, "checkpointed_layers", None)
     checkpointing = "reentrant" if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant") else "on"
     return Shape(
         stage=stage,
@@ -160,7 +169,8 @@ def shape_of(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> Shape:
         base=recipe.base,
         lora=recipe.lora,
         optim=str(OptimizerNames(config.optim).value),
-        checkpointing=checkpointing if config.gradient_checkpointing else "off",
+        checkpointing=checkpointing if config.gradient_checkpointing and first != 0 else "off",
+        checkpointed=first,
         rows=rows,
         more_rows=more_rows,
         prompt=int(prompt),
@@ -187,9 +197,12 @@ def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> St
     numbers, others = at_full_depth(shape), other_models(recipe, stage, config, shape.length, gpu)
     weights, rollout = weight_bytes(recipe.base), rollout_bytes(config) if stage == "ppo" else 0
     models = weights + numbers["adapters"] + (others.models if stage == "ppo" else 0)
-    stays = models + numbers["optimizer"] + rollout
+    workspaces = 0 if gpu is None else WORKSPACES
+    stays = models + numbers["optimizer"] + rollout + workspaces
     if others.vllm:  # it samples in place of our loop, from a KV cache of its own
         numbers |= {"kv_cache": 0, "generate.activations": others.vllm, "generate.saved": 0, "generate.logits": 0}
+    elif stage == "ppo" and gpu is not None:
+        numbers |= captured_decoding(recipe, config, shape, numbers)
     training = "update" if stage == "ppo" else "train"
     phases, activations = {"load": models + others.loading}, {}
     for phase in ("generate", "score", "update") if stage == "ppo" else ("train", "evaluate"):
@@ -208,34 +221,69 @@ def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> St
     parts["other_models"] = max(others.models + others.vllm, others.labeler)
     parts |= {"activations": max(activations.values()), "kv_cache": numbers.get("kv_cache", 0)}
     parts["logits"] = max(numbers[f"{phase}.logits"] for phase in activations)
+    parts["workspaces"] = workspaces
+    parts |= held_beside(max(phases.values()), weights, gpu is not None)
     parts, phases = ({name: size / MIB for name, size in sizes.items()} for sizes in (parts, phases))
-    return StagePlan(parts | {"reserve": reserve(max(phases.values()), parts["weights"])}, phases)
+    return StagePlan(parts, phases)
 
 
-def reserve(peak: float, weights: float) -> float:
-    """What the allocator takes above a peak, in MiB as both are. Weights stay where they are and leave no fragments."""
-    return RESERVE * (peak - weights)
+def captured_decoding(recipe: Recipe, config: PPOConfig, shape: Shape, numbers: dict[str, float]) -> dict[str, float]:
+    """What sampling takes where its step is captured in a CUDA graph, in place of the eager loop's numbers.
+
+    The KV cache has whole blocks of tokens. The policy's adapter is there once more, and so are the graphs' own memory
+    and the state of the rows, while prompts go through the model eagerly.
+    """
+    text = read_config(recipe.base).get_text_config()
+    refused = config.generation_backend != "native" or recipe.base.quantization == "int8"
+    if refused or layers_refusal(text, room(shape.prompt, config.response_length)) is not None:
+        return {}
+    token = numbers["kv_cache"] / (shape.more_rows * shape.length)
+    dequantized = max((2 * module.weight.numel() for module in quantized(skeleton(recipe.base, 1))), default=0)
+    static = static_bytes(shape.more_rows, shape.prompt, config.response_length, token, text.vocab_size, dequantized)
+    more = numbers["copies"] + static["buffers"] + static["pool"]
+    grown = {name: numbers[name] + more for name in ("generate.saved", "generate.activations")}
+    return {"kv_cache": static["cache"], **grown}
+
+
+def held_beside(peak: float, weights: float, on_gpu: bool) -> dict[str, float]:
+    """Bytes that are held beside the tensors of a peak. Weights stay where they are and leave no fragments."""
+    share, context = (FRAGMENTS, CONTEXT) if on_gpu else (CPU_FRAGMENTS, 0)
+    return {"fragments": share * (peak - weights), "context": context}
 
 
 def at_full_depth(shape: Shape) -> dict[str, float]:
     """The dry runs' numbers, carried on from few layers to the model's.
 
-    Adapters, their gradients and optimizer state, the KV cache and what training keeps grow with the layers; what a
-    forward without gradients takes does not.
+    All grow with the layers in a straight line. Where only the first layers are checkpointed, the others keep what they
+    keep without, which is gone before the first layer runs its forward again.
     """
     text = read_config(shape.base).get_text_config()
     depth = text.num_hidden_layers
-    low, high = min(depth, LAYERS[0]), min(depth, LAYERS[1])
-    numbers = dict(kept_dry_run(shape, low))
-    steps = (depth - low) / max(1, high - low)
-    for name, value in kept_dry_run(shape, high, training_only=True).items() if steps else ():
-        numbers[name] += (value - numbers[name]) * steps
-    if "kv_cache" in numbers:
-        numbers["kv_cache"] *= depth / low
+    if depth <= LAYERS[1]:
+        numbers = dict(kept_dry_run(shape, depth))
+    else:
+        numbers, a_layer = _carried(dataclasses.replace(shape, checkpointed=None), depth)
+        if shape.checkpointed in range(1, depth) and shape.checkpointing != "off":
+            unchecked = dataclasses.replace(shape, checkpointing="off", checkpointed=None)
+            most, of_each = _carried(unchecked, depth, training_only=True)
+            a_layer_spares = of_each["update.saved"] - a_layer["update.saved"]
+            saved = numbers["update.saved"] + (depth - shape.checkpointed) * a_layer_spares
+            beyond = most["update.activations"] - most["update.saved"]  # a backward through a layer that was kept
+            numbers["update.activations"] = max(numbers["update.activations"], saved + beyond)
+            numbers["update.saved"] = saved
     if shape.on_gpu and shape.stage in ("sft", "dpo"):
         for phase, rows in (("train", shape.rows), ("evaluate", shape.more_rows)):
             numbers[f"{phase}.logits"] = fused_head_bytes(rows * shape.length, text.hidden_size)
     return numbers
+
+
+def _carried(shape: Shape, depth: int, training_only: bool = False) -> tuple[dict[str, float], dict[str, float]]:
+    """The dry runs' numbers of so many layers, and what each layer adds."""
+    low, high = (kept_dry_run(shape, layers, training_only) for layers in LAYERS)
+    a_layer = {name: (high[name] - low[name]) / (LAYERS[1] - LAYERS[0]) for name in low}
+    if "kv_cache" in low:  # every second layer may have another kind of it
+        a_layer["kv_cache"] = low["kv_cache"] / LAYERS[0]
+    return {name: max(0, low[name] + (depth - LAYERS[0]) * a_layer[name]) for name in low}, a_layer
 
 
 def fused_head_bytes(tokens: int, hidden_size: int) -> float:
@@ -254,9 +302,13 @@ def rollout_bytes(config: PPOConfig) -> float:
 
 
 def available_bytes() -> float:
-    """Bytes that this process may take: of the GPU, or what the machine (or the container) has beside what is taken."""
+    """Bytes that this process may take: of the GPU, or what the machine (or the container) has beside what is taken.
+
+    Of the GPU they are those that its driver calls free, what the allocator holds, and CUDA's context, which is there
+    and which a plan counts.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() + CONTEXT
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and limit.read_text().strip() != "max":
@@ -265,9 +317,15 @@ def available_bytes() -> float:
 
 
 def settle_auto_sizes(recipe: Recipe, config: PPOConfig, gpu: float | None = None) -> None:
-    """Set the sizes that are `auto` to the largest that fit by the plan."""
-    for key in sorted(config.auto_sizes):
+    """Set the sizes that are `auto`: first the rows, to the most that fit, then the layers to checkpoint, to the least.
+
+    Beside `gradient_checkpointing=auto` rows are no more than keep a GPU busy: what they leave is better spent on
+    layers that need no second forward.
+    """
+    for key in sorted(config.auto_sizes - {"gradient_checkpointing"}):
         setattr(config, key, largest_size(recipe, {"ppo": config}, key, gpu))
+    if "gradient_checkpointing" in config.auto_sizes:
+        config.checkpointed_layers = least_checkpointed(recipe, config, gpu)
 
 
 def largest_size(recipe: Recipe, configs: Configs, key: str, gpu: float | None = None) -> int:
@@ -278,44 +336,108 @@ def largest_size(recipe: Recipe, configs: Configs, key: str, gpu: float | None =
     total, device_recipe, config = for_device(recipe, "ppo", configs["ppo"], gpu)
     updates = key == "per_device_train_batch_size"
     divided = config.mini_batch_size if updates else config.rollout_size
-    limit = (available_bytes() if gpu is None else gpu) / MIB
     sizes = [size for size in range(1, divided + 1) if divided % size == 0]
+    if updates and "gradient_checkpointing" in config.auto_sizes:
+        length = shape_of(device_recipe, "ppo", config, on_gpu=total is not None).length
+        sizes = [size for size in sizes if size * length <= TOKENS_AT_ONCE] or [1]
+    phases = ("update",) if updates else ("generate", "score")
     while len(sizes) > 1:  # keep the half in which the largest is
         middle = len(sizes) // 2
         setattr(config, key, sizes[middle])
-        tried = stage_plan(device_recipe, "ppo", config, total)
-        peak = tried.phases["update"] if updates else max(tried.phases["generate"], tried.phases["score"])
-        fits = peak + reserve(peak, tried.parts["weights"]) <= limit
-        sizes = sizes[middle:] if fits else sizes[:middle]
+        sizes = sizes[middle:] if fits_by(phases, device_recipe, config, total, gpu) else sizes[:middle]
     return sizes[0]
+
+
+def least_checkpointed(recipe: Recipe, config: PPOConfig, gpu: float | None = None) -> int:
+    """The fewest decoder layers, the first ones, with which the update fits if they are checkpointed; else all."""
+    total, device_recipe, config = for_device(recipe, "ppo", config, gpu)
+    layers = read_config(recipe.base).get_text_config().num_hidden_layers
+
+    def fits(count: int) -> bool:
+        config.checkpointed_layers = count
+        return fits_by(("update",), device_recipe, config, total, gpu)
+
+    return bisect.bisect_left(range(layers), True, key=fits)
+
+
+def fits_by(phases: Sequence[str], recipe: Recipe, config: PPOConfig, total: float | None, gpu: float | None) -> bool:
+    """Whether PPO fits by some of its phases alone. The arguments are as `for_device` takes and gives them."""
+    tried = stage_plan(recipe, "ppo", config, total)
+    peak = max(tried.phases[phase] for phase in phases)
+    beside = held_beside(peak * MIB, tried.parts["weights"] * MIB, total is not None)
+    return peak * MIB + sum(beside.values()) <= (available_bytes() if gpu is None else gpu)
 
 
 def work_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float | None]:
     """Tokens and floating-point operations (FLOP) of a step, and steps, where the recipe alone says how many.
 
     Where a limit says it, the steps are `at_most` so many, because rows may be dropped, and there may be fewer.
-
-    A forward takes 2 FLOP a token and weight, a backward to the adapters through frozen weights 2 more, gradient
-    checkpointing one more forward (Kaplan et al., arXiv:2001.08361, section 2.1, without attention). A step of PPO is
-    an update: each row is decoded, scored by every role, and trained on num_ppo_epochs times by policy and critic.
     """
-    shape = shape_of(recipe, stage, config, on_gpu=False)
-    model: Any = skeleton(recipe.base)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = sum(p.numel() for p in model.parameters()) - (0 if head is embedding else embedding.numel())
-    training = 4 if shape.checkpointing == "off" else 6
     section = getattr(recipe, stage)
-    if stage == "ppo":
-        tokens = config.rollout_size * shape.length
-        # A head alone reads what the policy's forward has computed.
-        scored = sum(not role.copy and role.on is None and role.name != JUDGE for role in shape.roles)
-        trained = config.num_ppo_epochs * sum(role.trained for role in shape.roles)
-        flop = tokens * weights * (2 + 2 * scored + training * trained)
-    else:
-        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        tokens = per_step * shape.length * (1 if stage == "sft" else 2)
-        flop = tokens * weights * (training + 2 * (stage == "dpo"))
     at_most = config.max_steps <= 0 and getattr(config, "total_episodes", None) is None
     rows = 0 if not at_most else None if section.limit is None else section.limit * (1 - section.heldout)
     steps = None if rows is None else training_steps(stage, config, rows)
+    tokens = _rows_of_step(stage, config) * shape_of(recipe, stage, config, on_gpu=False).length
+    flop = sum(flop_of_step(recipe, stage, config).values())
     return {"tokens": tokens, "flop": flop, "steps": steps, "at_most": at_most}
+
+
+def flop_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float]:
+    """Floating-point operations of each phase of a step.
+
+    A forward takes 2 FLOP a token and weight, a backward to the adapters through frozen weights 2 more, gradient
+    checkpointing one more forward of the layers that it is of (Kaplan et al., arXiv:2001.08361, section 2.1, without
+    attention). A step of PPO is an update: each row is decoded, scored by the roles, and trained on num_ppo_epochs
+    times by policy and critic.
+    """
+    shape = shape_of(recipe, stage, config, on_gpu=False)
+    forward = 2 * _rows_of_step(stage, config) * shape.length * weights_of_token(recipe.base)
+    again = 0 if shape.checkpointing == "off" else 1
+    if again and shape.checkpointed is not None:
+        again = min(1, shape.checkpointed / read_config(recipe.base).get_text_config().num_hidden_layers)
+    training = (2 + again) * forward
+    if stage != "ppo":
+        return {"train": training + (stage == "dpo") * forward}
+    trained = config.num_ppo_epochs * sum(role.trained for role in shape.roles)
+    return {"generate": forward, "score": len(scoring_roles(config, shape)) * forward, "update": trained * training}
+
+
+def scoring_roles(config: PPOConfig, shape: Shape) -> list[Role]:
+    """The roles that score a rollout by a forward of their own.
+
+    A head alone reads what the policy's forward has computed, and the policy's is that of the update where a single
+    micro-batch is the update.
+    """
+    scoring = [role for role in shape.roles if not role.copy and role.on is None and role.name != JUDGE]
+    kept = config.is_one_step and shape.rows >= config.rollout_size
+    return [role for role in scoring if role.name != "policy" or (config.scores_policy and not kept)]
+
+
+def forwards_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float]:
+    """Forwards of a batch, as many as each phase of a step has. A backward's kernels count as one more."""
+    shape = shape_of(recipe, stage, config, on_gpu=False)
+    training = 2 if shape.checkpointing == "off" else 3
+    if stage != "ppo":
+        return {"train": config.gradient_accumulation_steps * (training + (stage == "dpo"))}
+    batches, micro = (math.ceil(config.rollout_size / rows) for rows in (shape.more_rows, shape.rows))
+    trained = config.num_ppo_epochs * sum(role.trained for role in shape.roles)
+    return {
+        "generate": batches * config.response_length,
+        "score": micro * len(scoring_roles(config, shape)),
+        "update": micro * trained * training,
+    }
+
+
+def _rows_of_step(stage: str, config: Any) -> int:
+    """Sequences in a step."""
+    if stage == "ppo":
+        return config.rollout_size
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * (1 if stage == "sft" else 2)
+
+
+@functools.cache
+def weights_of_token(base: Base) -> int:
+    """Weights that a token is multiplied with: all but the embeddings, which are looked up."""
+    model: Any = skeleton(base)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(p.numel() for p in model.parameters()) - (0 if head is embedding else embedding.numel())

@@ -176,6 +176,7 @@ class StageRecord(TypedDict):
     peak_memory_mib: float  # the highest of all attempts
     data: DataReport
     planned_peak_mib: NotRequired[float]
+    chosen_sizes: NotRequired[dict[str, int | None]]  # of those that are `auto`, when the stage began; None: all layers
     results: NotRequired[StageResults]  # once it is done
     copied_from: NotRequired[str]  # the variant that trained it, in a sweep
 

@@ -118,7 +118,11 @@ class PPOConfig(TrainingArguments):
         None, "Learning rate of the critic's adapter and head; None: as the policy. [InstructGPT has two]"
     )
     logging_steps: float = _option(1, "Log every so many PPO updates.")
-    gradient_checkpointing: bool = _option(True, "Trade compute for memory. [TRL]")
+    gradient_checkpointing: bool | int | Literal["auto"] = _option(  # type: ignore[assignment]
+        True,
+        "Trade compute for memory: in the backward, decoder layers run their forward again. A number: the first "
+        "so many. auto: as few as fit, and more where memory runs out. It changes no result. [TRL, all or none]",
+    )
     total_episodes: int | None = _option(
         None, "Responses sampled in all; None: num_train_epochs over the data, num_generations a prompt. [TRL]"
     )
@@ -335,8 +339,15 @@ class PPOConfig(TrainingArguments):
 
     def _resolve_sizes(self) -> None:
         """Settle `mini_batch_size`, and where `auto` starts: with all there is, unless a plan says less."""
-        sizes = ("per_device_train_batch_size", "rollout_micro_batch_size")
+        sizes = ("per_device_train_batch_size", "rollout_micro_batch_size", "gradient_checkpointing")
         self.auto_sizes = {name for name in sizes if getattr(self, name) == "auto"}
+        self.checkpointed_layers: int | None = None  # the first so many; None: all
+        if "gradient_checkpointing" in self.auto_sizes:
+            self.gradient_checkpointing = True
+        elif not isinstance(self.gradient_checkpointing, bool):
+            self.checkpointed_layers = int(self.gradient_checkpointing)
+            _check_range("ppo", self, ("gradient_checkpointing",), 0, float("inf"), "0 or more")
+            self.gradient_checkpointing = True
         if self.mini_batch_size is not None and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "ppo.mini_batch_size is all of an optimizer step's episodes: leave ppo.gradient_accumulation_steps out."
@@ -349,6 +360,12 @@ class PPOConfig(TrainingArguments):
             self.mini_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if "rollout_micro_batch_size" in self.auto_sizes:
             self.rollout_micro_batch_size = self.rollout_size
+
+    @property
+    def chosen_sizes(self) -> dict[str, int | None]:
+        """What the sizes that are `auto` have become; of layers to checkpoint None where they are all."""
+        names = {"gradient_checkpointing": "checkpointed_layers"}
+        return {names.get(key, key): getattr(self, names.get(key, key)) for key in sorted(self.auto_sizes)}
 
     @property
     def rollout_size(self) -> int:

@@ -32,6 +32,7 @@ def shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shape]:
         lora=Lora(),
         optim="adamw_torch",
         checkpointing="off",
+        checkpointed=None,
         rows=2,
         more_rows=2,
         prompt=0,

@@ -95,6 +95,7 @@ class PPOTrainer(Trainer):
         self.texts = None if ptx is None else ptx.train.with_format("numpy", ["input_ids"])
         self.kl_coef = args.kl_coef  # which target_kl adapts
         self.micro_batch_size = int(args.per_device_train_batch_size)  # which auto halves
+        model.checkpointed = args.checkpointed_layers  # which auto makes more
         self.best_reward = -math.inf  # of the role `best`
         # The policy's forward on the whole rollout, for the first step of the update: its rows, and their log-probs.
         self.kept: tuple[Tensor, Tensor] | None = None
@@ -219,7 +220,7 @@ class PPOTrainer(Trainer):
                 values=None,
                 passes=draw_passes(samples, self.config),
             )
-            self.with_fewer_rows(lambda: self.score(rollout))
+            self.with_less_memory(lambda: self.score(rollout))
             return rollout
 
     def score(self, rollout: Rollout) -> None:
@@ -379,16 +380,36 @@ class PPOTrainer(Trainer):
             if texts:
                 averages["loss/ptx_avg"] = self.ptx_backward(texts)
 
-        self.with_fewer_rows(work)
+        self.with_less_memory(work)
         return averages
 
-    def with_fewer_rows(self, work: Callable[[], None]) -> None:
-        """Do the work; where memory runs out, with `per_device_train_batch_size=auto`, again in half the size."""
-        if "per_device_train_batch_size" not in self.config.auto_sizes:
+    def with_less_memory(self, work: Callable[[], None]) -> None:
+        """Do the work; where memory runs out and a size is `auto`, again with less.
+
+        Layers are checkpointed first, half of those that are not yet, for that moves no row to another micro-batch;
+        then micro-batches have half the rows.
+        """
+        sizes = self.config.auto_sizes & {"gradient_checkpointing", "per_device_train_batch_size"}
+        if not sizes:
             return work()
         while ran_out(work):
-            size = min(self.micro_batch_size, self.config.mini_batch_size or math.inf)
-            self.micro_batch_size = halved(int(size), "per_device_train_batch_size")
+            layers, first = len(self.model.checkpointable), self.checkpointed_layers
+            if "gradient_checkpointing" in sizes and first < layers:
+                self.model.checkpointed = layers - (layers - first) // 2
+                logger.warning("Out of memory: now %d of %d layers are checkpointed.", self.model.checkpointed, layers)
+                kwargs = self.args.gradient_checkpointing_kwargs
+                self.model.activation_checkpointing_enable(kwargs if isinstance(kwargs, dict) else None)
+            elif "per_device_train_batch_size" in sizes:
+                size = min(self.micro_batch_size, self.config.mini_batch_size or math.inf)
+                self.micro_batch_size = halved(int(size), "per_device_train_batch_size")
+            else:
+                raise torch.OutOfMemoryError("out of memory, with all layers checkpointed.")
+
+    @property
+    def checkpointed_layers(self) -> int:
+        """So many decoder layers, the first ones, run their forward again in the backward."""
+        layers, first = len(self.model.checkpointable), self.model.checkpointed
+        return layers if first is None else min(first, layers)
 
     def policy_loss(self, rollout: Rollout, rows: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped policy loss of a micro-batch, and its share in the mini-batch's averages over `tokens` tokens."""
@@ -503,6 +524,8 @@ class PPOTrainer(Trainer):
             if self.config.auto_sizes:
                 logs["auto/per_device_train_batch_size"] = self.micro_batch_size
                 logs["auto/rollout_micro_batch_size"] = self.sampler.batch_size
+            if "gradient_checkpointing" in self.config.auto_sizes:
+                logs["auto/checkpointed_layers"] = self.checkpointed_layers
         super().log(logs, start_time)
 
     # What the Trainer asks of a subclass

@@ -428,10 +428,61 @@ def test_the_moving_average_is_what_is_evaluated(folder: Path, make: Make) -> No
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_update(folder: Path, make: Make, use_reentrant: bool) -> None:
-    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    without, checkpointed = after_one_update(folder, make, {}), after_one_update(folder, make, kwargs)
-    for role in without:
-        torch.testing.assert_close(checkpointed[role], without[role], rtol=0, atol=1e-6)
+    without = after_one_update(folder, make, {})
+    for layers in (True, 0, 1, 2):  # the model has two
+        kwargs = {"gradient_checkpointing": layers, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+        checkpointed = after_one_update(folder, make, kwargs)
+        for role in without:
+            torch.testing.assert_close(checkpointed[role], without[role], rtol=0, atol=1e-6)
+
+
+def test_only_the_first_layers_run_their_forward_again(folder: Path, make: Make) -> None:
+    for layers, runs in ((True, [2, 2]), (2, [2, 2]), (1, [2, 1]), (0, [1, 1]), (False, [1, 1])):
+        trainer = make(gradient_checkpointing=layers, num_ppo_epochs=1, advantage_estimator="grpo", num_generations=2)
+        calls: list[int] = []
+        for number, layer in enumerate(trainer.model.checkpointable):
+            attention: Any = layer.self_attn
+            attention.register_forward_pre_hook(
+                lambda *_, number=number, calls=calls: calls.append(number) if torch.is_grad_enabled() else None
+            )
+        trainer.train()
+        assert [calls.count(number) for number in range(2)] == runs, layers
+
+
+def test_where_memory_runs_out_layers_are_checkpointed_before_rows_are_halved(folder: Path, make: Make) -> None:
+    class Shallow(SharedBase):
+        """Has memory for the activations of so many layers of so many rows."""
+
+        room = 0
+
+        def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            kept = sum(not layer.gradient_checkpointing for layer in self.checkpointable)
+            if torch.is_grad_enabled() and len(input_ids) * kept > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            return super().hidden(input_ids, attention_mask)
+
+    plain = {"optim": "sgd", "learning_rate": 0.1, "total_episodes": 8, "mini_batch_size": 4}
+    found = []
+    for room, rows in ((8, 4), (4, 4), (0, 4), (-1, 4)):
+        trainer = make(
+            shared_base(folder, Shallow),
+            **{**plain, "per_device_train_batch_size": rows, "gradient_checkpointing": "auto"},
+        )
+        assert isinstance(trainer.model, Shallow)
+        trainer.model.room, trainer.model.checkpointed = room, 0  # as a plan that was too hopeful chooses
+        if room < 0:
+            with pytest.raises(torch.OutOfMemoryError, match="with all layers checkpointed"):
+                trainer.train()
+            continue
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert (log["auto/checkpointed_layers"], log["auto/per_device_train_batch_size"]) == (
+            {8: 0, 4: 1, 0: 2}[room],
+            4,
+        )
+        found.append(weights(trainer, "policy"))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
 
 
 # --- Odd cases --------------------------------------------------------------------------------------------------------
