@@ -5,7 +5,6 @@ What follows a response's first stop token means nothing. Whatever sampled them,
 the forward that trains. B rows, P prompt tokens (left-padded), T response tokens.
 """
 
-import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import StaticCache
 from transformers.generation import ContinuousBatchingConfig
 
+from ..records.manifest import installed_version
 from .decode import cache_argument
 from .sampler import Backend, Sampler
 from .shared import SharedBase
@@ -60,14 +60,6 @@ def check_backend(name: str, quantization: str | None, dtype: torch.dtype) -> No
         raise ValueError(f"{option} cannot quantize to 8 bits while loading: set base.quantization to nf4 or none.")
     if dtype == torch.float32:
         raise ValueError(f"{option} has LoRA in 16 bits only: set base.dtype=bfloat16.")
-
-
-def installed_version(package: str) -> str | None:
-    """A package's version, None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def make_backend(
