@@ -274,7 +274,7 @@ def real_model(given: Given) -> None:
         settings += ["ppo.response_length=8"]
     else:
         settings += ["sft.max_steps=60", "sft.per_device_train_batch_size=32", "ppo.per_device_train_batch_size=32"]
-        settings += ["reward.max_steps=40", "reward.per_device_train_batch_size=64"]
+        settings += ["reward.max_steps=60", "reward.per_device_train_batch_size=32"]
         settings += ["ppo.total_episodes=4096", "ppo.heldout_limit=128"]
     whole_run("qwen3-0-6b-hh", settings)
 
