@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # TRL 1.12.0 needs a virtual environment of its own.
 PARITY := .venv-parity
 
-.PHONY: demo test test-long lint parity clean
+.PHONY: demo test test-long gpu lint parity clean
 
 demo: $(STAMP)  ## the whole pipeline on a tiny model, on a CPU
 	$(BIN)/rlhf-recipes run tiny
@@ -15,6 +15,9 @@ test: lint  ## and all tests that a machine without a GPU can run
 
 test-long: $(STAMP)  ## what proves the same at full size
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
+
+gpu: $(STAMP)  ## what a GPU measures in 12 minutes: make gpu ARGS="--model FOLDER"
+	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

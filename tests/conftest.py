@@ -5,9 +5,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -72,22 +72,25 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator[Any]:
+    playwright_api = pytest.importorskip("playwright.sync_api")  # not where tests run on a GPU
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         pytest.skip(f"needs a browser: none of {', '.join(names)} is installed")
     flags = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"]
     flags += ["disable-sync", "no-first-run"]
-    with sync_playwright() as playwright:
+    with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=[f"--{flag}" for flag in flags])
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def opened(browser: Browser) -> Iterator[Callable[[str, str], Page]]:
-    """Opens the link in a browser profile of its own, under a name. No script may fail on any page."""
+def opened(browser: Any) -> Iterator[Callable[[str, str], Any]]:
+    """Opens the link, as a Page, in a browser profile of its own, under a name. No script may fail on any page."""
+    from playwright.sync_api import Page, expect
+
     contexts, errors = [], []
 
     def open_page(link: str, name: str) -> Page:

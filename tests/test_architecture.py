@@ -76,6 +76,8 @@ def imported(node: ast.Import | ast.ImportFrom, source: Path) -> Iterator[Path]:
     else:
         return
     for alias in node.names:
+        if alias.name == "__version__":  # a number, not code
+            continue
         file = module_file([*base, alias.name]) or module_file(base)
         assert file is not None, f"{source}, line {node.lineno}: there is no {'.'.join(base)}"
         yield file

@@ -5,9 +5,9 @@ nor trl is imported until a run starts or an override has to be checked.
 """
 
 import argparse
-import importlib.metadata
 from collections.abc import Sequence
 
+from .. import __version__
 from . import agreement, chat, check, critique, evaluate, judge, label, options, plan, recipes, report, run, sample
 from .command import exit_codes, parse_options
 
@@ -32,8 +32,7 @@ COMMANDS = {
 def main_cli(argv: Sequence[str] | None = None) -> None:
     """The `rlhf-recipes` command. Exits with 2 after a user's error and with 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="rlhf-recipes", description="RLHF on one GPU, from recipes.")
-    version = importlib.metadata.version("rlhf_recipes")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(subparsers.add_parser(name, help=command.purpose, description=command.purpose))

@@ -5,7 +5,6 @@ What follows a response's first stop token means nothing. Whatever sampled them,
 the forward that trains. B rows, P prompt tokens (left-padded), T response tokens.
 """
 
-import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,17 +13,20 @@ from pathlib import Path
 
 import torch
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import StaticCache
 from transformers.generation import ContinuousBatchingConfig
 
+from ..records.manifest import installed_version
 from .decode import cache_argument
 from .sampler import Backend, Sampler
 from .shared import SharedBase
 
-# vLLM 0.26 and 0.27: later ones no longer quantize with bitsandbytes, earlier ones were not looked at.
-VLLM_VERSIONS = ">=0.26,<0.28"
+VLLM_VERSIONS = ">=0.26,<0.33"  # 0.33 wants a later torch than this package takes
+# What quantizes with bitsandbytes from 0.28 on. Before, vLLM does it itself, and the two register the same operation.
+VLLM_QUANTIZER, QUANTIZER_SINCE = "vllm-bnb-plugin", "0.28"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be
 
 
@@ -38,17 +40,22 @@ def check_backend(name: str, quantization: str | None, dtype: torch.dtype) -> No
     if name != "vllm":
         return
     option = "ppo.generation_backend=vllm"
-    try:
-        installed = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        installed = None
+    installed = installed_version("vllm")
     if installed is None or installed not in SpecifierSet(VLLM_VERSIONS):
         raise ValueError(
             f"{option} needs vLLM {VLLM_VERSIONS}, and there is {f'vLLM {installed}' if installed else 'none'}: "
-            f"pip install 'vllm{VLLM_VERSIONS}', or set ppo.generation_backend=native."
+            "pip install 'rlhf_recipes[vllm]', or set ppo.generation_backend=native."
         )
     if not torch.cuda.is_available():
         raise ValueError(f"{option} needs a CUDA device, and there is none: set ppo.generation_backend=native.")
+    outside = Version(installed) >= Version(QUANTIZER_SINCE)
+    if quantization == "nf4" and outside != bool(installed_version(VLLM_QUANTIZER)):
+        wrong = "quantizes with bitsandbytes only beside" if outside else "does not run beside"
+        mend = "" if outside else "un"
+        raise ValueError(
+            f"{option}: vLLM {installed} {wrong} {VLLM_QUANTIZER}: pip {mend}install {VLLM_QUANTIZER}, "
+            "or set base.quantization=none."
+        )
     if quantization == "int8":
         raise ValueError(f"{option} cannot quantize to 8 bits while loading: set base.quantization to nf4 or none.")
     if dtype == torch.float32:

@@ -9,12 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..recipe.overrides import to_dict
 from ..recipe.values import STAGES, Recipe
 from .contents import DataReport, Fingerprint, StageRecord, StageResults
 from .files import read_json, write_json
 
-VERSIONS = ("rlhf_recipes", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "wandb")
+VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "wandb")
+
+
+def installed_version(package: str) -> str | None:
+    """A package's version, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass
@@ -32,8 +41,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the file in one piece, with the versions of now."""
-        packages = {name: importlib.metadata.version(name) for name in VERSIONS}
-        self.versions = {"python": platform.python_version(), **packages}
+        packages = {name: version for name in VERSIONS if (version := installed_version(name))}
+        # The package itself may run from a clone that is not installed.
+        self.versions = {"python": platform.python_version(), "rlhf_recipes": __version__, **packages}
         base = {} if self.base is None else {"base": self.base}
         write_json(folder / "manifest.json", {"stages": self.stages, "versions": self.versions, **base})
 

@@ -17,13 +17,13 @@ from rlhf_recipes import Base, Lora, PPOConfig, SharedBase
 from rlhf_recipes.model.base import device, load_base
 
 sys.path.insert(0, str(Path(__file__).parent))
-gpu_7b, growth, refill, workload = map(importlib.import_module, ("gpu_7b", "growth", "refill", "workload"))
+growth, refill, shapes, workload = map(importlib.import_module, ("growth", "refill", "shapes", "workload"))
 
-WORK = gpu_7b.SHAPES["tiny"]["work"]
+WORK = shapes.SHAPES["tiny"]["work"]
 
 
 def tiny_config(model_type: str) -> Any:
-    return AutoConfig.for_model(**gpu_7b.SHAPES["tiny"]["config"] | {"model_type": model_type})
+    return AutoConfig.for_model(**shapes.SHAPES["tiny"]["config"] | {"model_type": model_type})
 
 
 def description(value: Any) -> Any:
@@ -35,7 +35,7 @@ def description(value: Any) -> Any:
 def test_a_random_4bit_base_is_what_load_base_gives(tmp_path: Path, model_type: str) -> None:
     config = tiny_config(model_type)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    loaded, made = load_base(Base(str(tmp_path), quantization="nf4")), gpu_7b.random_base(config, device())
+    loaded, made = load_base(Base(str(tmp_path), quantization="nf4")), shapes.random_base(config)
 
     def parts(model: Any) -> dict[str, Any]:
         found: dict[str, Any] = {name: type(module) for name, module in model.named_modules()}
@@ -59,7 +59,7 @@ def test_a_random_4bit_base_is_what_load_base_gives(tmp_path: Path, model_type: 
 
 
 def test_a_random_4bit_base_is_saved_and_read_as_it_is(tmp_path: Path) -> None:
-    made = gpu_7b.random_base(tiny_config("mistral"), device())
+    made = shapes.random_base(tiny_config("mistral"))
     made.save_pretrained(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": device()})
     for module in read.modules():
@@ -85,12 +85,12 @@ def test_flops_are_what_torch_counts(tmp_path: Path) -> None:
             counted[name] = flops.count
 
     work = WORK | {"prompt": 5, "response": 4}  # short rows, because torch does not know that half of the pairs count
-    arguments = gpu_7b.options(work, None, on_gpu=False) | {"bf16": False, "output_dir": str(tmp_path)}
+    arguments = shapes.options(work) | {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
     rows = workload.random_prompts([work["prompt"]] * work["rollouts"], config.vocab_size)
     tokenizer = workload.endless_tokenizer(config.vocab_size)
-    Counted(shared, PPOConfig(**arguments, total_episodes=work["rollouts"]), rows, tokenizer).train()
-    assert counted["score"] == pytest.approx(gpu_7b.score_flops(shared, work), rel=0.02)
-    assert counted["update"] == pytest.approx(gpu_7b.update_flops(shared, work), rel=0.02)
+    Counted(shared, PPOConfig(**arguments), rows, tokenizer).train()
+    assert counted["score"] == pytest.approx(shapes.score_flops(shared, work), rel=0.02)
+    assert counted["update"] == pytest.approx(shapes.update_flops(shared, work), rel=0.02)
 
 
 def test_an_exponent_is_the_slope_of_the_logarithms() -> None:

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from support.paths import ROOT
 from support.tiny_models import make_tokenizer, save_model
 from torch import Tensor
@@ -17,7 +20,15 @@ from torch._dynamo.utils import counters
 from transformers.generation import CompileConfig
 
 from rlhf_recipes import load, replace
-from rlhf_recipes.model.backends import VLLM_VERSIONS, Generate, Static, check_backend, make_backend
+from rlhf_recipes.model.backends import (
+    QUANTIZER_SINCE,
+    VLLM_QUANTIZER,
+    VLLM_VERSIONS,
+    Generate,
+    Static,
+    check_backend,
+    make_backend,
+)
 from rlhf_recipes.model.base import load_base
 from rlhf_recipes.model.sampler import Backend, Sampler
 from rlhf_recipes.model.shared import SharedBase
@@ -192,17 +203,24 @@ def test_static_compiles_one_step_for_each_role(model: SharedBase) -> None:
 # vLLM
 
 
-@pytest.mark.parametrize("found", [None, "0.33.0"])
-def test_without_vllm_the_message_says_what_to_install(
-    model: SharedBase, monkeypatch: pytest.MonkeyPatch, found: str | None
-) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    """Let these versions of packages seem to be installed; their names have `_` for `-`."""
+
     def version(name: str) -> str:
+        found = versions.get(name.replace("-", "_"))
         if found is None:
             raise importlib.metadata.PackageNotFoundError(name)
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    message = re.escape(f"pip install 'vllm{VLLM_VERSIONS}'")
+
+
+@pytest.mark.parametrize("found", [None, "0.25.1", "0.33.0"])
+def test_without_vllm_the_message_says_what_to_install(
+    model: SharedBase, monkeypatch: pytest.MonkeyPatch, found: str | None
+) -> None:
+    install(monkeypatch, vllm=found)
+    message = re.escape(f"needs vLLM {VLLM_VERSIONS}") + ".*" + re.escape("pip install 'rlhf_recipes[vllm]'")
     with pytest.raises(ValueError, match=message):
         check_backend("vllm", None, torch.bfloat16)
     with pytest.raises(ValueError, match=message):
@@ -227,15 +245,40 @@ def test_a_recipe_that_wants_vllm_is_refused_where_there_is_none() -> None:
 def test_what_vllm_cannot_run_is_refused(
     monkeypatch: pytest.MonkeyPatch, cuda: bool, quantization: str | None, dtype: torch.dtype, message: str
 ) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.27.1")
+    install(monkeypatch, vllm="0.27.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     with pytest.raises(ValueError, match=message):
         check_backend("vllm", quantization, dtype)
 
 
-def test_the_extra_installs_the_versions_that_the_check_accepts() -> None:
+@pytest.mark.parametrize(
+    ("vllm", "plugin", "message"),
+    [
+        ("0.26.0", None, None),
+        ("0.27.1", None, None),
+        ("0.27.1", "0.0.3", "0.27.1 does not run beside vllm-bnb-plugin: pip uninstall vllm-bnb-plugin"),
+        ("0.28.0", None, "0.28.0 quantizes .* only beside vllm-bnb-plugin: pip install vllm-bnb-plugin"),
+        ("0.28.0", "0.0.3", None),
+        ("0.32.0", "0.0.3", None),
+    ],
+)
+def test_from_0_28_on_vllm_quantizes_by_a_plugin(
+    monkeypatch: pytest.MonkeyPatch, vllm: str, plugin: str | None, message: str | None
+) -> None:
+    install(monkeypatch, vllm=vllm, vllm_bnb_plugin=plugin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_backend("vllm", None, torch.bfloat16)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_backend("vllm", "nf4", torch.bfloat16)
+
+
+def test_the_extra_installs_what_the_check_accepts() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras["vllm"] == [f"vllm{VLLM_VERSIONS}"]
+    vllm, plugin = map(Requirement, extras["vllm"])
+    assert (vllm.name, plugin.name) == ("vllm", VLLM_QUANTIZER)
+    accepted = SpecifierSet(VLLM_VERSIONS)
+    for version in ("0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.32.0", "0.33.0"):
+        assert (version in vllm.specifier) == (version in accepted and Version(version) >= Version(QUANTIZER_SINCE))
 
 
 @pytest.mark.gpu

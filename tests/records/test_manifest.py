@@ -20,7 +20,7 @@ def test_a_manifest_of_an_older_version_is_read_and_written_in_the_same_form(tmp
     assert manifest.versions == {"rlhf_recipes": "0.1.0"}, "what a run was made with, until it goes on"
     manifest.write(tmp_path)
     written = json.loads((tmp_path / "manifest.json").read_text())
-    assert written.pop("versions").keys() == {"python", *VERSIONS} and written.items() <= OLD.items()
+    assert written.pop("versions").keys() == {"python", "rlhf_recipes", *VERSIONS} and written.items() <= OLD.items()
 
 
 def test_a_stage_that_has_begun_is_not_done_and_keeps_its_time(tmp_path: Path) -> None:

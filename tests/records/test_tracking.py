@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +76,23 @@ def test_a_cell_of_text_shows_a_models_words_as_they_are() -> None:
 # --- Weights & Biases -------------------------------------------------------------------------------------------------
 
 
-def wandb_records(path: Path) -> list[Any]:
-    """The records of an offline run's .wandb file, which wandb has no public reader for.
+def wandb_records(content: bytes) -> list[Any]:
+    """The records in so much of an offline run's .wandb file as is written; wandb has no public reader for it.
 
     After 7 bytes of its own it is a LevelDB log: blocks of 32 KiB with chunks of checksum (4 bytes), length (2, little
     endian), type (1: whole, 2: first, 3: middle, 4: last) and payload; a record is one wandb.proto `Record`.
     """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    content, at, record, records = path.read_bytes(), 7, b"", []
-    assert content[:4] == b":W&B"
+    at, record, records = 7, b"", []
+    assert content[:4] in (b":W&B", b"")
     while at + 7 <= len(content):
         if 2**15 - at % 2**15 < 7:  # no header fits in the rest of a block
             at += 2**15 - at % 2**15
             continue
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        if at + 7 + length > len(content):
+            break
         record += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -98,13 +101,25 @@ def wandb_records(path: Path) -> list[Any]:
     return records
 
 
+def whole_run(path: Path) -> list[Any]:
+    """An offline run's records up to its end: wandb's own process still writes them when `finish` has returned."""
+    for _ in range(600):
+        records = wandb_records(path.read_bytes())
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.1)
+    pytest.fail(f"{path} has no end after a minute")
+
+
 def wandb_runs(folder: Path) -> dict[str, list[tuple[Any, list[Any], Path]]]:
     """The offline runs below a run folder by job, in the order of their start: head, records and folder of each."""
+    runs = []
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        records = whole_run(path)
+        runs.append((next(record.run for record in records if record.HasField("run")), records, path.parent))
     found: dict[str, list[tuple[Any, list[Any], Path]]] = {}
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime_ns):
-        records = wandb_records(path)
-        head = next(record.run for record in records if record.HasField("run"))
-        found.setdefault(head.job_type, []).append((head, records, path.parent))
+    for one in sorted(runs, key=lambda one: one[0].start_time.ToNanoseconds()):
+        found.setdefault(one[0].job_type, []).append(one)
     return found
 
 
