@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .stages.options import PPOConfig
     from .stages.ppo.trainer import PPOTrainer
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "Base",
     "DPOStage",

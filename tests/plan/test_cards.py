@@ -30,7 +30,7 @@ QWEN_32B = QWEN | {"num_hidden_layers": 64, "intermediate_size": 27648}
 
 
 def on_gpu(folder: Path, model: dict[str, Any], **changes: Any) -> tuple[Recipe, PPOConfig]:
-    """Half an update of 64 episodes of 512 + 512 tokens, as tests/benchmarks/gpu_7b.py makes it."""
+    """Half an update of 64 episodes of 512 + 512 tokens, as tests/benchmarks/shapes.py makes it."""
     AutoConfig.for_model(**model).save_pretrained(folder)
     args: dict[str, Any] = {
         "per_device_train_batch_size": 4,
