@@ -47,7 +47,7 @@ SHARED = next((folder for folder in (ROOT / "shared", ROOT.parent / "shared") if
 README = HERE / "README.md"
 MARKS = "<!-- gpu.py -->\n", "<!-- /gpu.py -->\n"  # around the table in it
 RESULT = "@result "  # begins a line of a part's output that is a result
-PATIENCE = 2.5  # a part that takes so many times the seconds that it should is ended
+PATIENCE = 2.5  # a part that takes so many times the seconds that it should is ended; a CPU gets ten times them
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vllm")
 Given = argparse.Namespace
 Result = dict[str, Any]  # a row of a table: a column's title -> its value; "" is the row's own title
@@ -445,7 +445,7 @@ def conduct(
             outcome["skipped"] = why
         else:
             start = time.monotonic()
-            for result in run(command(part), min(left, PATIENCE * part.seconds), outcome):
+            for result in run(command(part), min(left, (10 if given.small else PATIENCE) * part.seconds), outcome):
                 outcome["results"].append(result)
                 words = (": ".join(filter(None, (title, shown(title, value)))) for title, value in result.items())
                 print("  " + "; ".join(words), flush=True)

@@ -38,7 +38,9 @@ from workload import (
 
 from rlhf_recipes import Base, Lora, SharedBase
 from rlhf_recipes.model.base import device
-from rlhf_recipes.plan.plan import plan_memory, settle_auto_sizes
+from rlhf_recipes.plan.cards import this_card
+from rlhf_recipes.plan.hours import seconds_of_step
+from rlhf_recipes.plan.plan import StagePlan, plan_memory, settle_auto_sizes
 from rlhf_recipes.recipe.values import PPOStage, Recipe
 from rlhf_recipes.stages.configure import stage_config
 
@@ -49,7 +51,7 @@ NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: half of one, one for
 # The numbers of each model's config.json on the Hub; `work` is what is run on it: rows sampled at once (as many as fit
 # beside the weights), rows of a training micro-batch.
 WORK = {"prompt": 512, "response": 512, "rollouts": 64, "mini_batches": 4, "epochs": 1, "r": 16, "hh": 0}
-WORK |= {"checkpointing": True}
+WORK |= {"checkpointing": "auto"}
 QWEN = {"model_type": "qwen2", "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8}
 QWEN |= {"vocab_size": 152064, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -180,7 +182,8 @@ def measure(shape: str, backend: str, cap: float, changes: dict[str, Any]) -> di
     bandwidth, rate = copy_bandwidth(), matrix_rate()  # before the memory is full
     peaks: dict[str, dict[str, float]] = {}
     shared = shared_base(shape)
-    vocabulary = SHAPES[shape]["config"]["vocab_size"]
+    vocabulary, layers = (SHAPES[shape]["config"][key] for key in ("vocab_size", "num_hidden_layers"))
+    gpu = cap * GIB if on_gpu else None
 
     class Metered(Cutting):
         cuts = bool(work["hh"])
@@ -201,14 +204,16 @@ def measure(shape: str, backend: str, cap: float, changes: dict[str, Any]) -> di
                 "reserved GiB": torch.cuda.max_memory_reserved() / GIB,
             }
 
-    def update(work: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    def update(work: dict[str, Any]) -> tuple[dict[str, float], StagePlan, Any]:
         lengths = [work["prompt"]] * work["rollouts"]
         if work["hh"]:
             lengths = lengths_by(HH_PROMPTS, len(lengths), work["prompt"])
         with tempfile.TemporaryDirectory() as folder:
             recipe, config = configured(shape, work, backend, folder)
-            settle_auto_sizes(recipe, config, cap * GIB if on_gpu else None)
-            found = plan_memory(recipe, {"ppo": config}, cap * GIB if on_gpu else None).stages["ppo"]
+            settle_auto_sizes(recipe, config, gpu)
+            planned = plan_memory(recipe, {"ppo": config}, gpu).stages["ppo"]
+            card = this_card()
+            estimate = seconds_of_step(recipe, "ppo", config, planned, card) if card and card.tflops else {}
             tokenizer = endless_tokenizer(vocabulary)
             trainer = Metered(shared, config, random_prompts(lengths, vocabulary), tokenizer)
             with measured() if not on_gpu else nullcontext(Meter()) as meter:
@@ -217,27 +222,43 @@ def measure(shape: str, backend: str, cap: float, changes: dict[str, Any]) -> di
             trainer.train()
         (logged,) = [row for row in trainer.state.log_history if "time/update" in row]
         assert work["hh"] or logged["response_length"] == work["response"]
-        return logged, {phase: found.phases[phase] / 1024 for phase in PHASES}
+        first = layers if config.checkpointed_layers is None else config.checkpointed_layers
+        work["recomputed"] = first / layers if config.gradient_checkpointing else 0.0
+        return logged, planned, estimate
 
     update(work | {"prompt": 16, "response": 16, "rollouts": work["mini_batches"] * work["train_rows"]})
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    logged, planned = update(work)
+    logged, planned, estimate = update(work)
     seconds = {phase: logged[f"time/{phase}"] for phase in PHASES}
     total, peak = sum(seconds.values()), max(peaks[phase]["allocated GiB"] for phase in PHASES)
     limits = {} if work["hh"] else fractions(shared, work, seconds, bandwidth, rate)
+    phases = {
+        phase: {
+            "seconds": seconds[phase],
+            **({"planned s": estimate[phase]} if estimate else {}),
+            "planned GiB": planned.phases[phase] / 1024,
+            **peaks[phase],
+            **limits.get(phase, {}),
+        }
+        for phase in PHASES
+    }
+    held = {}
+    if on_gpu:  # with what no tensor takes: fragments and the CUDA context
+        free, whole = torch.cuda.mem_get_info()
+        held = {"planned, held GiB": planned.needed_mib / 1024, "held GiB": (whole - free) / GIB}
+        held["held, plan's error"] = held["planned, held GiB"] / held["held GiB"] - 1
     return {
-        "phases": {
-            phase: {"seconds": seconds[phase], "planned GiB": planned[phase], **peaks[phase], **limits.get(phase, {})}
-            for phase in PHASES
-        },
+        "phases": phases,
         "seconds": total,
         "episodes a second": work["rollouts"] / total,
         "sampled tokens a second": work["rollouts"] * work["response"] / seconds["generate"],
         "trained tokens a second": work["epochs"] * work["rollouts"] * logged["response_length"] / seconds["update"],
+        "recomputed layers": work["recomputed"],
         "peak GiB": peak,
-        "plan's error": max(planned.values()) / peak - 1,
+        "plan's error": planned.peak_mib / 1024 / peak - 1,
+        **held,
     }
 
 
@@ -331,14 +352,15 @@ def score_flops(shared: Any, work: dict[str, Any]) -> float:
 
 
 def update_flops(shared: Any, work: dict[str, Any]) -> float:
-    """Forward, its repetition for gradient checkpointing, and backward of policy and critic in every epoch.
+    """Forward, its repetition in the share of layers that are checkpointed, and backward of policy and critic.
 
     A backward through a frozen weight costs as much as the forward (the gradient of its input), through a trained one
     or through attention twice as much. Attention is causal, so half of the pairs count.
     """
     size, rows, length = sizes(shared), work["rollouts"], work["prompt"] + work["response"]
-    linears = length * 2 * (3 * size["linears"] + 4 * size["adapter"])
-    role = linears + 4 * size["attention"] * length**2 / 2
+    again = work.get("recomputed", 1)
+    linears = length * 2 * ((2 + again) * size["linears"] + (3 + again) * size["adapter"])
+    role = linears + (3 + again) * size["attention"] * length**2 / 2
     return work["epochs"] * rows * (2 * role + 2 * 2 * size["head"] * work["response"])
 
 

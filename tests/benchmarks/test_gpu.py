@@ -38,7 +38,7 @@ def test_parts_go_on_where_one_fails_hangs_lacks_or_comes_late(monkeypatch: pyte
     start = time.monotonic()
     report = gpu.conduct(
         [*chosen, part("last", 2)],
-        argparse.Namespace(minutes=1),
+        argparse.Namespace(minutes=1, small=False),
         lambda part: [sys.executable, "-c", SAY + PROCESSES[part.name]],
         lambda report: kept.append(json.dumps(report)),
     )
