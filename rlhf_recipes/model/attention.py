@@ -37,19 +37,21 @@ def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def static_mask(lengths: Tensor, capacity: int, flash: bool) -> Tensor:
+def static_mask(lengths: Tensor, capacity: int, dtype: torch.dtype | None) -> Tensor:
     """What `static_attention` takes in the place of a mask: how many keys each row's query sees.
 
     It has four dimensions, because transformers hands such a mask to the layers as it is.
 
     Args:
         lengths: (B,) int32, 1 or more.
+        dtype: of queries and keys, or None where FlashAttention is to be called.
     Returns:
-        (B, 1, 1, C) bool; for `flash` (3, 1, 1, B + 1) int32: where each row's queries and its keys begin, and the
-        lengths.
+        (B, 1, 1, C), 0 or minus infinity, which is what torch would make of a bool in each layer; for FlashAttention
+        (3, 1, 1, B + 1) int32: where each row's queries and its keys begin, and the lengths.
     """
-    if not flash:
-        return (torch.arange(capacity, device=lengths.device) < lengths[:, None])[:, None, None]
+    if dtype is not None:
+        hidden = torch.arange(capacity, device=lengths.device) >= lengths[:, None]  # (B, C)
+        return hidden.to(dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
     begin = torch.arange(len(lengths) + 1, device=lengths.device, dtype=torch.int32)  # (B + 1,)
     return torch.stack([begin, capacity * begin, nn.functional.pad(lengths, (0, 1))])[:, None, None]
 
@@ -78,7 +80,7 @@ def static_attention(
     if asked:
         raise NotImplementedError(f"its attention has {asked[0]}")
     rows, heads, _, size = query.shape
-    if attention_mask.dtype == torch.bool:
+    if attention_mask.is_floating_point():
         # The query heads of a group stand where the queries of a row do, and share its keys.
         grouped = query.reshape(rows, key.shape[1], -1, size)  # (B, Hkv, Hq / Hkv, D)
         output = nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)

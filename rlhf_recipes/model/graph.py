@@ -8,7 +8,6 @@ N prompts; B rows that are under way at a time, each in a slot; C tokens that a 
 longest response; V vocabulary.
 """
 
-import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
@@ -26,6 +24,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .attention import STATIC, attends_by, has_flash, static_mask
 from .batches import TOKENS_AT_ONCE
 from .decode import RoomyLayer, cached_forward, draw_tokens, roomy_cache
+from .fused import Fused
+from .static_adapters import StaticAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -155,64 +155,6 @@ class SlotLayer(DynamicLayer):
         return self.get_seq_length() + query_length, 0
 
 
-class StaticAdapters:
-    """Copies of a role's adapter at fixed addresses, in the base's dtype and with the scale in B.
-
-    Autocast would cast the weights anew within each graph, into memory that is freed when it ends.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model, dtype = model, model.causal.dtype
-        self.layers: list[Any] = [
-            layer
-            for layer in model.modules()
-            if isinstance(layer, BaseTunerLayer) and isinstance(layer.forward, functools.partial)
-        ]
-        self.weights: list[tuple[Tensor, Tensor]] = []
-        for layer in self.layers:
-            rank = max(a.weight.shape[0] for a in layer.lora_A.values())
-            a, b = (next(iter(weights.values())).weight for weights in (layer.lora_A, layer.lora_B))
-            self.weights.append(
-                (a.new_zeros(rank, a.shape[1], dtype=dtype), b.new_zeros(b.shape[0], rank, dtype=dtype))
-            )
-
-    @torch.no_grad()
-    def refresh(self, role: str) -> None:
-        """Take a role's weights as they are now."""
-        copies, sources = [], []
-        with self.model.role(role):
-            for layer, (a, b) in zip(self.layers, self.weights, strict=True):
-                name = next(iter(layer._active_adapter), None)
-                if name not in layer.lora_A:
-                    b.zero_()
-                    continue
-                rank = layer.lora_A[name].weight.shape[0]
-                b[:, rank:].zero_()
-                copies += [a[:rank], b[:, :rank]]
-                sources += [layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]]
-        if copies:
-            torch._foreach_copy_(copies, sources)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """The layers compute with the copies."""
-        before = [layer.forward for layer in self.layers]
-        try:
-            for layer, weights in zip(self.layers, self.weights, strict=True):
-                layer.forward = functools.partial(static_forward, layer.base_layer, *weights)
-            yield
-        finally:
-            for layer, forward in zip(self.layers, before, strict=True):
-                layer.forward = forward
-
-
-def static_forward(base_layer: Any, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """A linear layer with an adapter whose scale is in B: (..., in) to (..., out)."""
-    rows = x.flatten(0, -2).to(a.dtype)  # (n, in)
-    result = base_layer(rows)  # (n, out)
-    return result.addmm_(nn.functional.linear(rows, a), b.T).unflatten(0, x.shape[:-1])
-
-
 class NoLook(TorchDispatchMode):
     """Refuses what a CUDA graph cannot hold: an operation that waits for a value, or moves one between devices."""
 
@@ -264,6 +206,7 @@ class StaticDecoder:
         self.cache = Cache(layers=layers)
         self.adapters = StaticAdapters(model)
         self.adapters.refresh(model.active)
+        self.fused = Fused(model.backbone)
         self.graphs: dict[int, Any] = {}  # by rows
         self.hidden = torch.empty(0)  # (b, H): final states of the last step's tokens
 
@@ -293,7 +236,7 @@ class StaticDecoder:
         lengths, drawn, finished = self.lengths[:rows], self.drawn[:rows], self.finished[:rows]
         self.place.index = torch.arange(rows, device=lengths.device) * self.capacity + lengths
         self.place.is_prompts = False
-        seen = static_mask(lengths + 1, self.capacity, self.flash)
+        seen = static_mask(lengths + 1, self.capacity, None if self.flash else self.model.causal.dtype)
         ids = self.tokens[:rows, None]
         hidden = cached_forward(self.model.backbone, self.cache, ids, seen, lengths[:, None].long())
         self.hidden = hidden[:, -1]
@@ -336,9 +279,10 @@ class StaticDecoder:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """What a step runs in: copies of the adapter, and no autocast."""
+        """What a step runs in: copies of the adapter, fewer kernels, and no autocast."""
         with ExitStack() as stack:
             stack.enter_context(self.adapters.installed())
+            stack.enter_context(self.fused.installed())
             stack.enter_context(attends_by(STATIC, self.model.backbone))
             stack.enter_context(torch.autocast(self.tokens.device.type, enabled=False))
             yield

@@ -30,6 +30,7 @@ from .check import Caching, caching, packs_rows, static_refusal
 from .decode import decode
 from .graph import decode_static
 from .log_probs import token_log_probs
+from .static_adapters import sibling_layers
 
 BIAS = "score_bias.json"  # beside a reward adapter: what is added to its score (see `reward`)
 HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS adapter
@@ -167,6 +168,7 @@ class SharedBase(nn.Module):
             if isinstance(getattr(module, "attention_dropout", None), float):
                 setattr(module, "attention_dropout", 0.0)  # noqa: B010 # the architectures that pass the rate to a function
         self._tuner_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        self.__dict__.pop("siblings", None)  # the new adapter may be on other layers
         for layer in self._tuner_layers:
             if isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
                 layer.forward = functools.partial(lora_forward, layer)
@@ -245,6 +247,12 @@ class SharedBase(nn.Module):
         """What the base's KV cache can do."""
         with self._evaluating():
             return caching(self.causal)
+
+    @functools.cached_property
+    def siblings(self) -> list[list[Any]]:
+        """The layers with adapters, those together that are given the same input. See `sibling_layers`."""
+        with self._evaluating():
+            return sibling_layers(self)
 
     @functools.cached_property
     def static_refusal(self) -> str | None:

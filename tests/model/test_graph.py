@@ -98,7 +98,9 @@ def test_in_16_bits_the_adapter_is_copied_and_states_are_the_eager_ones_to_round
     model = shared_base(folder, policy_seed=2, dtype=dtype).eval()
     with model.role("policy"), torch.autocast(model.device.type, getattr(torch, dtype)):
         assert static_refusal(model) is None
-        assert {weight.dtype for pair in decoder(model).adapters.weights for weight in pair} == {getattr(torch, dtype)}
+        assert {weight.dtype for _, *pair in decoder(model).adapters.weights for weight in pair} == {
+            getattr(torch, dtype)
+        }
 
 
 def test_memory_that_runs_out_halves_the_rows_and_keeps_what_is_done(model: SharedBase) -> None:
@@ -217,9 +219,9 @@ def test_a_step_reads_the_same_addresses_again_after_an_update_of_the_policy(
             for parameter in model.parameters_of("policy"):
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
-            before = [b.clone() for _, b in steps.adapters.weights]
+            before = [b.clone() for _, _, b in steps.adapters.weights]
             steps.adapters.refresh("policy")
-            assert not any(map(torch.equal, before, [b for _, b in steps.adapters.weights]))
+            assert not any(map(torch.equal, before, [b for _, _, b in steps.adapters.weights]))
         with model.role("policy"), torch.no_grad(), steps.stepping(), Outside() as outside:
             steps.step(4)
         seen.append(outside.addresses)
@@ -237,7 +239,7 @@ def decoder_in(model: SharedBase) -> StaticDecoder:
 def test_copies_follow_the_role(folder: Path) -> None:
     model = shared_base(folder, policy_seed=2).eval()
     steps = decoder_in(model)
-    layer, (a, b) = steps.adapters.layers[0], steps.adapters.weights[0]
+    layer, a, b = steps.adapters.weights[0]
     for role in ("reference", "policy"):
         steps.adapters.refresh(role)
         assert torch.equal(a, layer.lora_A[role].weight)
@@ -254,7 +256,7 @@ def test_attention_sees_the_first_keys_of_each_row_and_copies_none() -> None:
     query, room = torch.randn(3, 4, 1, 8), torch.randn(2, 3, 10, 2, 8)  # B = 3, Hq = 4, Hkv = 2, C = 10, D = 8
     key, value = room.transpose(2, 3)
     lengths = torch.tensor([1, 10, 4], dtype=torch.int32)
-    output, _ = static_attention(nn.Module(), query, key, value, static_mask(lengths, 10, flash=False), scaling=0.5)
+    output, _ = static_attention(nn.Module(), query, key, value, static_mask(lengths, 10, torch.float32), scaling=0.5)
     assert output.shape == (3, 1, 4, 8)
     for row, length in enumerate(lengths.tolist()):
         for head in range(4):
@@ -264,11 +266,11 @@ def test_attention_sees_the_first_keys_of_each_row_and_copies_none() -> None:
 
 
 def test_what_flash_attention_is_told() -> None:
-    mask = static_mask(torch.tensor([5, 2, 9], dtype=torch.int32), 16, flash=True)
+    mask = static_mask(torch.tensor([5, 2, 9], dtype=torch.int32), 16, None)
     assert mask.shape == (3, 1, 1, 4) and mask.dtype == torch.int32
     assert mask[:, 0, 0].tolist() == [[0, 1, 2, 3], [0, 16, 32, 48], [5, 2, 9, 0]]
     query, room = (torch.randn(*shape, dtype=torch.bfloat16, device="meta") for shape in SHAPES)
-    mask = static_mask(torch.ones(4, dtype=torch.int32, device="meta"), 128, flash=True)
+    mask = static_mask(torch.ones(4, dtype=torch.int32, device="meta"), 128, None)
     assert static_attention(nn.Module(), query, *room.transpose(2, 3), mask)[0].shape == (4, 1, 8, 64)
 
 
@@ -338,7 +340,7 @@ def test_flash_attention_over_a_cache_is_attention_over_its_first_keys(dtype: st
     query, room = (torch.randn(*shape, dtype=getattr(torch, dtype), device="cuda") for shape in SHAPES)
     key, value = room.transpose(2, 3)
     lengths = torch.tensor([1, 128, 40, 77], dtype=torch.int32, device="cuda")
-    masks = [static_mask(lengths, 128, flash) for flash in (True, False)]
+    masks = [static_mask(lengths, 128, mask_dtype) for mask_dtype in (None, query.dtype)]
     flash, plain = (static_attention(nn.Module(), query, key, value, mask, scaling=0.1)[0] for mask in masks)
     torch.testing.assert_close(flash, plain, rtol=0.02, atol=0.01)
 
