@@ -40,8 +40,8 @@ def check_causal(model: PreTrainedModel) -> None:
     """
     decoder, (ids, mask) = text_decoder(model), _probe(model)
     hidden = decoder(input_ids=ids[:1], use_cache=False).last_hidden_state[0]  # (L, H)
-    _require_finite(hidden)
     own = model(input_ids=ids[:1], use_cache=False).logits[0]  # (L, V)
+    _require_finite(hidden, own)
     what = "the logits of its hidden states are not its own"
     _require(model, what, lambda: _difference(head_logits(model, hidden), own))
     what = "what it says of a token depends on padding behind it"
@@ -186,11 +186,11 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return difference.median().item()
 
 
-def _require_finite(hidden: Tensor) -> None:
-    """Raises ValueError where hidden states overflow, as some models' do in float16, Gemma's among them."""
-    if not hidden.isfinite().all():
+def _require_finite(hidden: Tensor, logits: Tensor | None = None) -> None:
+    """Raises ValueError where hidden states or logits overflow, as some models' do in float16, Gemma's among them."""
+    if not all(tensor.isfinite().all() for tensor in (hidden, logits) if tensor is not None):
         remedy = " Set base.dtype=bfloat16, which has the range of float32." if hidden.dtype == torch.float16 else ""
-        raise ValueError(f"base.model: on a few tokens its hidden states overflow {hidden.dtype}.{remedy}")
+        raise ValueError(f"base.model: on a few tokens its hidden states or logits overflow {hidden.dtype}.{remedy}")
 
 
 def _tolerance(model: PreTrainedModel) -> float:

@@ -22,7 +22,7 @@ class Base:
     model: str  # a Hub id, a local folder, or module:function
     revision: str | None = None  # the Hub model's commit, branch or tag
     quantization: Literal["nf4", "int8"] | None = None  # nf4: 4-bit NormalFloat with double quantization (QLoRA)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: see `model.base.precision`
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: 16 bits on a GPU or quantized
     attn_implementation: str | None = None  # None: what transformers chooses
     chat_template: str | None = None  # transcript, chatml, a .jinja file; None: the tokenizer's own
     chat_template_date: str | None = None  # YYYY-MM-DD, a template's today; None: the day on which the run is begun

@@ -34,6 +34,11 @@ class CountSkippedSteps(TrainerCallback):
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.skipped = accelerator, 0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        # A fused optimizer looks for overflow in its own kernel, of which accelerate, and so the learning-rate
+        # schedule, would hear nothing. Without this mark the scaler looks, and does not call it.
+        optimizer.optimizer._step_supports_amp_scaling = False
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.skipped += self.accelerator.optimizer_step_was_skipped
         assert self.accelerator.scaler is not None

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from datasets import Dataset
 from peft import TaskType
-from support.ppo import PROMPTS, ppo_config, rows_of, share_of_w7, shared_base, weights
+from support.ppo import PROMPTS, ppo_config, rows_of, share_of_w7, shared_base
 from support.tiny_models import make_tokenizer, save_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
@@ -73,7 +73,9 @@ def trl_trainer(stage: str, base: Base, output_dir: Path, **arguments: Any) -> T
 def ppo_trainer(base: Base, output_dir: Path, **arguments: Any) -> PPOTrainer:
     torch.manual_seed(0)
     given = {"fp16": base.dtype == "float16", "optim": "sgd", "learning_rate": 0.1, "total_episodes": 8, **arguments}
-    model = shared_base(Path(base.model), roles=("reference", "policy", "critic"), dtype=base.dtype)
+    model = shared_base(
+        Path(base.model), roles=("reference", "policy", "critic"), dtype=base.dtype, quantization=base.quantization
+    )
     rows = Dataset.from_list(rows_of(PROMPTS))
     settings = {"train_dataset": rows, "reward_funcs": share_of_w7, "stop_token_ids": range(4, 20)}
     config = ppo_config(output_dir, **given)
@@ -104,11 +106,12 @@ def logs(trainer: Trainer) -> list[dict[str, float]]:
     return next(callback.rows for callback in trainer.callback_handler.callbacks if isinstance(callback, Logs))
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
-def test_a_stage_moves_as_in_float32(folder: Path, tmp_path: Path, stage: str) -> None:
+def test_a_stage_moves_as_in_float32(folder: Path, tmp_path: Path, stage: str, quantization: Any) -> None:
     moved = []
     for dtype in ("float32", "float16"):
-        trainer = any_trainer(stage, Base(str(folder), dtype=dtype), tmp_path)
+        trainer = any_trainer(stage, Base(str(folder), dtype=dtype, quantization=quantization), tmp_path)
         if trainer.accelerator.scaler is not None:
             trainer.accelerator.scaler._init_scale = 2.0**10  # at first it is so high that some steps are skipped
         before = trained(trainer)
@@ -117,14 +120,15 @@ def test_a_stage_moves_as_in_float32(folder: Path, tmp_path: Path, stage: str) -
         moved.append(trained(trainer) - before)
     assert [row[SKIPPED] for row in logs(trainer)] == [0] * len(logs(trainer))
     assert moved[0].norm() > 1e-3
-    assert (moved[1] - moved[0]).norm() < 0.05 * moved[0].norm()
+    assert (moved[1] - moved[0]).norm() < (0.1 if quantization else 0.05) * moved[0].norm()
     assert trainer.accelerator.scaler is not None and trainer.accelerator.scaler.get_scale() == 2**10
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_a_step_that_overflows_changes_nothing_and_is_counted(folder: Path, tmp_path: Path, stage: str) -> None:
-    given = {"num_ppo_epochs": 1, "total_episodes": 4} if stage == "ppo" else {"max_steps": 1}
-    trainer = any_trainer(stage, Base(str(folder), dtype="float16"), tmp_path, **given)
+    given: dict[str, Any] = {"num_ppo_epochs": 1, "total_episodes": 4} if stage == "ppo" else {"max_steps": 1}
+    # transformers' choice on a CPU looks for overflow itself
+    trainer = any_trainer(stage, Base(str(folder), dtype="float16"), tmp_path, optim="adamw_torch_fused", **given)
     assert trainer.accelerator.scaler is not None
     trainer.accelerator.scaler._init_scale = 2.0**100
     before = trained(trainer)
@@ -132,6 +136,7 @@ def test_a_step_that_overflows_changes_nothing_and_is_counted(folder: Path, tmp_
     assert torch.equal(trained(trainer), before)
     assert [row[SKIPPED] for row in logs(trainer)] == [1]
     assert trainer.accelerator.scaler.get_scale() == 2.0**99
+    assert trainer.lr_scheduler is not None and trainer.lr_scheduler.state_dict()["last_epoch"] == 0
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
@@ -144,11 +149,13 @@ def test_a_run_that_only_overflows_says_so(folder: Path, tmp_path: Path, stage: 
         trainer.train()
 
 
-def test_a_resumed_run_goes_on_with_the_scale(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_resumed_run_goes_on_with_the_scale(folder: Path, tmp_path: Path, stage: str) -> None:
     base, found = Base(str(folder), dtype="float16"), []
-    run = {"total_episodes": 16, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    run = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch_fused", "learning_rate": 0.01}
+    run |= {"total_episodes": 16} if stage == "ppo" else {"max_steps": 5, "lr_scheduler_type": "linear"}
     for resume in (None, str(tmp_path / "checkpoint-2")):
-        trainer = ppo_trainer(base, tmp_path, **run)
+        trainer = any_trainer(stage, base, tmp_path, **run)
         assert trainer.accelerator.scaler is not None
         if resume is None:
             trainer.accelerator.scaler._init_scale, trainer.accelerator.scaler._growth_interval = 2.0**100, 3
@@ -157,8 +164,8 @@ def test_a_resumed_run_goes_on_with_the_scale(folder: Path, tmp_path: Path) -> N
         kept = [
             {k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tok"))} for row in logs(trainer)
         ]
-        found.append(([weights(trainer, role) for role in ("policy", "critic")], scaler.state_dict(), kept))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=0)
+        found.append((trained(trainer), scaler.state_dict(), kept))
+    assert torch.equal(found[1][0], found[0][0])
     assert found[1][1] == found[0][1] and found[1][2] == found[0][2][2:]
     assert sum(row[SKIPPED] for row in found[0][2]) > 0
 
@@ -167,12 +174,14 @@ def test_a_base_that_overflows_is_refused_at_load(folder: Path, tmp_path: Path) 
     base = Base(str(save_model(tmp_path / "model")), dtype="float16")
     file = tmp_path / "model" / "model.safetensors"
     state = safetensors.torch.load_file(file)
-    state["model.layers.0.mlp.down_proj.weight"] *= 1e6
-    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
-    for arguments in ({}, {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}):
-        with pytest.raises(ValueError, match=r"overflow torch.float16. Set base.dtype=bfloat16"):
-            load_base(base, **arguments)
-    load_base(Base(base.model, dtype="bfloat16"))
+    classifier = {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
+    for weight, loads in (("model.layers.0.mlp.down_proj", ({}, classifier)), ("lm_head", ({},))):
+        weight = f"{weight}.weight"
+        safetensors.torch.save_file(state | {weight: state[weight] * 1e6}, file, metadata={"format": "pt"})
+        for arguments in loads:
+            with pytest.raises(ValueError, match=r"overflow torch.float16. Set base.dtype=bfloat16"):
+                load_base(base, **arguments)
+        load_base(Base(base.model, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])

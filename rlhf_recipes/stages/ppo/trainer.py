@@ -292,13 +292,15 @@ class PPOTrainer(Trainer):
 
         Raises RuntimeError where that is not finite.
         """
-        loss = 0.0
+        loss, skipped = 0.0, self.skipped
         with self.phase("update"):
             if self.state.global_step == 0 and rollout.passes[-1] is not rollout.passes[0]:
                 self.metrics.add({"val/batching_noise": self.batching_noise(rollout)})
             for mini_batches in rollout.passes:
                 for rows in mini_batches:
                     loss = self.optimizer_step(rollout, rows)
+        # As in any Trainer the learning-rate schedule waits where nothing has moved.
+        self.optimizer._is_overflow = self.skipped - skipped == sum(map(len, rollout.passes))
         if not math.isfinite(loss) and not self.scaler.is_enabled():
             raise RuntimeError(
                 f"The PPO loss is {loss} at update {self.state.global_step + 1}: lower ppo.learning_rate."
