@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from rlhf_recipes.model.base import load_tokenizer
 from rlhf_recipes.recipe.values import Base, PPOStage, Recipe
 from rlhf_recipes.stages.inputs import prepare_stage
 from rlhf_recipes.stages.options import PPOConfig
+from rlhf_recipes.stages.ppo.trainer import check_fit
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 
@@ -211,6 +213,14 @@ def test_a_bad_option_is_refused_by_name(tmp_path: Path, option: str, value: Any
 def test_fewer_prompts_than_one_rollout_are_refused(make: Make) -> None:
     with pytest.raises(ValueError, match=r"ppo\.data has 12 prompts .* fewer than one rollout's 16"):
         make(per_device_train_batch_size=4, num_mini_batches=2, gradient_accumulation_steps=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "gpus"), [(2, 1), (1, 2)])
+def test_more_than_one_process_or_gpu_is_refused(processes: int, gpus: int) -> None:
+    config: Any = SimpleNamespace(world_size=processes, n_gpu=gpus)
+    with pytest.raises(ValueError, match="PPOTrainer runs in one process on one GPU, not 2"):
+        check_fit(config, prompts=8, has_texts=False)
 
 
 @pytest.mark.long
