@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 ROTARY = "apply_rotary_pos_emb"  # transformers' name for the function, in each architecture's own file
 
@@ -23,26 +24,17 @@ class Fused:
     def __init__(self, decoder: Any) -> None:
         """Args: decoder: the text decoder."""
         self.norms: list[tuple[Any, Any]] = []
-        forms: dict[Any, bool] = {}  # by what decides whether the short form is right
+        right: dict[Any, bool] = {}  # whether the short form is, by what that depends on
         for norm in decoder.modules():
             weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-            if not type(norm).__name__.endswith("RMSNorm") or weight is None or eps is None:
-                continue
-            short = functools.partial(rms_norm, weight, eps)
-            form = type(norm), eps, weight.shape, weight.dtype
-            if form not in forms:
-                forms[form] = _takes(norm.forward, 1) and _same(norm, short, _states(weight, decoder.dtype))
-            if forms[form]:
-                self.norms.append((norm, short))
+            if type(norm).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and eps is not None:
+                form = type(norm), eps, weight.shape, weight.dtype
+                if form not in right:
+                    right[form] = is_rms_norm(norm, eps, decoder.dtype)
+                if right[form]:
+                    self.norms.append((norm, functools.partial(rms_norm, weight, eps)))
         files = {sys.modules[type(module).__module__] for module in decoder.modules()}
-        self.files = [file for file in files if hasattr(file, ROTARY) and self._is_rotary(getattr(file, ROTARY))]
-
-    @staticmethod
-    @torch.no_grad()
-    def _is_rotary(function: Any) -> bool:
-        q, k = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
-        cos, sin = torch.randn(2, 1, 2, 16)
-        return _takes(function, 4) and all(map(_close, function(q, k, cos, sin), Rotary(function)(q, k, cos, sin)))
+        self.files = [file for file in files if hasattr(file, ROTARY) and is_rotary(getattr(file, ROTARY))]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -59,6 +51,32 @@ class Fused:
                 setattr(file, ROTARY, function)
             for norm, _ in self.norms:
                 vars(norm).pop("forward", None)
+
+
+@torch.no_grad()
+def is_rms_norm(norm: nn.Module, eps: float, dtype: torch.dtype) -> bool:
+    """Whether a module computes `rms_norm` with its weight, whatever that is, and without further arguments."""
+    if len(inspect.signature(norm.forward).parameters) != 1:
+        return False
+    device, random = norm.weight.device, torch.Generator().manual_seed(0)
+    weight = torch.randn(norm.weight.shape, generator=random).to(norm.weight)
+    sizes = torch.tensor([1, 10, 1e-3, 1e-3])[:, None]  # some so small that the epsilon matters
+    states = (torch.randn(4, len(weight), generator=random) * sizes).to(device, dtype)
+    return _equal(functional_call(norm, {"weight": weight}, states), rms_norm(weight, eps, states))
+
+
+@torch.no_grad()
+def is_rotary(function: Any) -> bool:
+    """Whether a function computes what `Rotary` does."""
+    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    random = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(*shape, 2, 16, generator=random) for shape in ((1, 4), (1, 2), (1,), (1,)))
+    try:
+        found = function(q, k, cos, sin)
+    except (RuntimeError, TypeError):  # one that takes cosines of another size, or needs more
+        return False
+    return all(map(_equal, found, Rotary(function)(q, k, cos, sin)))
 
 
 def rms_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
@@ -90,25 +108,7 @@ class Rotary:
         return rotated.split([q.shape[1], k.shape[1]], 1)
 
 
-def _takes(function: Any, required: int) -> bool:
-    """Whether a function can be called with so many positional arguments."""
-    parameters = list(inspect.signature(function).parameters.values())
-    return len(parameters) >= required and all(p.default is not p.empty for p in parameters[required:])
-
-
-def _states(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Random states, some of them so small that a norm's epsilon matters."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(4, *weight.shape, generator=generator) * torch.tensor([1, 10, 1e-3, 1e-3])[:, None]
-    return states.to(weight.device, dtype)
-
-
-@torch.no_grad()
-def _same(norm: Any, short: Any, x: Tensor) -> bool:
-    return _close(norm(x), short(x))
-
-
-def _close(found: Any, expected: Any) -> bool:
-    """Whether two results are equal to rounding."""
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same to rounding."""
     tolerance = 4 * torch.finfo(expected.dtype).eps
     return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
