@@ -54,7 +54,7 @@ class Fused:
 
 
 @torch.no_grad()
-def is_rms_norm(norm: nn.Module, eps: float, dtype: torch.dtype) -> bool:
+def is_rms_norm(norm: Any, eps: float, dtype: torch.dtype) -> bool:
     """Whether a module computes `rms_norm` with its weight, whatever that is, and without further arguments."""
     if len(inspect.signature(norm.forward).parameters) != 1:
         return False

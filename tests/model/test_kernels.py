@@ -108,10 +108,10 @@ def test_short_forms_are_there_within_and_no_random_number_is_drawn(tmp_path: Pa
     assert len(forms.norms) == 5 and forms.files == [modeling_llama]
     before, ids = modeling_llama.apply_rotary_pos_emb, torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        expected = model.hidden(ids, torch.ones_like(ids))
+        expected = model.states(ids, torch.ones_like(ids))
         with forms.installed():
             assert isinstance(modeling_llama.apply_rotary_pos_emb, Rotary)
-            torch.testing.assert_close(model.hidden(ids, torch.ones_like(ids)), expected)
+            torch.testing.assert_close(model.states(ids, torch.ones_like(ids)), expected)
     assert modeling_llama.apply_rotary_pos_emb is before
     assert not any("forward" in vars(norm) for norm, _ in forms.norms)
     assert torch.equal(torch.get_rng_state(), state)
