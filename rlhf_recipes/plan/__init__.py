@@ -6,6 +6,8 @@ others    reward models of others, labelers and vLLM
 kept      what they said, kept on disk for the next plan
 meter     adds up what these tensors would allocate
 skeleton  the base on the meta device, and its weights in bytes
+cards     GPUs by name
+hours     seconds of a step on one of them
 advice    what to change where a stage does not fit
 fit       what a run asks of all this
 """
