@@ -23,11 +23,11 @@ class Card:
     device: str = ""  # a part of what CUDA calls it
 
 
-# Bandwidth and rate are those that NVIDIA states in data sheets and whitepapers (half of a rate "with sparsity"), of RTX
-# 3060 and 4060 Ti four operations a core and cycle. Those of data-center cards and the A6000 were compared with a second
-# table, the others with none. Of a card that is sold in several forms it is the slowest one that is not named. The
-# memory is what PyTorch calls the total capacity where it runs out, as far as public issues show it (4090, 5090, L40S,
-# T4, A30, A4000, A5000), of H200 what was measured, and else about 2 % less than the name says.
+# Bandwidth and rate are those that NVIDIA states in data sheets and whitepapers (half of a rate "with sparsity"), of
+# RTX 3060 and 4060 Ti four operations a core and cycle. Those of data-center cards and the A6000 were compared with a
+# second table, the others with none. Of a card that is sold in several forms it is the slowest one that is not named.
+# The memory is what PyTorch calls the total capacity where it runs out, as far as public issues show it (4090, 5090,
+# L40S, T4, A30, A4000, A5000), of H200 what was measured, and else about 2 % less than the name says.
 CARDS = (
     Card("t4", 14.5, 300, 65, False, "T4"),
     Card("v100-16", 15.7, 900, 112, False, "V100"),
