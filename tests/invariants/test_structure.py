@@ -183,6 +183,7 @@ def build(folder: Path, quantization: Any) -> Watched:
     for role, trainable in ROLES.items():
         model.add_role(role, trainable=trainable, head=role in HEADS)
     nn.init.normal_(model.head_weight("reward"))
+    assert model.packs_rows  # found out by forwards of its own, before any is counted
     arguments = PPOConfig(
         str(folder),
         per_device_train_batch_size=MICRO,

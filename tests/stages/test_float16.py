@@ -106,8 +106,11 @@ def logs(trainer: Trainer) -> list[dict[str, float]]:
     return next(callback.rows for callback in trainer.callback_handler.callbacks if isinstance(callback, Logs))
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+# On a 4-bit base PPO samples other tokens in float16 than in float32.
+@pytest.mark.parametrize(
+    ("stage", "quantization"),
+    [*((stage, None) for stage in ("sft", "reward", "dpo", "ppo")), *((s, "nf4") for s in ("sft", "reward", "dpo"))],
+)
 def test_a_stage_moves_as_in_float32(folder: Path, tmp_path: Path, stage: str, quantization: Any) -> None:
     moved = []
     for dtype in ("float32", "float16"):
@@ -162,11 +165,14 @@ def test_a_resumed_run_goes_on_with_the_scale(folder: Path, tmp_path: Path, stag
         trainer.train(resume_from_checkpoint=resume)
         scaler = trainer.accelerator.scaler
         kept = [
-            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tok"))} for row in logs(trainer)
+            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tok", "num_tok"))}
+            for row in logs(trainer)
         ]
         found.append((trained(trainer), scaler.state_dict(), kept))
     assert torch.equal(found[1][0], found[0][0])
-    assert found[1][1] == found[0][1] and found[1][2] == found[0][2][2:]
+    assert found[1][1] == found[0][1] and repr(found[1][2]) == repr(
+        found[0][2][2:]
+    )  # norms may be NaN, which equals none
     assert sum(row[SKIPPED] for row in found[0][2]) > 0
 
 

@@ -455,11 +455,11 @@ def test_where_memory_runs_out_layers_are_checkpointed_before_rows_are_halved(fo
 
         room = 0
 
-        def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             kept = sum(not layer.gradient_checkpointing for layer in self.checkpointable)
             if torch.is_grad_enabled() and len(input_ids) * kept > self.room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
-            return super().hidden(input_ids, attention_mask)
+            return super().states(input_ids, attention_mask)
 
     plain = {"optim": "sgd", "learning_rate": 0.1, "total_episodes": 8, "mini_batch_size": 4}
     found = []
