@@ -34,7 +34,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -466,7 +466,8 @@ def run(command: list[str], limit: float, outcome: Result) -> Any:
         def end(why: str) -> None:
             if process.poll() is None:
                 outcome["failed"] = why
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started, also where it has ended before that
 
         timer = threading.Timer(limit, end, [f"not done after {limit:.0f} s"])
         timer.start()

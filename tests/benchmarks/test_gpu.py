@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -55,19 +54,34 @@ def test_parts_go_on_where_one_fails_hangs_lacks_or_comes_late(monkeypatch: pyte
     assert len(kept) == sum(len(outcome["results"]) for outcome in report.values()) + len(report)
 
 
-def test_a_conductor_that_is_ended_ends_its_part(tmp_path: Path) -> None:
-    mark = tmp_path / "running"
-    code = f"import pathlib, os, time; pathlib.Path('{mark}').write_text(str(os.getpid())); time.sleep(60)"
-    process = gpu.run([sys.executable, "-c", SAY + "say(x=1);" + code], 60, outcome := {})
-    assert next(process) == {"x": 1}
-    while not (mark.exists() and mark.read_text()):
+def begin(code: str) -> tuple[Any, dict[str, Any], int]:
+    """A part that begins a process without its output, and then does what the code says: it, its outcome, the other."""
+    sleeper = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdout=subprocess.DEVNULL).pid"
+    process = gpu.run([sys.executable, "-c", f"{SAY} say(pid={sleeper}); {code}"], 60, outcome := {})
+    return process, outcome, next(process)["pid"]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within ten seconds; one that nobody has waited for has ended."""
+    for _ in range(1000):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
         time.sleep(0.01)
+    return False
+
+
+def test_a_conductor_that_is_ended_ends_its_part_and_what_that_has_begun() -> None:
+    process, outcome, begun = begin("time.sleep(60)")
     process.close()
-    assert outcome["failed"] == "interrupted"
-    with pytest.raises(ProcessLookupError):
-        for _ in range(1000):  # until it is gone
-            os.kill(int(mark.read_text()), 0)
-            time.sleep(0.01)
+    assert outcome["failed"] == "interrupted" and is_gone(begun)
+
+
+def test_a_part_that_crashes_leaves_nothing_on_the_gpu() -> None:
+    process, outcome, begun = begin("import os; os.abort()")
+    assert list(process) == [] and outcome["failed"].startswith("exit code -6") and is_gone(begun)
 
 
 def test_the_table_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
