@@ -146,6 +146,20 @@ def weights(folder: Path) -> dict[str, bytes]:
 # --- What a run leaves ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_run_in_float16(recipe: Recipe, tmp_path: Path, quantization: str | None) -> None:
+    half = replace(recipe, base={"dtype": "float16", "quantization": quantization})
+    summary: Any = run(half, tmp_path)
+    rows = [row for row in rows_of(tmp_path) if "loss" in row]
+    assert len(rows) == 2 + 2 + 3 and all(isfinite(row["loss"]) and row["skipped_steps"] == 0 for row in rows)
+    assert all(row["val/first_pass_log_ratio_max"] == 0 for row in ppo_updates(tmp_path))
+    assert {tensor.dtype for adapter in ADAPTERS for tensor in load_file(tmp_path / adapter / WEIGHTS).values()} == {
+        torch.float32
+    }
+    assert summary["models"]["sft"]["kl"] == 0
+
+
 def test_a_run_writes_its_recipe_and_manifest(recipe: Recipe, finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
     assert json.loads((folder / "recipe.json").read_text())["ppo"]["args"]["kl_coef"] == 0.05
