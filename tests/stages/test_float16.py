@@ -12,7 +12,7 @@ from peft import TaskType
 from support.ppo import PROMPTS, ppo_config, rows_of, share_of_w7, shared_base
 from support.tiny_models import make_tokenizer, save_model
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from rlhf_recipes.model.base import device, load_base, load_tokenizer, precision
 from rlhf_recipes.model.shared import lora_config
@@ -35,7 +35,10 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+    """A tiny model whose weights float16 holds: rounded first, 0.3 % of its 4-bit weights would be other ones."""
+    folder = save_model(tmp_path_factory.mktemp("model"))
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    return folder
 
 
 def trl_trainer(stage: str, base: Base, output_dir: Path, **arguments: Any) -> Trainer:
@@ -112,11 +115,8 @@ def logs(trainer: Trainer) -> list[dict[str, float]]:
     return next(callback.rows for callback in trainer.callback_handler.callbacks if isinstance(callback, Logs))
 
 
-# On a 4-bit base PPO samples other tokens in float16 than in float32.
-@pytest.mark.parametrize(
-    ("stage", "quantization"),
-    [*((stage, None) for stage in ("sft", "reward", "dpo", "ppo")), *((s, "nf4") for s in ("sft", "reward", "dpo"))],
-)
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_a_stage_moves_as_in_float32(folder: Path, tmp_path: Path, stage: str, quantization: Any) -> None:
     moved = []
     for dtype in ("float32", "float16"):
@@ -129,7 +129,7 @@ def test_a_stage_moves_as_in_float32(folder: Path, tmp_path: Path, stage: str, q
         moved.append(trained(trainer) - before)
     assert [row[SKIPPED] for row in logs(trainer)] == [0] * len(logs(trainer))
     assert moved[0].norm() > 1e-3
-    assert (moved[1] - moved[0]).norm() < (0.1 if quantization else 0.05) * moved[0].norm()
+    assert (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
     assert trainer.accelerator.scaler is not None and trainer.accelerator.scaler.get_scale() == 2**10
 
 
