@@ -25,6 +25,7 @@ from .attention import STATIC, attends_by, has_flash, static_mask
 from .batches import TOKENS_AT_ONCE
 from .decode import RoomyLayer, cached_forward, draw_tokens, roomy_cache
 from .fused import Fused
+from .products import products
 from .static_adapters import StaticAdapters
 
 logger = logging.getLogger(__name__)
@@ -264,10 +265,14 @@ class StaticDecoder:
                     self.graphs[rows] = self.capture(rows)
 
     def capture(self, rows: int) -> Any:
-        """The graph of a step, or None where there is none, which is logged. All are in one memory pool."""
+        """The graph of a step, or None where there is none, which is logged. All are in one memory pool.
+
+        Its products in 4 bits are measured before, in graphs of their own, which can fail for the same reasons.
+        """
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in self.graphs.values() if other), None)
         try:
+            products().measure(self.model.backbone, rows)
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self.step(rows)
         except torch.OutOfMemoryError:
@@ -283,6 +288,7 @@ class StaticDecoder:
         with ExitStack() as stack:
             stack.enter_context(self.adapters.installed())
             stack.enter_context(self.fused.installed())
+            stack.enter_context(products().installed())
             stack.enter_context(attends_by(STATIC, self.model.backbone))
             stack.enter_context(torch.autocast(self.tokens.device.type, enabled=False))
             yield

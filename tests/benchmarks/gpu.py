@@ -12,7 +12,8 @@ checkout and the package's dependencies, but neither an installed package nor a 
 
 Parts: the machine and its ceilings; every test marked `gpu`; how exact PPO's first pass and its later ones are with a
 learning rate of 0; decoding at the shape of Mistral-7B; an update of PPO (see shapes.py); TRL 1.12 on the same; the
-recipe `tiny`; a real model (`--model`) on real comparisons (`--data`); the peaks of 14B and 32B; vLLM.
+recipe `tiny`; a real model (`--model`) on real comparisons (`--data`); the peaks of 14B and 32B; products in 4 bits;
+vLLM.
 
 `--trl` names a Python with TRL 1.12.0 and bitsandbytes, or the wheel of TRL 1.12.0, which is then used with what else
 is installed. ../shared/baselines/trl112_ppo.py gets the same base as a 4-bit checkpoint, three times, since it keeps
@@ -217,6 +218,31 @@ def decoding(backend: str, given: Given) -> None:
         say(row=f"{rows} rows", **figures)
 
 
+def products(given: Given) -> None:
+    """Products of Mistral-7B's layers in NF4 by bitsandbytes' two ways, and of layers with one input in one product."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from shapes import SHAPES
+
+    from rlhf_recipes.model.products import products
+
+    config, chosen = SHAPES["mistral-7b"]["config"], products()
+    size, inner = config["hidden_size"], config["intermediate_size"]
+    keys = size * config["num_key_value_heads"] // config["num_attention_heads"]
+    shapes = {"q, o": (size, size), "k, v": (size, keys), "gate, up": (size, inner), "down": (inner, size)}
+    shapes |= {"q k v in one": (size, size + 2 * keys), "gate up in one": (size, 2 * inner)}
+    for name, (inputs, outputs) in shapes.items():
+        with torch.device("cuda"):  # as many as a model has, more than the card's cache holds
+            layers = torch.nn.ModuleList(
+                Linear4bit(inputs, outputs, False, torch.bfloat16, quant_type="nf4").to("cuda") for _ in range(32)
+            )
+        for rows in (1, 8, 16, 32, 64):
+            chosen.measure(layers, rows)
+            took = chosen.seconds[torch.bfloat16, rows, outputs, inputs]
+            microseconds = {"one kernel, µs": 1e6 * took[True], "unpacked first, µs": 1e6 * took[False]}
+            say(row=f"{name}, {rows} rows", **microseconds)
+
+
 def seconds_to_sample(sampler: Any, prompts: list[list[int]], tokens: int) -> float:
     """Seconds of a response of so many tokens to each prompt."""
     import torch
@@ -384,6 +410,10 @@ def without(*packages: str) -> Callable[[Given], str]:
     return lambda given: ", ".join(f"no {name}" for name in packages if importlib.util.find_spec(name) is None)
 
 
+def too_large(given: Given) -> str:
+    return "too large to be small" if given.small else ""
+
+
 def without_model(given: Given) -> str:
     return "no --model" if given.model is None else f"no {given.model}" if not given.model.is_dir() else ""
 
@@ -398,7 +428,7 @@ def without_trl(given: Given) -> str:
 
 
 def without_vllm(given: Given) -> str:
-    return "too large to be small" if given.small else without("vllm")(given) or without_model(given)
+    return too_large(given) or without("vllm")(given) or without_model(given)
 
 
 def parts() -> list[Part]:
@@ -417,6 +447,7 @@ def parts() -> list[Part]:
         Part("model", 150, real_model, without_comparisons),
         Part("peaks 14b", 60, partial(update, "qwen2.5-14b", rollouts=32, mini_batches=2)),
         Part("peaks 32b", 90, partial(update, "qwen2.5-32b", rollouts=8, mini_batches=2)),
+        Part("products", 40, products, too_large),
         Part("vllm", 90, vllm, without_vllm),
     ]
 
