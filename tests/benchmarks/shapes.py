@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Params4bit
 from support.memory_meter import Meter, measured, weight_bytes
+from support.published_shapes import MISTRAL_7B, QWEN_14B, QWEN_32B
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from workload import (
@@ -48,35 +49,13 @@ GIB = 2**30
 STOP = 3  # a token that no prompt has
 PHASES = ("generate", "score", "update")
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: half of one, one for 64 and four for 64 * 256 of them
-# The numbers of each model's config.json on the Hub; `work` is what is run on it: rows sampled at once (as many as fit
-# beside the weights), rows of a training micro-batch.
+# What is run on each model: rows sampled at once (as many as fit beside the weights), rows of a training micro-batch.
 WORK = {"prompt": 512, "response": 512, "rollouts": 64, "mini_batches": 4, "epochs": 1, "r": 16, "hh": 0}
 WORK |= {"checkpointing": "auto"}
-QWEN = {"model_type": "qwen2", "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8}
-QWEN |= {"vocab_size": 152064, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 SHAPES: dict[str, dict[str, Any]] = {
-    "mistral-7b": {  # mistralai/Mistral-7B-v0.3
-        "config": {
-            "model_type": "mistral",
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "intermediate_size": 14336,
-            "vocab_size": 32768,
-            "rope_theta": 1e6,
-            "sliding_window": None,
-        },
-        "work": WORK | {"rollout_rows": 32, "train_rows": 4},
-    },
-    "qwen2.5-14b": {  # Qwen/Qwen2.5-14B
-        "config": QWEN | {"num_hidden_layers": 48, "intermediate_size": 13824},
-        "work": WORK | {"rollout_rows": 32, "train_rows": 4},
-    },
-    "qwen2.5-32b": {  # Qwen/Qwen2.5-32B
-        "config": QWEN | {"num_hidden_layers": 64, "intermediate_size": 27648},
-        "work": WORK | {"rollout_rows": 8, "train_rows": 1},
-    },
+    "mistral-7b": {"config": MISTRAL_7B, "work": WORK | {"rollout_rows": 32, "train_rows": 4}},
+    "qwen2.5-14b": {"config": QWEN_14B, "work": WORK | {"rollout_rows": 32, "train_rows": 4}},
+    "qwen2.5-32b": {"config": QWEN_32B, "work": WORK | {"rollout_rows": 8, "train_rows": 1}},
     "tiny": {
         "config": {
             "model_type": "mistral",

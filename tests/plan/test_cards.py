@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.published_shapes import MISTRAL_7B, QWEN_14B, QWEN_32B
 from transformers import AutoConfig
 
 from rlhf_recipes import Base, PPOConfig
@@ -14,19 +15,6 @@ from rlhf_recipes.plan.plan import plan_memory
 from rlhf_recipes.recipe.values import PPOStage, Recipe, Stage
 
 GIB = 2**30
-MISTRAL = {
-    "model_type": "mistral",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 32768,
-}
-QWEN = {"model_type": "qwen2", "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8}
-QWEN |= {"vocab_size": 152064}
-QWEN_14B = QWEN | {"num_hidden_layers": 48, "intermediate_size": 13824}
-QWEN_32B = QWEN | {"num_hidden_layers": 64, "intermediate_size": 27648}
 
 
 def on_gpu(folder: Path, model: dict[str, Any], **changes: Any) -> tuple[Recipe, PPOConfig]:
@@ -51,7 +39,7 @@ def on_gpu(folder: Path, model: dict[str, Any], **changes: Any) -> tuple[Recipe,
 @pytest.mark.parametrize(
     ("model", "allocated", "held"),
     [  # GiB, in generate, score, update, and of the allocator and CUDA's context at most
-        (MISTRAL, (9.82, 5.76, 6.82), 11.14 + 0.73),
+        (MISTRAL_7B, (9.82, 5.76, 6.82), 11.14 + 0.73),
         pytest.param(QWEN_14B, (17.78, 11.70, 13.85), 20.50 + 0.73, marks=pytest.mark.long),
     ],
 )
@@ -66,7 +54,7 @@ def test_memory_is_what_an_h200_took(
 
 
 def test_a_captured_step_takes_its_graphs_and_one_more_copy_of_the_adapter(tmp_path: Path) -> None:
-    recipe, config = on_gpu(tmp_path, MISTRAL)
+    recipe, config = on_gpu(tmp_path, MISTRAL_7B)
     eager = plan_memory(recipe, {"ppo": config}, 24 * GIB).stages["ppo"]
     config.generation_backend = "native"
     captured = plan_memory(recipe, {"ppo": config}, 24 * GIB).stages["ppo"]
@@ -80,7 +68,7 @@ def test_a_captured_step_takes_its_graphs_and_one_more_copy_of_the_adapter(tmp_p
 
 
 def test_seconds_hold_those_of_an_h200(tmp_path: Path) -> None:
-    recipe, config = on_gpu(tmp_path, MISTRAL)
+    recipe, config = on_gpu(tmp_path, MISTRAL_7B)
     card = card_of("h200")
     planned = plan_memory(recipe, {"ppo": config}, card.gib * GIB).stages["ppo"]
     ranges = seconds_of_step(recipe, "ppo", config, planned, card)
@@ -147,7 +135,7 @@ def test_the_machine_s_own_card_is_looked_up(called: str, gib: float, name: str 
 
 
 def test_a_card_without_bfloat16_is_planned_with_float16(tmp_path: Path) -> None:
-    recipe, config = on_gpu(tmp_path, MISTRAL | {"num_hidden_layers": 2})
+    recipe, config = on_gpu(tmp_path, MISTRAL_7B | {"num_hidden_layers": 2})
     on_t4 = on_card(recipe, card_of("t4"))
     assert on_t4.base.dtype == "float16" and on_card(recipe, card_of("l4")) == recipe
     plans = [plan_memory(planned, {"ppo": config}, 14 * GIB) for planned in (recipe, on_t4)]

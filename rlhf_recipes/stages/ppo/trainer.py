@@ -57,6 +57,19 @@ EXACT = "val/first_pass_log_ratio_max"
 STATE = "ppo_state.json"  # in a checkpoint: what changes through training and is no weight
 
 
+def counted_in_rollouts(args: PPOConfig) -> PPOConfig:
+    """A copy for the Trainer, whose batch is a whole rollout, so that it neither accumulates nor sees less than one."""
+    counted = copy.copy(args)
+    counted.per_device_train_batch_size = args.rollout_prompts
+    counted.gradient_accumulation_steps = 1
+    counted.remove_unused_columns = False
+    counted.dataloader_drop_last = True
+    counted.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
+    if args.total_episodes is not None:
+        counted.max_steps = math.ceil(args.total_episodes / args.rollout_size)
+    return counted
+
+
 class PPOTrainer(Trainer):
     """PPO of the `policy` role against the `reference` role, with the values of the `critic` role or without any."""
 
@@ -107,18 +120,9 @@ class PPOTrainer(Trainer):
         self.samples: list[Sample] = []  # of the last evaluation
         self.metrics = Metrics()
 
-        # The Trainer counts whole rollouts, so it must neither accumulate nor see less than one rollout as a batch.
-        counting = copy.copy(args)
-        counting.per_device_train_batch_size = args.rollout_prompts
-        counting.gradient_accumulation_steps = 1
-        counting.remove_unused_columns = False
-        counting.dataloader_drop_last = True
-        counting.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
-        if args.total_episodes is not None:
-            counting.max_steps = math.ceil(args.total_episodes / args.rollout_size)
         super().__init__(
             model=model,
-            args=counting,
+            args=counted_in_rollouts(args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -376,9 +380,8 @@ class PPOTrainer(Trainer):
                 loss, shares = loss_of(rollout, micro, tokens)
                 self.accelerator.backward(loss)
                 for name, share in shares.items():
-                    averages[name] = (
-                        max(averages[name], share.item()) if name == EXACT else averages[name] + share.item()
-                    )
+                    so_far = averages[name]
+                    averages[name] = max(so_far, share.item()) if name == EXACT else so_far + share.item()
             if texts:
                 averages["loss/ptx_avg"] = self.ptx_backward(texts)
 
