@@ -170,8 +170,10 @@ def _cached(model: PreTrainedModel, ids: Tensor, mask: Tensor, ends: tuple[int, 
 
 def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Ids and mask (2, L): a row of tokens, and its beginning behind padding."""
-    vocabulary = model.config.get_text_config().vocab_size
-    row = torch.linspace(3, vocabulary // 2, TOKENS, device=model.device).long()
+    config = model.config.get_text_config()
+    row = torch.linspace(3, config.vocab_size // 2, TOKENS, device=model.device).long()
+    if config.bos_token_id is not None:  # whose states are the largest of all, if any overflow
+        row[0] = config.bos_token_id
     ids, mask = torch.stack([row, row.roll(PADDING)]), torch.ones(2, TOKENS, dtype=torch.bool, device=model.device)
     ids[1, :PADDING], mask[1, :PADDING] = 0, False
     return ids, mask
