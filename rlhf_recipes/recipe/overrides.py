@@ -81,12 +81,17 @@ def check_type(key: str, value: Any, annotation: Any) -> None:
     Annotations that it does not know (of classes that are not ours) pass: their own constructor judges those.
     """
     if not _fits(value, annotation):
-        wanted = (
-            getattr(annotation, "__name__", None)
-            if isinstance(annotation, type)
-            else str(annotation).replace("typing.", "")
-        )
-        raise ValueError(f"{key} must be {wanted}, not {value!r} ({type(value).__name__}).")
+        raise ValueError(f"{key} must be {_in_words(annotation)}, not {value!r} ({type(value).__name__}).")
+
+
+def _in_words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, arguments))
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    plain = isinstance(annotation, type) and origin is None
+    return annotation.__name__.replace("NoneType", "None") if plain else str(annotation).replace("typing.", "")
 
 
 def _fits(value: Any, annotation: Any) -> bool:

@@ -100,7 +100,7 @@ def test_a_stage_is_added_and_left_out(recipe: Recipe) -> None:
         ("seed=abc", ["seed must be int", "'abc'"]),
         ("seed=true", ["seed must be int"]),
         ("lora.r=1.5", ["lora.r must be int", "1.5"]),
-        ("ppo.limit=many", ["ppo.limit must be int | None", "'many'"]),
+        ("ppo.limit=many", ["ppo.limit must be int or None", "'many'"]),
         ("ppo.heldout=a", ["ppo.heldout must be float"]),
         ("sft.columns=prompt", ["sft.columns must be", "Mapping"]),
         ("base.quantization=int4", ["base.quantization must be", "nf4", "int8", "'int4'"]),
