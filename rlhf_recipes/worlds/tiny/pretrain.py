@@ -44,7 +44,8 @@ def build_base(folder: Path, *, steps: int = 450, seed: int = 0) -> None:
     from transformers import get_cosine_schedule_with_warmup
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # more threads only wait for each other on matrices this small
+    # More threads only wait for each other on matrices this small; whoever asks for one has other work for the cores.
+    torch.set_num_threads(min(2, threads))
     try:
         tokenizer, rng = build_tokenizer(), Random(seed)
         with torch.random.fork_rng(devices=[]):
