@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from .asking import prices_of, question, question_arguments, reach, reach_arguments
 from .command import Command, notes_to_stderr, positive_int
@@ -20,7 +22,8 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
   rlhf-recipes evaluate runs/tiny
   rlhf-recipes evaluate runs/tiny --models sft,ppo,runs/other:ppo --against sft,base --samples 4
   rlhf-recipes evaluate runs/mine --judge http://127.0.0.1:8000/v1 --parallel 32
-  rlhf-recipes evaluate runs/mine --models base,sft,ppo --tasks tax --task-limit 500"""
+  rlhf-recipes evaluate runs/mine --models base,sft,ppo --tasks tax --task-limit 500
+  rlhf-recipes evaluate runs/mine --rewardbench reward-bench-2.parquet --judge reward judge"""
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder")
     add(
@@ -60,6 +63,14 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
     )
     tax.add_argument("--task-dir", type=Path, metavar="DIR", help="YAML files of tasks of your own (default: none)")
     tax.add_argument("--task-limit", type=positive_int, metavar="N", help="questions of each task (default: all)")
+    add_bench = parser.add_argument_group("the reward model itself").add_argument
+    add_bench(
+        "--rewardbench",
+        type=Path,
+        metavar="FILE",
+        help="RewardBench or RewardBench 2, in place of comparing models: how often a --judge (default: reward and "
+        "judge) scores the right response highest",
+    )
     question_arguments(parser)
     reach_arguments(parser)
 
@@ -77,7 +88,8 @@ def _run(options: argparse.Namespace) -> None:
         from ..evaluate.evaluation import evaluate
         from ..evaluate.judges import Asking
         from ..evaluate.plan import EvaluationSettings
-        from ..evaluate.tables import evaluation_tables
+        from ..evaluate.rewardbench import evaluate_rewardbench, results_name
+        from ..evaluate.tables import evaluation_tables, rewardbench_table
         from ..feedback.judge import JudgeSettings
         from ..feedback.ledger import Prices
 
@@ -88,19 +100,36 @@ def _run(options: argparse.Namespace) -> None:
         named += ("temperature", "response_length", "seed", "batch_size")
         chosen = {name: getattr(options, name) for name in named}
         settings = EvaluationSettings(**chosen, judges=tuple(options.judge), asking=asking)
-        result = evaluate(options.run, settings, options.out)
+        if options.rewardbench is None:
+            result = evaluate(options.run, settings, options.out)
+            tables, name = evaluation_tables(result), "evaluation.json"
+        else:
+            _check_alone(settings)
+            result = evaluate_rewardbench(options.run, options.rewardbench, settings, options.out)
+            tables, name = [rewardbench_table(result)], results_name(result["version"])
     if options.json:
         print(json.dumps(result, indent=2))
         return
     console = Console(highlight=False)
-    for table in evaluation_tables(result):
+    for table in tables:
         console.print(table)
         console.print()
     for warning in result["warnings"]:
         console.print(Text(printable(f"warning: {warning}"), style="yellow"))
-    if result["best"] is not None:
+    if result.get("best") is not None:
         console.print(Text(printable(result["best"]["words"]), style="bold"))
-    console.print(Text(f"All of it: {(options.out or options.run / 'evaluation') / 'evaluation.json'}"))
+    console.print(Text(f"All of it: {(options.out or options.run / 'evaluation') / name}"))
+
+
+def _check_alone(settings: Any) -> None:
+    """Raises ValueError where what compares models is set beside --rewardbench, which would do nothing with it."""
+    used = ("judges", "batch_size", "asking")
+    for field in fields(settings):
+        if field.name not in used and getattr(settings, field.name) != field.default:
+            name = field.name.replace("_", "-")
+            raise ValueError(
+                f"--{name} is of comparing models, which --rewardbench does not do: leave one of them out."
+            )
 
 
 COMMAND = Command("compare the models of a run on held-out prompts", _arguments, _run)

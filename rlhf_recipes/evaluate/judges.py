@@ -128,8 +128,12 @@ def adapter_scores(
         rows: the prompts; `prompt_ids` are of the bench's tokenizer.
         ensemble: how the scores of several adapters make one, as `aggregate_ensemble` takes it.
     """
-    tokens = [_tokens(bench, rows[answer.row], answer) for answer in answers]
-    members = torch.tensor([bench.scores(folder, tokens) for folder in judge.folders])  # (M, answers)
+    return row_scores(judge, bench, [_tokens(bench, rows[answer.row], answer) for answer in answers], ensemble)
+
+
+def row_scores(judge: Judge, bench: Bench, rows: Sequence[list[int]], ensemble: tuple[str, float]) -> list[float]:
+    """What reward adapters say of N rows of token ids, each prompt + response; `ensemble` as in `adapter_scores`."""
+    members = torch.tensor([bench.scores(folder, rows) for folder in judge.folders])  # (M, N)
     return aggregate_ensemble(members, *ensemble).tolist()
 
 

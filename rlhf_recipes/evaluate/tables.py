@@ -1,4 +1,4 @@
-"""The tables of an evaluation, for the terminal."""
+"""The tables of an evaluation, and of RewardBench, for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +37,22 @@ def evaluation_tables(result: Result) -> list[Table]:
     tax = {name: _tax_cells(entry) for name, entry in result["models"].items()}
     tables = [_win_table(result), _table_by_model("Behaviour", behaviour)]
     return [*tables, _table_by_model("Alignment tax", tax)] if any(tax.values()) else tables
+
+
+def rewardbench_table(result: Result) -> Table:
+    """What RewardBench's subsets and sections come to, and their mean, a column a judge."""
+    version = "" if result["version"] == 1 else f" {result['version']}"
+    table = _table("", title=f"RewardBench{version}, {result['rows']:,} questions")
+    table.add_column("questions", justify="right")
+    for judge in result["judges"]:
+        table.add_column(Text(printable(f"{judge} (95 %)")), justify="right", overflow="fold")
+    judges = list(result["judges"].values())
+    for part in ("subsets", "sections", "mean"):
+        for name, rate in judges[0][part].items():
+            cells = [percent(judge[part][name]) for judge in judges]
+            table.add_row(Text(printable(name)), f"{rate['prompts']:,}", *cells)
+        table.add_section()
+    return table
 
 
 def _table(*names: str, title: str) -> Table:
