@@ -17,7 +17,7 @@ examples:
   rlhf-recipes check comparisons.csv --columns chosen=better rejected=worse --model Qwen/Qwen3-0.6B-Base
   rlhf-recipes check --recipe qwen3-0-6b-hh --stage reward
   rlhf-recipes check helpsteer3 --stage reward        a named source, from the Hub (see --sources)
-  rlhf-recipes check copy.jsonl --convert helpsteer3  a copy of it
+  rlhf-recipes check annotations.json --stage reward  a file of AlpacaEval or PandaLM, known by its columns
 
 exit code: 0, or 1 where the stage would refuse the data, or 2 where it cannot be read"""
     add = parser.add_argument
@@ -29,7 +29,11 @@ exit code: 0, or 1 where the stage would refuse the data, or 2 where it cannot b
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--recipe", metavar="NAME", help="check a stage's data as this recipe has them; options here come first")
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="TRL's column names for the source's")
-    add("--convert", metavar="NAME", help="a named source's conversion, or module:function (default: none)")
+    add(
+        "--convert",
+        metavar="NAME",
+        help="a named source's conversion, or module:function (default: by a file's columns)",
+    )
     add("--subset", metavar="NAME", help="the Hub dataset's configuration")
     add("--split", metavar="NAME", help="the Hub dataset's split (default: train)")
     add("--limit", type=int, metavar="N", help="take only N rows, drawn by a hash of the prompt (default: all)")

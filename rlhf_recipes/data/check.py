@@ -19,7 +19,7 @@ from .check_index import signed
 from .check_rows import QUARTERS, Examination, Tally, ranks
 from .draw import draw
 from .prepare import RESERVED, check_shares, normalize
-from .read import read
+from .read import conversion_of, read
 from .rows import MIXED, BadRow, Row, Survey, example
 from .sources import SOURCES, resolve_source
 from .split import prompt_hash
@@ -117,7 +117,7 @@ def _report(examined: Examination) -> dict[str, Any]:
     return {
         "source": source.data,
         "named": None if named is None else {"data": named.data, "licence": named.licence, "cite": named.citation},
-        "convert": resolved.convert,
+        "convert": conversion_of(examined.stage, source),
         "stage": examined.stage,
         "stages": stages_for(survey),
         "format": list(examined.columns),

@@ -1,4 +1,4 @@
-"""Reading sources: files (JSONL, JSON, CSV, Parquet, also .gz), Hub datasets and functions, as numbered rows."""
+"""Reading sources as numbered rows: files or URLs (JSONL, JSON, CSV, Parquet, also .gz), Hub datasets and functions."""
 
 import csv
 import gzip
@@ -9,17 +9,19 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
-import pyarrow as pa
+import fsspec
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Source
-from .sources import conversion, resolve_source
+from .sources import conversion, recognized, resolve_source
 
 
 def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
@@ -29,20 +31,45 @@ def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
     ValueError, naming the stage's setting, where the source is not there or cannot be read.
     """
     source = resolve_source(source)
-    numbered = _read_source(stage, source)
-    if source.convert is not None:
-        convert = conversion(f"{stage}.convert", source.convert)
+    numbered, name = _with_conversion(source, _read_source(stage, source))
+    if name is not None:
+        convert = conversion(f"{stage}.convert", name)
         numbered = enumerate(convert(row for _, row in numbered), 1)
     return numbered
 
 
+def conversion_of(stage: str, source: Source) -> str | None:
+    """The conversion with which a source is read: the user's, its name's, or that of the file's columns."""
+    source = resolve_source(source)
+    return _with_conversion(source, _read_source(stage, source))[1]
+
+
+def _with_conversion(
+    source: Source, numbered: Iterator[tuple[int, Any]]
+) -> tuple[Iterator[tuple[int, Any]], str | None]:
+    """The rows, unread, and the name of their conversion, for which the first row of a file is looked at.
+
+    The user's own `convert` or `columns` come first.
+    """
+    if source.convert is not None or source.columns or not _is_file(source):
+        return numbered, source.convert
+    first = list(islice(numbered, 1))
+    return chain(first, numbered), recognized(first[0][1]) if first else None
+
+
+def _is_file(source: Source) -> bool:
+    """Whether a source is a file or the URL of one, and no function and no dataset of the Hub."""
+    path = Path(source.data)
+    is_known = path.is_file() or file_kind(path) in READERS or path.suffix == ".gz"
+    return not is_function(source.data) and (is_known or "://" in source.data)
+
+
 def _read_source(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
     """All rows of a function, a file or a Hub dataset, before any conversion."""
-    path = Path(source.data)
     if is_function(source.data):
         yield from enumerate(function(source.data)(), 1)
-    elif path.is_file() or file_kind(path) in READERS or path.suffix == ".gz":
-        yield from _read_file(f"{stage}.data", path)
+    elif _is_file(source):
+        yield from _read_file(f"{stage}.data", source.data)
     else:
         yield from enumerate(_read_hub(stage, source), 1)
 
@@ -52,18 +79,23 @@ def file_kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def _read_file(key: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a file, whatever it is. Raises ValueError, naming the setting `key`, file and line."""
-    if not path.is_file():
+def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a file, by its path or URL. Raises ValueError, naming the setting `key`, file and line."""
+    is_url = "://" in path
+    if not is_url and not Path(path).is_file():
         raise ValueError(f"{key}: there is no file {path}.")
-    if file_kind(path) not in READERS:
+    kind = file_kind(Path(path))
+    if kind not in READERS:
         raise ValueError(f"{key}: {path} is none of {', '.join(READERS)}, each also with .gz.")
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            yield from READERS[file_kind(path)](file)
+        with ExitStack() as stack:
+            file: Any = (
+                stack.enter_context(fsspec.open(path, "rb")) if is_url else stack.enter_context(open(path, "rb"))
+            )
+            yield from READERS[kind](stack.enter_context(gzip.open(file)) if path.endswith(".gz") else file)
     except json.JSONDecodeError as error:
         raise ValueError(f"{key}: {path}, line {error.lineno}: not JSON ({error.msg}).") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowInvalid) as error:
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
         raise ValueError(f"{key}: cannot read {path}: {error}") from error
 
 

@@ -1,11 +1,11 @@
 """Named sources: public comparisons and rankings by people (or models), each with the format it has and its licence.
 
-`reward.data=helpsteer3` in a recipe and `rlhf-recipes check helpsteer3` load one from the Hub. A downloaded copy is
-read with the same conversion: `reward.data=my_copy.jsonl reward.convert=helpsteer3`. Standard library only.
+`reward.data=helpsteer3` in a recipe and `rlhf-recipes check helpsteer3` load one from where it is published. A
+downloaded copy is known by its columns, and read with the same conversion. Standard library only.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ MOST_RESPONSES = 9  # InstructGPT ranked 4 to 9
 class Named:
     """A source with a name."""
 
-    data: str  # the Hub dataset
+    data: str  # the Hub dataset, or the URL of a file
     stages: tuple[str, ...]  # what it is for
     licence: str  # as its card says
     citation: str
@@ -33,6 +33,7 @@ class Named:
     subset: str | None = None
     split: str = "train"
     convert: Conversion | None = None
+    columns: tuple[str, ...] = ()  # by which a copy's rows are known as those that `convert` takes
 
 
 def resolve_source(source: Source) -> Source:
@@ -63,6 +64,12 @@ def conversion(key: str, name: str) -> Conversion:
     return known[name]
 
 
+def recognized(row: Any) -> str | None:
+    """The named source whose conversion a row of a file is for, by its columns; None where it is for none."""
+    names = (name for name, named in SOURCES.items() if named.columns and isinstance(row, dict))
+    return next((name for name in names if set(SOURCES[name].columns) <= row.keys()), None)
+
+
 def _each(convert: Callable[[Row], Row]) -> Conversion:
     """Convert row by row. One that is not as its source has them stays as it is, to be refused by its number."""
 
@@ -84,19 +91,84 @@ def _helpsteer3(row: Row) -> Row:
     (arXiv:2505.11475). Ties have no `chosen`; the stages drop them.
     """
     strength = int(row["overall_preference"])
-    better = [[{"role": "assistant", "content": row[name]}] for name in ("response1", "response2")]
-    converted: Row = {
-        "prompt": row["context"],
-        "responses": better,
-        "ranking": [1 + (strength > 0), 1 + (strength < 0)],
+    pair = _pair(row["context"], (row["response1"], row["response2"]), -strength)
+    return pair | {
         "weight": max(1, abs(strength)),
         "source": row.get("domain"),
         "language": row.get("language"),
     }
-    if strength:
-        first = int(strength > 0)
-        converted |= {"chosen": better[first], "rejected": better[1 - first]}
-    return converted
+
+
+def _pair(prompt: Any, texts: tuple[Any, Any], lead: float) -> Row:
+    """Two responses as a ranking, and as chosen and rejected, which a tie has not.
+
+    Args:
+        lead: above 0 where the first is better, below where the second is, 0 for a tie.
+    """
+    first, second = ([{"role": "assistant", "content": text}] for text in texts)
+    pair: Row = {"prompt": prompt, "responses": [first, second], "ranking": [1 + (lead < 0), 1 + (lead > 0)]}
+    if lead:
+        chosen, rejected = (first, second) if lead > 0 else (second, first)
+        pair |= {"chosen": chosen, "rejected": rejected}
+    return pair
+
+
+def _voted(prompt: Any, texts: tuple[Any, Any], votes: Sequence[float]) -> Row:
+    """Two responses ranked by the vote that most have given, a tie where none leads, with the votes as soft label.
+
+    Args:
+        votes: each from 0, the second is better, to 1; 0.5 is a tie.
+    """
+    counts = Counter((vote > 0.5) - (vote < 0.5) for vote in votes).most_common()
+    lead = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else 0
+    soft = {"preferences": [sum(votes) / len(votes)]} if lead else {}
+    return _pair(prompt, texts, lead) | soft
+
+
+def _pandalm(row: Row) -> Row:
+    """A comparison of PandaLM's test set, by the majority of three people, or of its training set, by GPT-3.5.
+
+    1 and 2 name the better response; 0, or in the training set "Tie", says that they are alike.
+    """
+    task = row.get("inputs", row)
+    if "outputs" in row:
+        labels = [row["outputs"]["evaluation_result"]]
+    else:
+        labels = [row[key] for key in sorted(row) if key.startswith("annotator")]
+    votes = [{"1": 1.0, "2": 0.0, "0": 0.5, "tie": 0.5}[str(label).strip().lower()] for label in labels]
+    # Some responses of the test set, "True", have become JSON's true.
+    texts = [str(task[key]) if isinstance(task[key], bool) else task[key] for key in ("response1", "response2")]
+    prompt = "\n\n".join(part for part in (task["instruction"], task.get("input")) if part)
+    return _voted([{"role": "user", "content": prompt}], (texts[0], texts[1]), votes) | {
+        "source": row.get("motivation_app")
+    }
+
+
+def _alpacaeval(rows: Iterable[Any]) -> Iterator[Any]:
+    """AlpacaEval's annotations, by models or by people; several of one pair are its votes.
+
+    `preference` goes from 1, the first output is better, to 2; 1.5 is a tie and, in older files, 0. A row without one,
+    of which the annotator's answer could not be read, stays as it is, to be refused. All rows are held in memory.
+    """
+    votes: dict[Any, list[float]] = defaultdict(list)
+    firsts: dict[Any, Row] = {}
+    for number, row in enumerate(rows):
+        try:
+            pair = (row["instruction"], row["output_1"], row["output_2"])
+            vote = 2 - (float(row["preference"]) or 1.5)
+        except (KeyError, TypeError, ValueError):
+            pair, vote = number, 0.5
+        if not 0 <= vote <= 1:
+            pair = number
+        firsts.setdefault(pair, row)
+        votes[pair].append(vote)
+    for pair, row in firsts.items():
+        if isinstance(pair, int):
+            yield row
+        else:
+            instruction, *outputs = pair
+            converted = _voted([{"role": "user", "content": instruction}], (outputs[0], outputs[1]), votes[pair])
+            yield converted | {"source": row.get("dataset")}
 
 
 def _tldr(row: Row) -> Row:
@@ -178,6 +250,7 @@ SOURCES: dict[str, Named] = {
         about="38k comparisons by people, with strength: general, STEM, code, 13 languages",
         subset="preference",
         convert=_each(_helpsteer3),
+        columns=("context", "response1", "response2", "overall_preference"),
     ),
     # OpenAI's own repository on the Hub, openai/summarize_from_feedback, is a script, which `datasets` no longer runs.
     # TRL's copy is Parquet. The conversion is for rows as OpenAI publishes them; those of the copy stay as they are.
@@ -188,6 +261,7 @@ SOURCES: dict[str, Named] = {
         citation="Stiennon et al. 2020, arXiv:2009.01325",
         about="93k comparisons by people: summaries of Reddit posts",
         convert=_each(_tldr),
+        columns=("info", "summaries", "choice"),
     ),
     "oasst1": Named(
         "OpenAssistant/oasst1",
@@ -196,6 +270,27 @@ SOURCES: dict[str, Named] = {
         citation="Köpf et al. 2023, arXiv:2304.07327",
         about="84k messages by volunteers in 35 languages: rankings of the replies to each",
         convert=_oasst1,
+        columns=("message_id", "parent_id", "role", "rank"),
+    ),
+    # A repository of a script too, so that its file is read by its address. `convert` takes the files of AlpacaEval's
+    # results (annotations.json) as well.
+    "alpacaeval": Named(
+        "hf://datasets/tatsu-lab/alpaca_eval/alpaca_farm_human_crossannotations.json",
+        stages=("reward", "ppo", "dpo"),
+        licence="CC-BY-NC-4.0",
+        citation="Dubois et al. 2023, arXiv:2305.14387; Li et al. 2023, github.com/tatsu-lab/alpaca_eval",
+        about="650 comparisons, each by four crowdworkers: answers to instructions",
+        convert=_alpacaeval,
+        columns=("instruction", "output_1", "output_2", "preference"),
+    ),
+    "pandalm": Named(
+        "https://raw.githubusercontent.com/WeOpenML/PandaLM/main/data/testset-v1.json",
+        stages=("reward", "ppo", "dpo"),
+        licence="Apache-2.0",
+        citation="Wang et al. 2024, arXiv:2306.05087",
+        about="999 comparisons, each by three people: answers of tuned 7B models to self-instruct's tasks",
+        convert=_each(_pandalm),
+        columns=("instruction", "response1", "response2", "annotator1"),
     ),
     "tulu3": Named(
         "allenai/llama-3.1-tulu-3-8b-preference-mixture",

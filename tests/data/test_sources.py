@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from support.repository import TREE, helpsteer3, hh, tldr, ultrafeedback, write_repository
+from support.repository import TREE, alpacaeval, helpsteer3, hh, pandalm, tldr, ultrafeedback, write_repository
 from support.rows import assistant, make_tokenizer, user, write
 
+from rlhf_recipes.data.check import examine, survey_source
 from rlhf_recipes.data.prepare import prepare
+from rlhf_recipes.data.read import conversion_of, read
 from rlhf_recipes.data.sources import SOURCES, conversion, resolve_source
 from rlhf_recipes.recipe.values import Stage
 
@@ -20,6 +23,8 @@ CASES = [(name, stage) for name, named in SOURCES.items() for stage in named.sta
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_a_name_is_enough(name: str, stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_repository(tmp_path, name)
+    if "://" in SOURCES[name].data:
+        monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], data=f"file://{tmp_path}/{name}.json"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     tokenizer = make_tokenizer()
@@ -106,6 +111,67 @@ def test_trees_become_rankings_of_replies() -> None:
     assert [text[0]["content"] for text in second["responses"]] == ["Better.", "Bad."]
     assert second["ranking"] == [1, 2] and second["source"] == "en"
     assert [text[0]["content"] for text in many["responses"]] == [f"Number {rank}." for rank in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("votes", "ranking", "soft"),
+    [
+        ((1, 1, 1), [1, 2], 1.0),
+        ((1, 2, 2), [2, 1], 1 / 3),
+        ((0, 1, 1), [1, 2], 5 / 6),
+        ((0, 0, 2), [1, 1], None),  # most say that they are alike
+        ((0, 1, 2), [1, 1], None),  # nobody agrees
+    ],
+)
+def test_pandalms_people_vote(votes: tuple[int, ...], ranking: list[int], soft: float | None) -> None:
+    (row,) = conversion("x", "pandalm")([pandalm(1, *votes)])
+    assert row["prompt"] == [user("Add.\n\n1 + 1")] and row["ranking"] == ranking
+    assert row["responses"] == [[assistant("It is 2.")], [assistant("I do not know.")]]
+    assert row.get("preferences") == (None if soft is None else pytest.approx([soft]))
+    assert row.get("chosen") == (None if soft is None else row["responses"][ranking.index(1)])
+
+
+def test_pandalms_training_rows_and_what_json_made_of_true() -> None:
+    task = {"instruction": "Say a number.", "input": "", "response1": "2", "response2": "3"}
+    rows = [{"inputs": task, "outputs": {"evaluation_result": result}} for result in ("2", "Tie")]
+    second, tie, true = conversion("x", "pandalm")([*rows, {**pandalm(1), "response1": True}])
+    assert second["prompt"] == [user("Say a number.")] and (second["ranking"], tie["ranking"]) == ([2, 1], [1, 1])
+    assert true["responses"][0] == [assistant("True")]
+
+
+def test_alpacaevals_preferences_and_votes() -> None:
+    rows = [alpacaeval(0, 1.25), alpacaeval(1, 1.5), alpacaeval(2, 0), alpacaeval(3, None), alpacaeval(4, 2)]
+    leaning, half, older, unread, second = conversion("x", "alpacaeval")(rows)
+    assert leaning["prompt"] == [user("What is 0 + 1?")] and leaning["source"] == "selfinstruct"
+    assert (leaning["ranking"], leaning["preferences"]) == ([1, 2], [0.75])
+    assert half["ranking"] == older["ranking"] == [1, 1] and "preferences" not in half
+    assert unread == rows[3] and (second["ranking"], second["preferences"]) == ([2, 1], [0.0])
+    # Four people on each of two pairs: three to one, and two to two.
+    votes = [alpacaeval(n, p, who) for n, four in enumerate(((1, 1, 2, 1), (1, 2, 2, 1))) for who, p in enumerate(four)]
+    majority, split = conversion("x", "alpacaeval")(votes)
+    assert (majority["ranking"], majority["preferences"], split["ranking"]) == ([1, 2], [0.75], [1, 1])
+
+
+@pytest.mark.parametrize("name", ["alpacaeval", "pandalm", "helpsteer3", "tldr", "oasst1"])
+def test_a_copy_of_a_named_source_is_known_by_its_columns(name: str, tmp_path: Path) -> None:
+    rows = {"alpacaeval": [alpacaeval(1)], "pandalm": [pandalm(1)], "helpsteer3": [helpsteer3(1)]}
+    rows |= {"tldr": [tldr(1)], "oasst1": TREE}
+    path = write(tmp_path / "copy.jsonl.gz", rows[name])
+    source = Stage(data=path)
+    assert conversion_of("reward", source) == name
+    assert list(read("reward", source)) == list(read("reward", Stage(data=path, convert=name)))
+    assert list(read("reward", Stage(data=f"file://{path}"))) == list(read("reward", source))
+    mapped = Stage(data=path, columns={"prompt": next(iter(rows[name][0]))})  # the user's own come first
+    assert conversion_of("reward", mapped) is None
+    survey = survey_source(source)
+    assert examine(survey, "rank" if name != "tldr" else "reward", None, None)["convert"] == name
+
+
+def test_a_file_by_its_url_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"reward\.data: cannot read file://{tmp_path}/none\.json"):
+        prepare("reward", Stage(data=f"file://{tmp_path}/none.json"), make_tokenizer(), None)
+    with pytest.raises(ValueError, match=r"reward\.data: https://example\.org/rows\.txt is none of \.jsonl"):
+        prepare("reward", Stage(data="https://example.org/rows.txt"), make_tokenizer(), None)
 
 
 def test_rows_of_another_format_are_refused_by_number(tmp_path: Path) -> None:

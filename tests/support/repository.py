@@ -74,6 +74,33 @@ def tldr(number: int, choice: int = 1) -> dict[str, Any]:
     }
 
 
+def alpacaeval(number: int, preference: float | None = 1, annotator: int = 0) -> dict[str, Any]:
+    """A row of AlpacaEval's human cross-annotations; those of its results have an `annotator` with a name."""
+    return {
+        "instruction": f"What is {number} + 1?",
+        "output_1": f"It is {number + 1}.",
+        "output_2": "I do not know.",
+        "preference": preference,
+        "annotator_index": annotator,
+        "dataset": "selfinstruct",
+        "datasplit": "eval",
+    }
+
+
+def pandalm(number: int, *votes: int) -> dict[str, Any]:
+    """A row of PandaLM's testset-v1.json."""
+    return {
+        "idx": number,
+        "motivation_app": "Grammarly",
+        "cmp_key": "bloom-7b_llama-7b",
+        "instruction": "Add.",
+        "input": f"{number} + 1",
+        "response1": f"It is {number + 1}.",
+        "response2": "I do not know.",
+        **{f"annotator{place}": vote for place, vote in enumerate(votes or (1, 1, 2), 1)},
+    }
+
+
 def tulu3(number: int) -> dict[str, Any]:
     """A row of allenai/llama-3.1-tulu-3-8b-preference-mixture."""
     prompt = f"What is {number} + 1?"
@@ -129,7 +156,12 @@ TREE = [
 
 
 def write_repository(folder: Path, name: str) -> None:
-    """A local copy of a Hub dataset, with its own files, formats and configurations."""
+    """A local copy of a Hub dataset, with its own files, formats and configurations, or of a file, as NAME.json."""
+    files = {"alpacaeval": [alpacaeval(n, p, p) for n in range(20) for p in (1, 2, 1)]}
+    files["pandalm"] = [pandalm(number) for number in range(20)]
+    if name in files:
+        (folder / f"{name}.json").write_text(json.dumps(files[name], indent=2))
+        return
     repository = folder / SOURCES[name].data
     repository.mkdir(parents=True)
 
