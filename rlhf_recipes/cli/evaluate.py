@@ -34,7 +34,13 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
         help="base, sft, ppo, ppo/checkpoint-40, dpo, round-2/ppo, or PATH/TO/RUN:NAME of another run "
         "(default: all that RUN has)",
     )
-    add("--against", type=_words, default=(), metavar="M[,M]", help="what they are compared with (default: sft)")
+    add(
+        "--against",
+        type=_words,
+        default=(),
+        metavar="M[,M]",
+        help="what they are compared with (default: sft, or who gave the answers in --prompts)",
+    )
     add(
         "--judge",
         nargs="+",
@@ -43,7 +49,11 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
         metavar="NAME",
         help="who judges (default: gold, judge and reward, as far as RUN has them)",
     )
-    add("--prompts", metavar="DATA", help="a source of prompts (default: those that training held out)")
+    add(
+        "--prompts",
+        metavar="DATA",
+        help="a source of prompts, or a file of AlpacaEval or Arena-Hard (default: those that training held out)",
+    )
     add("--limit", type=positive_int, metavar="N", help="only N prompts, drawn by a hash (default: all)")
     add("--samples", type=positive_int, default=1, metavar="K", help="answers of each model to a prompt (default: 1)")
     add("--temperature", type=float, metavar="T", help="of sampling, above 0 (default: as in training)")

@@ -3,6 +3,7 @@
 evaluation    all of it for a run, kept by content, into RUN/evaluation
 plan          what is compared, found before a weight is loaded
 models        models by name, the base that they share, and their answers
+opponents     prompts of AlpacaEval's and Arena-Hard's files, and the answers in them
 judges        who says which answer is better: gold, reward models, functions, models that are asked
 measurements  what is measured of each model, base by base, and what each judge says
 behaviour     what answers are like, whatever their quality; opinions.yaml asks for agreement with both sides

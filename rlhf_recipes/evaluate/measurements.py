@@ -14,6 +14,7 @@ from ..records.digest import digest
 from .behaviour import opinions
 from .judges import Pair, adapter_scores, compare_pairs, function_scores
 from .models import Answer, AnswerSettings, Bench, NamedModel
+from .opponents import opponent_answers
 from .plan import EvaluationPlan, EvaluationSettings
 
 
@@ -54,6 +55,10 @@ class Measurements:
             if self.plan.texts:
                 self.perplexity[model.name] = float(np.exp(bench.text_loss(model, self.plan.texts)))
         self.answers = {model.name: self.answers[model.name] for model in self.plan.models}  # in the plan's order
+        if (opponent := self.plan.opponent) is not None:
+            given = opponent_answers(opponent, bench.tokenizer, self.plan.rows, self.settings.samples)
+            self.answers[opponent.name], self.opinions[opponent.name] = given, None
+            self.weights[opponent.name] = digest([answer.key for answer in given])
         for judge in self.plan.judges:
             if judge.kind == "adapters":
                 # All models' answers at once, so that each adapter is loaded once.

@@ -1,21 +1,24 @@
 """All that an evaluation needs to know before a weight is loaded: models, judges, prompts that no stage trained on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..data.prepare import Prepared, prepare, trained_on
+from ..data.read import read
 from ..data.rows import StageName
 from ..data.split import dialogue_hash, halve, prompt_hash
 from ..feedback.judge import JudgeSettings
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
 from ..model.base import longest_row
+from ..recipe.lookup import is_function
 from ..recipe.values import Recipe, Source
 from ..records.folder import model_names
 from ..stages.inputs import prepare_comparison
 from .judges import PROXY, Asking, Judge, find_judge, reward_folders
 from .models import NamedModel, find_model
+from .opponents import Opponent, conversion_of_benchmark, take_opponent
 from .tax import Tasks
 
 
@@ -27,7 +30,8 @@ class EvaluationSettings:
     """
 
     models: tuple[str, ...] = ()  # their names (default: all that the run has)
-    against: tuple[str, ...] = ()  # what they are compared with (default: sft, or base in a run without it)
+    # What they are compared with (default: the answers in `prompts`, else sft, or base in a run without it).
+    against: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()  # their names (default: gold, judge and reward, as far as the run has them)
     prompts: str | None = None  # a source (default: what the run's ppo, else dpo, else sft stage held out)
     limit: int | None = None  # take only so many prompts, drawn by a hash (default: all)
@@ -60,6 +64,7 @@ class EvaluationPlan:
     against: list[str]
     judges: list[Judge]
     rows: list[Row]  # the prompts, with `prompt_ids` of the run's tokenizer
+    opponent: Opponent | None  # one of `against` whose answers came with the prompts
     stop_token_ids: list[int]
     texts: list[list[int]]
     tasks: Tasks | None
@@ -77,14 +82,17 @@ class EvaluationPlan:
 def plan_evaluation(run_dir: Path, recipe: Recipe, tokenizer: Any, settings: EvaluationSettings) -> EvaluationPlan:
     """Find all that is named. Raises ValueError where something is not there."""
     names = settings.models or tuple(model_names(run_dir))
-    against = settings.against or ("base" if recipe.sft is None else "sft",)
-    models = [find_model(run_dir, recipe, name) for name in dict.fromkeys((*names, *against))]
     judges = [find_judge(name, run_dir, recipe, settings.asking) for name in _judge_names(run_dir, recipe, settings)]
     tasks = Tasks(settings.tasks, settings.task_dir, settings.task_limit) if settings.tasks else None
     config, held_out = prepare_comparison(recipe, run_dir, tokenizer)
     length = settings.response_length or getattr(config, "response_length", 256)
     chooses = config.metric_for_best_model is not None
     rows, warnings = _find_prompts(recipe, tokenizer, settings, held_out["prompts"], length, chooses)
+    opponent = take_opponent(rows)
+    given = () if opponent is None else (opponent.name,)
+    against = settings.against or given or ("base" if recipe.sft is None else "sft",)
+    compared = [name for name in dict.fromkeys((*names, *against)) if name not in given]
+    models = [find_model(run_dir, recipe, name) for name in compared]
     stop = getattr(config, "stop_token_id", None)
     return EvaluationPlan(
         recipe=recipe,
@@ -92,6 +100,7 @@ def plan_evaluation(run_dir: Path, recipe: Recipe, tokenizer: Any, settings: Eva
         against=list(against),
         judges=judges,
         rows=rows,
+        opponent=opponent if set(given) & set(against) else None,
         stop_token_ids=[held_out["prompts"].stop_token_id, *([] if stop is None else [stop])],
         texts=_find_texts(recipe, tokenizer, settings, held_out.get("ptx"), getattr(config, "ptx_max_length", 512)),
         tasks=tasks,
@@ -130,7 +139,7 @@ def _find_prompts(
         if (left_out := len(held_out.heldout) - len(judging)) > 0:
             warnings.append(f"{left_out:,} held-out prompts were left out: by them training chose the policy.")
     else:
-        rows, warnings = _new_prompts(settings.prompts, recipe, tokenizer, room)
+        rows, warnings = _new_prompts(settings.prompts, recipe, tokenizer, room, held_out.conversational)
     if room is not None and any(len(row["prompt_ids"]) > room for row in rows):
         raise ValueError(
             f"--response-length={response_length} leaves room for prompts of {room} tokens, and one is longer."
@@ -151,10 +160,20 @@ def _find_texts(
     return [ids[:longest] for ids in texts]
 
 
-def _read_all(kind: StageName, source: str, tokenizer: Any, longest: int | None, seed: int) -> Prepared:
-    """All rows of a source, prepared as a stage prepares them. Raises ValueError, which names the option."""
+def _read_all(
+    kind: StageName, name: str, tokenizer: Any, longest: int | None, seed: int, conversational: bool = False
+) -> Prepared:
+    """All rows of a source, prepared as a stage prepares them. Raises ValueError, which names the option.
+
+    Args:
+        conversational: whether prompts from files of other evaluations become messages.
+    """
+    source = Source(name, heldout=0.0)
     try:
-        return prepare(kind, Source(source, heldout=0.0), tokenizer, longest, seed)
+        if kind == "ppo" and not is_function(name):
+            first = next(read(kind, source), (0, None))[1]
+            source = replace(source, convert=conversion_of_benchmark(first, conversational))
+        return prepare(kind, source, tokenizer, longest, seed)
     except ValueError as error:  # `data` names the section that such rows are for
         raise ValueError(
             f"--{'texts' if kind == 'ptx' else 'prompts'}: {str(error).removeprefix(f'{kind}.data: ')}"
@@ -195,12 +214,15 @@ def unseen_prompts(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[str
     return fresh, warnings
 
 
-def _new_prompts(source: str, recipe: Recipe, tokenizer: Any, longest: int | None) -> tuple[list[Row], list[str]]:
+def _new_prompts(
+    source: str, recipe: Recipe, tokenizer: Any, longest: int | None, conversational: bool
+) -> tuple[list[Row], list[str]]:
     """The different prompts of a source that no stage has trained on, and what there is to say of the others.
 
-    Raises ValueError where there are none.
+    Args:
+        conversational: as in `_read_all`.
     """
-    prepared = _read_all("ppo", source, tokenizer, longest, recipe.seed)
+    prepared = _read_all("ppo", source, tokenizer, longest, recipe.seed, conversational)
     rows = {prompt_hash(row["prompt"], recipe.seed): row for row in reversed(prepared.train.to_list())}
     warnings = [
         f"{count:,} rows of {source} were left out: {why}." for why, count in prepared.report["dropped"].items()

@@ -106,12 +106,15 @@ def _answer_rows(measured: Measurements, name: str) -> list[Row]:
 
 def _model_entry(measured: Measurements, name: str) -> dict[str, Any]:
     """What evaluation.json says of a model."""
+    opponent, answers = measured.plan.opponent, measured.answers[name]
+    if opponent is not None and name == opponent.name:  # which has one answer to each prompt, however often it is there
+        answers = answers[:: measured.settings.samples]
     entry: dict[str, Any] = {
         "weights": measured.weights[name],
         "means": {
             judge: float(np.mean(by_model[name])) for judge, by_model in measured.scores.items() if name in by_model
         },
-        "behaviour": behaviour_panel(measured.answers[name], measured.opinions[name]),
+        "behaviour": behaviour_panel(answers, measured.opinions[name]),
     }
     if name in measured.perplexity:
         entry["perplexity"] = measured.perplexity[name]

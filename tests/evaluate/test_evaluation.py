@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace as replace_settings
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,29 @@ def test_a_model_that_is_asked_judges_in_both_orders(copied: Path, capsys: pytes
     assert asked == 2 * len({tuple(sorted(pair)) for pair in pairs if pair[0] != pair[1]})
     lengths = wins.preferences([len(ours) for ours, _ in pairs], [len(theirs) for _, theirs in pairs])
     assert win(found, "ppo", endpoint.url)["rate"] == pytest.approx(lengths.mean())
+
+
+def test_a_files_answers_are_an_opponent_of_the_judges_that_there_are(finished: Path, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": f"w4 {word}", "output": "w5 " * n + "w6", "generator": "other", "dataset": "d"}
+        for n, word in enumerate(WORDS[:6])
+    ]
+    path = str(write(tmp_path / "outputs.jsonl", rows))
+    settings = EvaluationSettings(models=("ppo",), prompts=path, samples=2)
+    found = evaluate(finished, settings, tmp_path / "out")
+    assert found["against"] == ["other"] and found["prompts"] == 6 and list(found["models"]) == ["ppo", "other"]
+    assert list(found["judges"]) == ["gold", "judge", "reward"], "the judges are the run's, by their names"
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    theirs = [row for row in answers if row["model"] == "other"]
+    assert [row["scores"]["gold"] for row in theirs] == [n + 1 for n in range(6) for _ in range(2)]
+    ours = [row["scores"]["gold"] for row in answers if row["model"] == "ppo"]
+    expected = wins.preferences(ours, [row["scores"]["gold"] for row in theirs]).mean()
+    assert win(found, "ppo", "gold", against="other")["rate"] == pytest.approx(expected)
+    panel = found["models"]["other"]["behaviour"]
+    assert "self_similarity" not in panel and panel["tokens"] == pytest.approx(sum(range(2, 8)) / 6)
+    # Named, the run's own models are compared with instead, and nothing else stands in the result.
+    own = evaluate(finished, replace_settings(settings, against=("sft",)), tmp_path / "own")
+    assert list(own["models"]) == ["ppo", "sft"]
 
 
 def test_a_local_model_judges_by_its_probabilities(finished: Path, tmp_path: Path) -> None:
