@@ -50,11 +50,11 @@ class Source:
     `module:function`, which takes all rows and returns rows, best one by one.
     """
 
-    data: str  # a named source, a Hub dataset id, a local file, or module:function
+    data: str  # a named source, a Hub dataset id, a local file or a URL, or module:function
     subset: str | None = None  # the Hub dataset's configuration name
     split: str = "train"  # the Hub dataset's split; a local file is one split
     limit: int | None = None  # take only so many rows, drawn by a hash of the prompt; of a function its first
-    convert: str | None = None  # a named source's conversion, or module:function, from rows to rows
+    convert: str | None = None  # a named source's, or module:function, from rows to rows; None: by a file's columns
     columns: Mapping[str, str] = field(default_factory=dict)  # TRL's column name -> the source's
     heldout: float = 0.05  # share of the dialogues (prompts with the same first turn) that is kept from training
     heldout_limit: int = 256  # evaluate on at most so many held-out rows
