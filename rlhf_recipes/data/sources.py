@@ -156,10 +156,10 @@ def _alpacaeval(rows: Iterable[Any]) -> Iterator[Any]:
         try:
             pair = (row["instruction"], row["output_1"], row["output_2"])
             vote = 2 - (float(row["preference"]) or 1.5)
+            if not (0 <= vote <= 1 and all(isinstance(text, str) for text in pair)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             pair, vote = number, 0.5
-        if not 0 <= vote <= 1:
-            pair = number
         firsts.setdefault(pair, row)
         votes[pair].append(vote)
     for pair, row in firsts.items():

@@ -146,6 +146,8 @@ def test_alpacaevals_preferences_and_votes() -> None:
     assert (leaning["ranking"], leaning["preferences"]) == ([1, 2], [0.75])
     assert half["ranking"] == older["ranking"] == [1, 1] and "preferences" not in half
     assert unread == rows[3] and (second["ranking"], second["preferences"]) == ([2, 1], [0.0])
+    bad = [{**alpacaeval(5), "output_1": ["a"]}, alpacaeval(6, 3), "text"]
+    assert list(conversion("x", "alpacaeval")(bad)) == bad
     # Four people on each of two pairs: three to one, and two to two.
     votes = [alpacaeval(n, p, who) for n, four in enumerate(((1, 1, 2, 1), (1, 2, 2, 1))) for who, p in enumerate(four)]
     majority, split = conversion("x", "alpacaeval")(votes)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support.command_line import error_of
+from support.rows import assistant, user
 from support.tiny_models import save_model
 from support.worded import make_recipe, write
 from transformers import AutoModelForSequenceClassification
@@ -212,6 +214,26 @@ def test_a_runs_reward_model_and_judge_are_scored(
         ties = ties_score([(row["id"], row["correct"], row["scores"][name]) for row in rows[1:]])
         assert found["subsets"]["Ties"]["rate"] == pytest.approx(ties)
         assert found["mean"]["mean"]["rate"] == pytest.approx((found["subsets"]["Math"]["rate"] + ties) / 2)
+
+
+def test_prompts_are_messages_where_the_reward_model_was_trained_on_them(
+    recipe: Recipe, finished: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(finished, tmp_path / "run")
+    rows = [
+        {"prompt": [user(word)], "chosen": [assistant("w5")], "rejected": [assistant("w6")]} for word in ("w7", "w8")
+    ]
+    settings = json.loads((copied / "recipe.json").read_text())
+    settings["reward"]["data"] = str(write(tmp_path / "messages.jsonl", rows))
+    (copied / "recipe.json").write_text(json.dumps(settings))
+    evaluate_rewardbench(copied, write(tmp_path / "rows.jsonl", [PAIR]), EvaluationSettings(judges=("reward",)))
+    (scored,) = [json.loads(line) for line in (copied / "evaluation" / "rewardbench.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(recipe.base)
+    shared = SharedBase(load_base(recipe.base), recipe.lora, fingerprint(recipe.base, tokenizer))
+    shared.add_role("reward", finished / "reward", head=True)
+    pairs = [tokenize_pair(tokenizer, [user("w4")], [assistant(text)]) for text in ("w5", "w6")]
+    scores = score_rows(shared, [prompt + completion for prompt, completion in pairs]).tolist()
+    assert scored["scores"]["reward"] == pytest.approx(scores, abs=1e-5)
 
 
 def test_classifiers_and_functions_are_scored_too(finished: Path, tmp_path: Path) -> None:
