@@ -17,16 +17,11 @@ from typing import Any
 
 from .labelers import draw_ranking, labeler_scale
 
-try:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # pyright: ignore[reportMissingImports]
-except ModuleNotFoundError as error:
-    raise ValueError("The world of sentiment needs a package: pip install 'rlhf_recipes[sentiment]'.") from error
-
 # A small chat model fills any room that it is given: without this request nearly every answer would be cut off.
 IN_SHORT = "Answer in one short sentence."
 REVIEW = 'Go on with this review of a film, in one short sentence: "{opening} ..."'
 OPENING = 24  # words of a review that are shown
-LONGEST = 160  # characters of a question; longer ones tell stories, and cost what they are long
+LONGEST = 160  # characters of what is asked; longer questions tell stories, and cost as they are long
 
 CUT_OFF = 0.3  # the price of an answer that does not end with a sentence
 REPETITION = 1.0  # the price of an answer all of whose pairs of words are repeated; of others by their share
@@ -113,7 +108,11 @@ def text_of(completion: str | list[dict[str, str]]) -> str:
 
 @cache
 def _analyzer() -> Any:
-    """VADER, with its lexicon read once."""
+    """VADER, with its lexicon read once. Raises ValueError where it is not installed."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ValueError("The world of sentiment needs a package: pip install 'rlhf_recipes[sentiment]'.") from error
     return SentimentIntensityAnalyzer()
 
 
@@ -152,3 +151,18 @@ def labeler(prompts: list[Any], responses: list[list[Any]], seed: int = 0) -> li
     scores = [[score(text_of(response)) for response in several] for several in responses]
     scale = labeler_scale([abs(a - b) for several in scores for a, b in combinations(several, 2)])
     return [draw_ranking(rng, several, scale) for several in scores]
+
+
+def comparisons(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A conversion for `dpo.convert`: each two responses of a ranking that differ in rank, as a pair.
+
+    Args:
+        rows: labels, as `rlhf-recipes label` writes them.
+    Yields:
+        `{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}`.
+    """
+    for row in rows:
+        best_first = sorted(zip(row["ranking"], row["responses"], strict=True), key=lambda ranked: ranked[0])
+        for (better, chosen), (worse, rejected) in combinations(best_first, 2):
+            if better < worse:
+                yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}

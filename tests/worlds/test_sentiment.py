@@ -72,6 +72,12 @@ def test_the_best_whole_answer_is_the_demonstration() -> None:
     assert found == [{"prompt": prompt, "completion": said[1]}], "the best answer to the second is cut off"
 
 
+def test_a_ranking_is_as_many_comparisons_as_it_has_unequal_pairs() -> None:
+    a, b, c = ([{"role": "assistant", "content": text}] for text in "abc")
+    found = list(sentiment.comparisons([{"prompt": "p", "responses": [a, b, c], "ranking": [2, 1, 2], "labeler": "x"}]))
+    assert found == [{"prompt": "p", "chosen": b, "rejected": a}, {"prompt": "p", "chosen": b, "rejected": c}]
+
+
 def test_prompts_are_first_human_turns_and_first_words_each_once() -> None:
     given = [
         {"prompt": "\n\nHuman: Is it late?\n\nAssistant: No.\n\nHuman: Sure?\n\nAssistant:", "chosen": " Yes."},
