@@ -60,6 +60,11 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
     add("--response-length", type=positive_int, metavar="N", help="tokens at most (default: as in training)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling and of drawn principles (default: 0)")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="rows at once: memory and speed (default: 64)")
+    add(
+        "--under-base",
+        action="store_true",
+        help="measure by the bare base how natural the answers are, and whether they are about their prompts",
+    )
     add("--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation)")
     add("--json", action="store_true", help="print evaluation.json in place of tables")
     tax = parser.add_argument_group("the alignment tax")
@@ -107,7 +112,7 @@ def _run(options: argparse.Namespace) -> None:
             reach(options), JudgeSettings(*question(options)), Prices(*prices_of(options)), options.parallel
         )
         named = ("models", "against", "prompts", "limit", "samples", "texts", "tasks", "task_dir", "task_limit")
-        named += ("temperature", "response_length", "seed", "batch_size")
+        named += ("temperature", "response_length", "seed", "batch_size", "under_base")
         chosen = {name: getattr(options, name) for name in named}
         settings = EvaluationSettings(**chosen, judges=tuple(options.judge), asking=asking)
         if options.rewardbench is None:

@@ -1,4 +1,4 @@
-"""`rlhf-recipes label`: the page on which people rank."""
+"""`rlhf-recipes label`: the page on which people rank, or a function in their place."""
 
 import argparse
 from pathlib import Path
@@ -30,6 +30,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", action="store_true", help="listen to the whole network, not encrypted (default: to this machine)"
     )
+    parser.add_argument(
+        "--by",
+        metavar="FUNCTION",
+        help="rank by module:function or file.py:function, a simulated labeler as in rounds.labeler, and open no page",
+    )
     parser.epilog = (
         "Each labeler opens the link that is printed and gives a name. Stopped, the same command goes on. Skips go to "
         "*.skipped.jsonl beside the labels; *.token keeps the link's token for the next start: delete it to change it."
@@ -37,10 +42,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.by is not None:
+        from ..feedback.rows import labels_beside
+        from ..feedback.simulate import label_by_function
+
+        labels = options.labels or labels_beside(options.samples)
+        print(f"{label_by_function(options.by, options.samples, labels, options.seed):,} labels in {labels}.")
+        return
     with notes_to_stderr():
         from ..feedback.label import serve_label_page
 
-    serve_label_page(**{key: value for key, value in vars(options).items() if key != "command"})
+    serve_label_page(**{key: value for key, value in vars(options).items() if key not in ("command", "by")})
 
 
 COMMAND = Command("open a local page on which people rank samples", _arguments, _run)

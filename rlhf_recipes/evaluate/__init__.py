@@ -7,6 +7,7 @@ opponents     prompts of AlpacaEval's and Arena-Hard's files, and the answers in
 judges        who says which answer is better: gold, reward models, functions, models that are asked
 measurements  what is measured of each model, base by base, and what each judge says
 behaviour     what answers are like, whatever their quality; opinions.yaml asks for agreement with both sides
+under_base    what the bare base makes of answers: are they language, are they about their prompts
 tax           the tasks of lm-evaluation-harness
 wins          win rates with intervals, plain and length-controlled
 results       evaluation.json and answers.jsonl, with what earlier calls found of the same

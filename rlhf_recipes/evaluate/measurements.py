@@ -16,6 +16,7 @@ from .judges import Pair, adapter_scores, compare_pairs, function_scores
 from .models import Answer, AnswerSettings, Bench, NamedModel
 from .opponents import opponent_answers
 from .plan import EvaluationPlan, EvaluationSettings
+from .under_base import panel_under_base
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Measurements:
     scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # judge -> model -> a score for each answer
     weights: dict[str, str] = field(default_factory=dict)  # what tells a model's weights, its base's too, from others
     perplexity: dict[str, float] = field(default_factory=dict)  # of models of the run's own base
+    under_base: dict[str, dict[str, float]] = field(default_factory=dict)  # see `panel_under_base`
     tasks: dict[str, Any] = field(default_factory=dict)  # see `Tasks.measure`
 
     def measure_other_base(self, model: NamedModel, bench: Bench) -> None:
@@ -54,6 +56,8 @@ class Measurements:
             self._measure_model(model, bench, prompts, settings)
             if self.plan.texts:
                 self.perplexity[model.name] = float(np.exp(bench.text_loss(model, self.plan.texts)))
+            if self.settings.under_base:
+                self.under_base[model.name] = panel_under_base(bench, self.plan.rows, self.answers[model.name])
         self.answers = {model.name: self.answers[model.name] for model in self.plan.models}  # in the plan's order
         if (opponent := self.plan.opponent) is not None:
             given = opponent_answers(opponent, bench.tokenizer, self.plan.rows, self.settings.samples)

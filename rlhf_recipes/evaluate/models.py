@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from ..data.tokens import response_texts
 from ..model.base import fingerprint, load_base, load_tokenizer
-from ..model.batches import Batches
+from ..model.batches import TOKENS_AT_ONCE, Batches
 from ..model.memory import release
-from ..model.sampler import Sampler
+from ..model.sampler import Sampler, autocast_of, pad_right
 from ..model.shared import BIAS, SharedBase
 from ..recipe.values import Recipe
 from ..records.digest import digest
@@ -227,6 +227,29 @@ class Bench:
             return [self.sampler(1, 1.0, []).text_loss(role, texts)]
 
         return self.cache.fill([key], measure, f"{model.name}: perplexity")[0]
+
+    def log_likelihoods(self, contexts: Sequence[list[int]], continuations: Sequence[list[int]]) -> list[float]:
+        """The bare base's log-likelihood of each continuation after its context (token ids), in nats."""
+        pairs = list(zip(contexts, continuations, strict=True))
+        keys = [digest("likelihood", self.fingerprint, *pair) for pair in pairs]
+
+        def measure(places: list[int]) -> list[float]:
+            rows = [pairs[place][0] + pairs[place][1] for place in places]
+            starts = torch.tensor([len(pairs[place][0]) for place in places])
+            found = torch.zeros(len(rows))
+
+            @torch.no_grad()
+            def work(batch: Tensor) -> None:
+                ids, kept = pad_right([rows[row] for row in batch.tolist()], 0, self.shared.device)  # (B, T)
+                continued = torch.arange(1, ids.shape[1]) >= starts[batch, None]  # (B, T - 1)
+                mask = kept[:, 1:].bool() & continued.to(self.shared.device)
+                found[batch] = self.shared.log_probs(ids, kept, mask)[0].sum(1).cpu()
+
+            with self.shared.role("base"), autocast_of(self.shared):
+                self.batches.run(torch.tensor([len(row) for row in rows]), work, TOKENS_AT_ONCE)
+            return found.tolist()
+
+        return self.cache.fill(keys, measure, "base: log-likelihoods", self.batch_size)
 
     def close(self) -> None:
         """Give the base's memory back."""

@@ -37,6 +37,7 @@ class EvaluationSettings:
     limit: int | None = None  # take only so many prompts, drawn by a hash (default: all)
     samples: int = 1  # answers to each prompt; self-similarity needs two
     texts: str | None = None  # a source of texts for perplexity (default: what `ptx` held out)
+    under_base: bool = False  # measure the answers by the bare base: see `under_base`
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness; `tax` stands for three (default: none)
     task_dir: Path | None = None  # a folder with tasks of one's own (default: none)
     task_limit: int | None = None  # questions of each task (default: all)

@@ -114,7 +114,7 @@ def _model_entry(measured: Measurements, name: str) -> dict[str, Any]:
         "means": {
             judge: float(np.mean(by_model[name])) for judge, by_model in measured.scores.items() if name in by_model
         },
-        "behaviour": behaviour_panel(answers, measured.opinions[name]),
+        "behaviour": behaviour_panel(answers, measured.opinions[name]) | measured.under_base.get(name, {}),
     }
     if name in measured.perplexity:
         entry["perplexity"] = measured.perplexity[name]

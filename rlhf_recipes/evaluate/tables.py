@@ -19,6 +19,8 @@ PANEL = {  # of what `behaviour_panel` says: heading and format
     "refusals": ("refu-\nsals", "{:.0%}"),
     "sycophancy": ("syco-\nphancy", "{:.0%}"),
     "self_similarity": ("alike", "{:.2f}"),
+    "base_perplexity": ("base\nppl", "{:.1f}"),
+    "about_prompt": ("about\nprompt", "{:.0%}"),
     "kl": ("KL", "{:.2f}"),
     "kl_per_token": ("KL a\ntoken", "{:.3f}"),
 }

@@ -4,6 +4,7 @@ A file or two for each command:
 
     sample        K responses a prompt, from the policies of a run  -> samples
     label, board  a local page on which people rank samples         -> labels
+    simulate      a function ranks them, whose truth is known       -> labels
     judge         a model ranks samples in their place              -> labels
     critique      a model criticises and revises its own answers    -> demonstrations
     agreement     how far the labelers agree, and what each is worth; with agreement_warnings, agreement_tables

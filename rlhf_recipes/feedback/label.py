@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from .board import NOTE, Board, Mode, Refusal, digest_of
-from .rows import Row, read_samples
+from .rows import Row, labels_beside, read_samples
 
 try:
     import uvicorn
@@ -190,7 +190,7 @@ def serve_label_page(
     Raises:
         ValueError: a file or the port cannot be used.
     """
-    labels = labels or samples.with_name(samples.name.removesuffix(".gz")).with_suffix(".labels.jsonl")
+    labels = labels or labels_beside(samples)
     if guidelines is not None and not guidelines.is_file():
         raise ValueError(f"--guidelines: there is no file {guidelines}.")
     text = guidelines.read_text(encoding="utf-8", errors="replace") if guidelines is not None else ""

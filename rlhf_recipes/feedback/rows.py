@@ -30,6 +30,11 @@ def read_samples(path: Path) -> list[Row]:
     return rows
 
 
+def labels_beside(samples: Path) -> Path:
+    """Where the labels of a file of samples go, unless another place is named."""
+    return samples.with_name(samples.name.removesuffix(".gz")).with_suffix(".labels.jsonl")
+
+
 def read_labels(paths: Iterable[Path]) -> list[Row]:
     """The labels of some files, in their order, with an `id` each.
 

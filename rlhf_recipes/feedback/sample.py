@@ -57,7 +57,12 @@ class SampleSettings:
 
 
 def sample_responses(
-    run_dir: Path, prompts: Source, out: Path, settings: SampleSettings, batch_size: int = 64, limit: int | None = None
+    run: Path | Recipe,
+    prompts: Source,
+    out: Path,
+    settings: SampleSettings,
+    batch_size: int = 64,
+    limit: int | None = None,
 ) -> dict[str, int]:
     """Write K responses to each prompt of a source to the file `out`, or go on with what an earlier call left of it.
 
@@ -65,7 +70,7 @@ def sample_responses(
     drawn again; a prompt that gets no two different ones goes to the file *.left_out.jsonl beside `out`.
 
     Args:
-        run_dir: a run folder with its finished adapters.
+        run: a run folder with its finished adapters, or a recipe, of which only the bare base can answer yet.
         prompts: rows with what the `ppo` stage takes. Equal prompts are taken once.
         batch_size: rows sampled at once: memory and speed alone.
         limit: take only so many different prompts, drawn by their ids, which are hashes.
@@ -75,8 +80,13 @@ def sample_responses(
         ValueError: no run folder, no such model in it, prompts that cannot be read or are too long, or `out` was made
             with other settings.
     """
-    recipe = read_recipe(run_dir)
-    folders = {name: adapter_folder(run_dir, recipe, name) for name in settings.models}
+    if isinstance(run, Recipe):
+        if settings.models != ("base",):
+            raise ValueError(f"{run.name} is a recipe that nothing was trained for: only its base can be sampled.")
+        recipe, folders = run, dict[str, Path | None](base=None)
+    else:
+        recipe = read_recipe(run)
+        folders = {name: adapter_folder(run, recipe, name) for name in settings.models}
     tokenizer = load_tokenizer(recipe.base)
     longest = longest_row(recipe.base, None, settings.response_length, "response_length")
     prepared = prepare("ppo", _all_rows(prompts), tokenizer, longest)

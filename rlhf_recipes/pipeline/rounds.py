@@ -2,10 +2,8 @@
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.text import Text
@@ -17,13 +15,14 @@ from ..feedback.connect import connect
 from ..feedback.judge import judge_samples
 from ..feedback.rows import read_judgements, read_samples
 from ..feedback.sample import SampleSettings, draw_samples, keep_sample_settings, prompt_id, prompts_to_rank
+from ..feedback.simulate import label_by_function
 from ..model.base import longest_row
 from ..model.memory import release
 from ..model.open import open_models
-from ..recipe.lookup import function, is_function
+from ..recipe.lookup import is_function
 from ..recipe.overrides import to_dict
 from ..recipe.values import PEOPLE, Recipe
-from ..records.files import read_rows, write_json, write_text
+from ..records.files import read_rows, write_json
 from ..records.folder import adapter_folder, round_folder
 from ..records.manifest import Manifest
 from ..stages.inputs import prepare_extras, prepare_stage
@@ -169,7 +168,7 @@ def _have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bo
         return judged >= rounds.enough * wanted
     if is_function(rounds.labeler):
         if not labels.is_file():
-            _label_by_function(rounds.labeler, samples, labels, seed)
+            label_by_function(rounds.labeler, samples, labels, seed)
     elif len(read_rows(labels)) < len(read_rows(samples)):
         judge_samples(read_samples(samples), labels, connect(ModelSettings(rounds.labeler)), judge_settings(recipe))
         release()
@@ -192,16 +191,3 @@ def labelling_instructions(run_dir: Path, number: int) -> str:
         f"    rlhf-recipes label {samples} --labels {labels}\n"
         "and run the same command again. (rounds.enough is the share that must be judged.)"
     )
-
-
-def _label_by_function(labeler: str, samples: Path, labels: Path, seed: int) -> None:
-    """Have a function rank the samples. Raises ValueError where it returns ranks of other shapes."""
-    rows = read_samples(samples)
-    prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
-    rankings: list[Any] = function(labeler)(prompts=prompts, responses=responses, seed=seed)
-    if [len(ranking) for ranking in rankings] != [len(answers) for answers in responses]:
-        raise ValueError(
-            f"rounds.labeler={labeler} must return a rank for each response of each of the {len(rows)} prompts."
-        )
-    judged = [{**row, "ranking": ranks, "labeler": labeler} for row, ranks in zip(rows, rankings, strict=True)]
-    write_text(labels, "".join(json.dumps(row) + "\n" for row in judged))

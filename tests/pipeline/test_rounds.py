@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_line import error_of
 from support.endpoint import Endpoint, longer
 from support.worded import WORDS, make_recipe, read, same, write
 
@@ -356,3 +357,37 @@ def test_a_judge_labels_a_round(recipe: Recipe, tmp_path: Path) -> None:
     assert all("more words" in body["messages"][0]["content"] for body in endpoint.bodies)
     data = json.loads((folder / "round-2" / "manifest.json").read_text())["stages"]["reward"]["data"]
     assert data["rows"] == 44
+
+
+# --- Before the first round -------------------------------------------------------------------------------------------
+
+
+def test_a_recipes_bare_base_can_be_sampled_before_it_is_run(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "base.jsonl"
+    found = sample_responses(recipe, prompts_to_rank(recipe), out, SampleSettings(("base",), k=2), limit=3)
+    assert found["samples"] == 3 and {o["model"] for row in read(out) for o in row["origins"]} == {"base"}
+    with pytest.raises(ValueError, match="only its base can be sampled"):
+        sample_responses(recipe, prompts_to_rank(recipe), out, SampleSettings(("sft",), k=2))
+    capsys.readouterr()
+    assert "say with --out where its samples go" in error_of(capsys, ["sample", "tiny"])
+    assert "a run keeps its own: leave out seed=1" in error_of(capsys, ["sample", "runs/mine", "seed=1"])
+
+
+def test_a_function_labels_samples_in_the_place_of_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def longest(prompts, responses, seed):\n"
+        "    return [[1 + sum(len(b) > len(a) for b in some) for a in some] for some in responses]\n"
+    )
+    samples, labels = tmp_path / "samples.jsonl", tmp_path / "samples.labels.jsonl"
+    write(samples, [{"prompt": "p", "responses": ["a", "abc", "ab"], "topic": 4}])
+    command = ["label", str(samples), "--by", f"{tmp_path}/mine.py:longest"]
+    for _ in range(2):  # again, it says the same
+        main_cli(command)
+        (row,) = read(labels)
+        assert row["ranking"] == [3, 1, 2] and row["labeler"] == command[-1] and row["topic"] == 4
+    assert f"1 labels in {labels}" in capsys.readouterr().out
+    write(labels, [{**row, "labeler": "Ann"}])
+    assert "holds labels of Ann: name another --labels" in error_of(capsys, command)
+    assert read(labels)[0]["labeler"] == "Ann"

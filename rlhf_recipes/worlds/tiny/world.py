@@ -3,14 +3,13 @@
 Everything is drawn from `random.Random` with fixed seeds, so that the data are the same on every machine.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-AGREEMENT = 0.73  # labelers agree with gold this often; InstructGPT's agreed with each other 72.6 +- 1.5 %
+from ..labelers import draw_ranking, labeler_scale, sigmoid
 
 END = "<|end|>"  # the end-of-sequence token, as it reads in rendered text
 
@@ -363,14 +362,14 @@ def comparisons(n: int = 4000) -> list[dict[str, Any]]:
     """Rows `{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}` as a labeler who errs chose.
 
     P(first preferred) = sigmoid((gold(first) - gold(second)) / scale) (Bradley and Terry), with the scale at which the
-    labeler agrees with gold in `AGREEMENT` of all pairs.
+    labeler agrees with gold in `labelers.AGREEMENT` of all pairs.
     """
     rng = Random(2)
     pairs = _draw_pairs(rng, n)
-    scale = _labeler_scale([abs(difference) for *_, difference in pairs])
+    scale = labeler_scale([abs(difference) for *_, difference in pairs])
     rows = []
     for request, first, second, difference in pairs:
-        chosen, rejected = (first, second) if rng.random() < _sigmoid(difference / scale) else (second, first)
+        chosen, rejected = (first, second) if rng.random() < sigmoid(difference / scale) else (second, first)
         rows.append({"prompt": _user(request), "chosen": _assistant(chosen), "rejected": _assistant(rejected)})
     return rows
 
@@ -404,30 +403,12 @@ def labeler(prompts: list[Any], responses: list[list[Any]], seed: int = 0) -> li
         ValueError: a prompt is none of this world's requests.
     """
     rng = Random(seed)
-    scale = _labeler_scale([abs(difference) for *_, difference in _draw_pairs(Random(2), 4000)])
-    rankings = []
-    for prompt, answers in zip(prompts, responses, strict=True):
-        request = parse(_text(prompt))
-        # The order of utilities with Gumbel noise is a draw of that model (Yellott 1977).
-        noisy = [score(request, _text(answer)) / scale - math.log(rng.expovariate(1.0)) for answer in answers]
-        best_first = sorted(noisy, reverse=True)
-        rankings.append([1 + best_first.index(utility) for utility in noisy])
-    return rankings
-
-
-def _labeler_scale(differences: list[float]) -> float:
-    """The scale at which a labeler agrees with gold in `AGREEMENT` of the pairs, by bisection."""
-    low, high = 1e-3, 1e3
-    for _ in range(60):
-        scale = math.sqrt(low * high)
-        agreement = sum(_sigmoid(difference / scale) for difference in differences) / len(differences)
-        low, high = (scale, high) if agreement > AGREEMENT else (low, scale)
-    return low
-
-
-def _sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), without overflow."""
-    return 0.5 * (1 + math.tanh(x / 2))
+    scale = labeler_scale([abs(difference) for *_, difference in _draw_pairs(Random(2), 4000)])
+    requests = (parse(_text(prompt)) for prompt in prompts)
+    return [
+        draw_ranking(rng, [score(request, _text(answer)) for answer in answers], scale)
+        for request, answers in zip(requests, responses, strict=True)
+    ]
 
 
 def prompts(n: int = 3000) -> list[dict[str, Any]]:
