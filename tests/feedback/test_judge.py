@@ -648,6 +648,7 @@ def sorted_by_file(found: Rows, rows: Rows) -> Iterator[dict[str, Any]]:
 # --- A real server ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_real_server_judges_as_the_same_model_does_here(tmp_path: Path) -> None:
     model = save_judge(tmp_path / "judge")
     samples = write_samples(tmp_path / "samples.jsonl", 6)

@@ -187,6 +187,7 @@ def test_out_of_memory_halves_the_batch_of_transformers_backends(model: SharedBa
     assert sample.batch_size == 1
 
 
+@pytest.mark.long
 def test_static_compiles_one_step_for_each_role(model: SharedBase) -> None:
     # On a CPU only where it is told to, here without generating code; on CUDA transformers does so by itself.
     compiled = CompileConfig(backend="eager", mode=None)  # pyright: ignore[reportArgumentType]

@@ -165,9 +165,8 @@ def test_optimizer_state(optim: str, size: float) -> None:
     assert optimizer_bytes(optim, [torch.nn.Parameter(torch.zeros(64, 128))]) == size * 64 * 128
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", "bfloat16"]
-)  # under autocast each layer's adapter is there in 16 bits too
+# Under autocast each layer's adapter is there in 16 bits too.
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def test_depth_goes_on_in_a_straight_line(tmp_path: Path, dtype: str) -> None:
     shape = {"num_hidden_layers": 5, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
     config = AutoConfig.for_model("qwen3", **ARCHITECTURES["qwen3"] | shape)
@@ -248,7 +247,9 @@ def test_changes_are_what_a_new_plan_says(recipe: Recipe) -> None:
         assert same == change.same_results
 
 
-@pytest.mark.parametrize("key", ["per_device_train_batch_size", "rollout_micro_batch_size"])
+@pytest.mark.parametrize(
+    "key", ["per_device_train_batch_size", pytest.param("rollout_micro_batch_size", marks=pytest.mark.long)]
+)
 def test_auto_is_the_largest_that_fits(recipe: Recipe, key: str) -> None:
     args = {
         "mini_batch_size": 16,
