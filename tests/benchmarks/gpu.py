@@ -419,7 +419,7 @@ def without_model(given: Given) -> str:
 
 
 def without_comparisons(given: Given) -> str:
-    return without_model(given) or ("" if given.data.is_file() else f"no {given.data}")
+    return without_model(given) or ("" if given.data.is_file() else f"no file {given.data}")
 
 
 def without_trl(given: Given) -> str:

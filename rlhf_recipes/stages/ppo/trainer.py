@@ -351,9 +351,10 @@ class PPOTrainer(Trainer):
         if self.scaler.get_scale() < scale:  # some gradient overflowed, and nothing has changed
             self.skipped += 1
             check_scale(self.scaler)
+            logged = {name: value for name, value in logged.items() if math.isfinite(value)}  # what the forward said
         else:
-            self.metrics.add(logged)
             rollout.fresh = False
+        self.metrics.add(logged)
         return loss
 
     @property
