@@ -44,7 +44,8 @@ def build_base(folder: Path, *, steps: int = 450, seed: int = 0) -> None:
     from transformers import get_cosine_schedule_with_warmup
 
     threads = torch.get_num_threads()
-    # On matrices this small a second thread saves a fifth on an idle machine, and on a busy one waits ten times as long.
+    # A second thread saves a fifth on an idle machine with matrices this small, and on a busy one takes ten times as
+    # long, because the two wait for each other.
     torch.set_num_threads(1)
     try:
         tokenizer, rng = build_tokenizer(), Random(seed)
