@@ -23,6 +23,9 @@ from transformers.utils import ModelOutput
 from .attention import packing
 from .log_probs import float32_linear
 
+# How the names of linear layers end that give more, or something else, than an adapter can be added to.
+SPECIAL = ("Router", "GroupedLinear")
+
 
 def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that makes final hidden states of token ids, without its head and what sees or hears.
@@ -114,9 +117,9 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def excluded_modules(model: PreTrainedModel, all_linear: bool) -> str | None:
     """A pattern of the modules that no adapter belongs on, for PEFT; None where there are none.
 
-    Outside the text decoder an adapter would get no gradient. An architecture's own kinds of linear layers (routers,
-    layers of several groups) give more, or something else, than an adapter can be added to. Mamba's kernels take the
-    weights of `out_proj` past an adapter on it; who names that layer himself is told so by PEFT.
+    Outside the text decoder an adapter would get no gradient; routers and linear layers of several groups cannot take
+    one (see `SPECIAL`). Mamba's kernels take the weights of `out_proj` past an adapter on it; who names that layer
+    himself is told so by PEFT.
 
     Args:
         model: a causal model or a sequence classifier.
@@ -130,7 +133,7 @@ def excluded_modules(model: PreTrainedModel, all_linear: bool) -> str | None:
         patterns.append(rf"(?!{re.escape(path)}\.).*")
     if all_linear:
         modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-        special = {name for name, m in modules if isinstance(m, nn.Linear) and "transformers" in type(m).__module__}
+        special = {name for name, m in modules if isinstance(m, nn.Linear) and type(m).__name__.endswith(SPECIAL)}
         patterns += sorted(rf".*\.{name}" for name in special)
         mixers = {name for name, module in modules if hasattr(module, "A_log") and hasattr(module, "D")}
         patterns += sorted(rf".*\.{name}\.out_proj" for name in mixers)

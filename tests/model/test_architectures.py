@@ -29,6 +29,7 @@ A_DOZEN = {
     "bloom": "positions come from the mask",
     "cohere": "the head's output is multiplied",
     "deepseek_v3": "latent attention, experts",
+    "falcon": "linear layers of a class of its own",
     "falcon_h1": "attention and a state space model in one layer",
     "gemma2": "capped logits, sliding windows",
     "granitemoe": "the head's output is divided, experts",
@@ -78,7 +79,8 @@ class Setup:
         return PeftModel.from_pretrained(load_base(self.base), str(folder or self.sft), is_trainable=True).eval()
 
     def classifier(self, folder: Path | None = None) -> PeftModel:
-        return PeftModel.from_pretrained(self.classifier_base(), str(folder or self.reward), is_trainable=True).eval()
+        adapter = str(folder or self.reward)  # which skips where there is none
+        return PeftModel.from_pretrained(self.classifier_base(), adapter, is_trainable=True).eval()
 
     def shared(self) -> SharedBase:
         return SharedBase(load_base(self.base), Lora(r=4, alpha=8)).eval()
