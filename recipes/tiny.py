@@ -3,9 +3,9 @@
     make demo
     rlhf-recipes run tiny ppo.kl_coef=0.02
 
-It pretrains its own base, a Llama of a million parameters, once (two to three minutes) on a small internet of requests and
-answers, good and bad. Demonstrations and comparisons come from simulated people, who agree with a hidden gold score as
-often as InstructGPT's labelers agreed with each other. Gold is never trained on, so it measures what was learned.
+It pretrains its own base, a Llama of a million parameters, once (two to three minutes) on a small internet of requests
+and answers, good and bad. Demonstrations and comparisons come from simulated people, who agree with a hidden gold score
+as often as InstructGPT's labelers agreed with each other. Gold is never trained on, so it measures what was learned.
 
 Hardware: one CPU core, six minutes with the base. What to expect: the reward model's held-out accuracy ends near
 68 to 70 %, below the labelers' own 73 %. `objective/scores` rises from -0.3 to about 0.3 (demonstrations score 0),
