@@ -128,6 +128,6 @@ def test_read_a_run(executed: dict[str, tuple[list[Any], str]], place: Path) -> 
 def test_the_notebooks_run_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "notebooks").mkdir()
     execute(NOTEBOOKS, tmp_path, small=False)
-    for number in (1, 2, 4):
-        gold = summary(tmp_path, f"notebook-{number}")["gold_score"]
-        assert gold["ppo"] > gold["sft"]
+    gold = {number: summary(tmp_path, f"notebook-{number}")["gold_score"] for number in (1, 2, 4)}
+    assert gold[1]["ppo"] > gold[1]["sft"] and gold[2]["ppo"] > gold[2]["sft"]
+    assert gold[4]["ppo"] < gold[1]["ppo"], "without a KL penalty the reward model is gamed, as the notebook shows"
