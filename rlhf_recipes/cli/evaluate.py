@@ -67,6 +67,13 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
     )
     add("--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation)")
     add("--json", action="store_true", help="print evaluation.json in place of tables")
+    _other_measures(parser)
+    question_arguments(parser)
+    reach_arguments(parser)
+
+
+def _other_measures(parser: argparse.ArgumentParser) -> None:
+    """What is measured beside, or in place of, comparing answers."""
     tax = parser.add_argument_group("the alignment tax")
     tax.add_argument("--texts", metavar="DATA", help="texts for perplexity (default: what `ptx` held out, if any)")
     tax.add_argument(
@@ -78,16 +85,14 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
     )
     tax.add_argument("--task-dir", type=Path, metavar="DIR", help="YAML files of tasks of your own (default: none)")
     tax.add_argument("--task-limit", type=positive_int, metavar="N", help="questions of each task (default: all)")
-    add_bench = parser.add_argument_group("the reward model itself").add_argument
-    add_bench(
+    bench = parser.add_argument_group("the reward model itself")
+    bench.add_argument(
         "--rewardbench",
         type=Path,
         metavar="FILE",
         help="RewardBench or RewardBench 2, in place of comparing models: how often a --judge (default: reward and "
         "judge) scores the right response highest",
     )
-    question_arguments(parser)
-    reach_arguments(parser)
 
 
 def _words(text: str) -> tuple[str, ...]:
