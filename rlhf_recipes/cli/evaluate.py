@@ -23,7 +23,8 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
   rlhf-recipes evaluate runs/tiny --models sft,ppo,runs/other:ppo --against sft,base --samples 4
   rlhf-recipes evaluate runs/mine --judge http://127.0.0.1:8000/v1 --parallel 32
   rlhf-recipes evaluate runs/mine --models base,sft,ppo --tasks tax --task-limit 500
-  rlhf-recipes evaluate runs/mine --rewardbench reward-bench-2.parquet --judge reward judge"""
+  rlhf-recipes evaluate runs/mine --rewardbench reward-bench-2.parquet --judge reward judge
+  rlhf-recipes evaluate runs/mine --comparisons Anthropic/hh-rlhf --split test"""
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder")
     add(
@@ -86,13 +87,21 @@ def _other_measures(parser: argparse.ArgumentParser) -> None:
     tax.add_argument("--task-dir", type=Path, metavar="DIR", help="YAML files of tasks of your own (default: none)")
     tax.add_argument("--task-limit", type=positive_int, metavar="N", help="questions of each task (default: all)")
     bench = parser.add_argument_group("the reward model itself")
-    bench.add_argument(
+    only_one = bench.add_mutually_exclusive_group()
+    only_one.add_argument(
         "--rewardbench",
         type=Path,
         metavar="FILE",
         help="RewardBench or RewardBench 2, in place of comparing models: how often a --judge (default: reward and "
         "judge) scores the right response highest",
     )
+    only_one.add_argument(
+        "--comparisons",
+        metavar="DATA",
+        help="a source of comparisons, in place of comparing models: the reward card's figures of a --judge (default: "
+        "reward and judge) on them, beside what length and words alone would get",
+    )
+    bench.add_argument("--split", default="train", help="of --comparisons, where it is a Hub dataset (default: train)")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -105,11 +114,13 @@ def _run(options: argparse.Namespace) -> None:
         from rich.text import Text
 
         from ..data.text import printable
+        from ..evaluate.comparisons import RESULTS as COMPARISONS
+        from ..evaluate.comparisons import evaluate_comparisons
         from ..evaluate.evaluation import evaluate
         from ..evaluate.judges import Asking
         from ..evaluate.plan import EvaluationSettings
         from ..evaluate.rewardbench import evaluate_rewardbench, results_name
-        from ..evaluate.tables import evaluation_tables, rewardbench_table
+        from ..evaluate.tables import comparisons_table, evaluation_tables, rewardbench_table
         from ..feedback.judge import JudgeSettings
         from ..feedback.ledger import Prices
 
@@ -120,13 +131,17 @@ def _run(options: argparse.Namespace) -> None:
         named += ("temperature", "response_length", "seed", "batch_size", "under_base")
         chosen = {name: getattr(options, name) for name in named}
         settings = EvaluationSettings(**chosen, judges=tuple(options.judge), asking=asking)
-        if options.rewardbench is None:
-            result = evaluate(options.run, settings, options.out)
-            tables, name = evaluation_tables(result), "evaluation.json"
-        else:
-            _check_alone(settings)
+        if options.rewardbench is not None:
+            _check_alone("rewardbench", settings)
             result = evaluate_rewardbench(options.run, options.rewardbench, settings, options.out)
             tables, name = [rewardbench_table(result)], results_name(result["version"])
+        elif options.comparisons is not None:
+            _check_alone("comparisons", settings)
+            result = evaluate_comparisons(options.run, options.comparisons, options.split, settings, options.out)
+            tables, name = [comparisons_table(result)], COMPARISONS
+        else:
+            result = evaluate(options.run, settings, options.out)
+            tables, name = evaluation_tables(result), "evaluation.json"
     if options.json:
         print(json.dumps(result, indent=2))
         return
@@ -141,15 +156,13 @@ def _run(options: argparse.Namespace) -> None:
     console.print(Text(f"All of it: {(options.out or options.run / 'evaluation') / name}"))
 
 
-def _check_alone(settings: Any) -> None:
-    """Raises ValueError where what compares models is set beside --rewardbench, which would do nothing with it."""
+def _check_alone(option: str, settings: Any) -> None:
+    """Raises ValueError where what compares models is set beside an option that would do nothing with it."""
     used = ("judges", "batch_size", "asking")
     for field in fields(settings):
         if field.name not in used and getattr(settings, field.name) != field.default:
             name = field.name.replace("_", "-")
-            raise ValueError(
-                f"--{name} is of comparing models, which --rewardbench does not do: leave one of them out."
-            )
+            raise ValueError(f"--{name} is of comparing models, which --{option} does not do: leave one of them out.")
 
 
 COMMAND = Command("compare the models of a run on held-out prompts", _arguments, _run)

@@ -88,9 +88,10 @@ class Prepared:
     share (see `split`):
 
     sft     input_ids, and labels: the same with -100 where there is no loss, which is on the prompt unless asked for
-    reward  responses_ids (K lists, each prompt + response), ranking (K ranks, 1 for the best) and prompt_length in
-            tokens; where the source has them margin, weight (of mean 1 on the training side), source and, of rankings,
-            preferences (C(K, 2) probabilities or None). A chosen and a rejected response are K = 2 with ranks [1, 2].
+    reward  responses_ids (K lists, each prompt + response), ranking (K ranks, 1 for the best), prompt_length and length
+            (of the longest response with its prompt) in tokens; where the source has them margin, weight (of mean 1 on
+            the training side), source and, of rankings, preferences (C(K, 2) probabilities or None). A chosen and a
+            rejected response are K = 2 with ranks [1, 2].
     dpo     prompt_ids, chosen_ids and rejected_ids, the last two without the prompt. Not the form of `reward`, because
             these are the columns that TRL's collator takes.
     ppo     prompt_ids, prompt, and every other column of the source, for reward functions
@@ -401,6 +402,7 @@ def _comparison_columns(rows: list[Row]) -> dict[str, Any]:
         "responses_ids": _token_column(rows, lambda row: [np.append(row.prompt_ids, ids) for ids in row.ids.values()]),
         "ranking": [[1, 2] if are_pairs else row.columns["ranking"] for row in rows],
         "prompt_length": [len(row.prompt_ids) for row in rows],
+        "length": [len(row.prompt_ids) + max(map(len, row.ids.values())) for row in rows],
     }
     for column in ("margin", "weight"):
         if column in rows[0].columns:

@@ -13,6 +13,7 @@ wins          win rates with intervals, plain and length-controlled
 results       evaluation.json and answers.jsonl, with what earlier calls found of the same
 verdict       which checkpoint to ship, and what to distrust
 rewardbench   RewardBench's files by a run's reward models
+comparisons   people's comparisons by a run's reward models
 tables        the tables for the terminal
 conversation  talking to the models of a run, with the reward of each answer
 """

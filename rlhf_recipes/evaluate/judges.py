@@ -1,6 +1,7 @@
 """Who says which answer is better: scores of single answers, or a model that is asked about two at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,9 @@ from ..feedback.connect import connect
 from ..feedback.judge import JudgeSettings, judge_samples
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
+from ..model.base import longest_row
 from ..recipe.lookup import function, is_function
-from ..recipe.values import Recipe
+from ..recipe.values import Base, Recipe
 from ..records.digest import digest
 from ..records.files import read_rows
 from ..records.folder import newest_round_first
@@ -90,6 +92,24 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
     return Judge(name, "classifier", name, source=name)
 
 
+def find_scorers(names: Sequence[str], run_dir: Path, recipe: Recipe, asking: Asking, option: str) -> list[Judge]:
+    """The judges that are named, or the run's reward models, for an option that needs a score of each response.
+
+    Raises ValueError, before anything is loaded, where there is none, or one that scores no single response.
+    """
+    names = names or [name for name in (PROXY, JUDGE) if reward_folders(run_dir, name)]
+    if not names:
+        raise ValueError(f"--{option}: {run_dir} has no finished reward model: name a --judge.")
+    judges = [find_judge(name, run_dir, recipe, asking) for name in names]
+    for judge in judges:
+        if judge.kind == "pairs":
+            raise ValueError(
+                f"--judge {judge.name}: it is asked about pairs of answers, and --{option} needs a score of each. "
+                "Name reward, judge, a reward adapter, a classifier or a function."
+            )
+    return judges
+
+
 def reward_folders(run_dir: Path, name: str) -> list[Path]:
     """The finished adapters of a run's `reward` or `judge`, of its newest round that has them; none, if none has."""
     folders_in = member_folders if name == PROXY else judge_folder
@@ -129,6 +149,39 @@ def adapter_scores(
         ensemble: how the scores of several adapters make one, as `aggregate_ensemble` takes it.
     """
     return row_scores(judge, bench, [_tokens(bench, rows[answer.row], answer) for answer in answers], ensemble)
+
+
+def score_responses(
+    judges: Sequence[Judge],
+    bench: Bench,
+    rows: Sequence[list[int]],
+    score_texts: Callable[[Judge], list[float]],
+    ensemble: tuple[str, float],
+) -> dict[str, list[float]]:
+    """What each judge of single responses says of N of them.
+
+    Args:
+        rows: N rows of token ids, each prompt + response, for reward adapters. The bench is closed behind these.
+        score_texts: what a judge that reads text says of the N.
+        ensemble: as in `adapter_scores`.
+    """
+    found = {}
+    with closing(bench):
+        for judge in judges:
+            if judge.kind == "adapters":
+                found[judge.name] = row_scores(judge, bench, rows, ensemble)
+    for judge in judges:  # those with models of their own, now that the base is out of memory
+        if judge.kind != "adapters":
+            found[judge.name] = score_texts(judge)
+    return {judge.name: found[judge.name] for judge in judges}
+
+
+def cut_rows(rows: Sequence[list[int]], base: Base) -> tuple[list[list[int]], int]:
+    """Rows of token ids that fit into the model's context, the end of each, and how many of them were longer."""
+    longest = longest_row(base, None)
+    if longest is None:
+        return list(rows), 0
+    return [row[-longest:] for row in rows], sum(len(row) > longest for row in rows)
 
 
 def row_scores(judge: Judge, bench: Bench, rows: Sequence[list[int]], ensemble: tuple[str, float]) -> list[float]:

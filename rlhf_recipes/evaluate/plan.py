@@ -181,15 +181,17 @@ def _read_all(
         ) from error
 
 
-def _trained_dialogues(recipe: Recipe, below: float = 1.0) -> tuple[set[int], list[str]]:
+def trained_dialogues(
+    recipe: Recipe, below: float = 1.0, stages: tuple[StageName, ...] = ("sft", "reward", "ppo", "dpo")
+) -> tuple[set[int], list[str]]:
     """The hashes of the dialogues that a run was trained on, and what there is to say where they cannot be known.
 
     Args:
         below: look only at stages that hold out a smaller share. Every stage holds out the same dialogues first, so
             that one with as large a share has seen none of them.
+        stages: of the run that count.
     """
     seen: set[int] = set()
-    stages: tuple[StageName, ...] = ("sft", "reward", "ppo", "dpo")
     for stage in stages:
         source = getattr(recipe, stage)
         if source is not None and source.heldout < below:
@@ -204,7 +206,7 @@ def unseen_prompts(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[str
     """What the policy's stage held out and no other was trained on, and what there is to say of the other prompts."""
     last_stage = recipe.ppo or recipe.dpo or recipe.sft
     assert last_stage is not None
-    seen, warnings = _trained_dialogues(recipe, last_stage.heldout)
+    seen, warnings = trained_dialogues(recipe, last_stage.heldout)
     fresh = [row for row in rows if dialogue_hash(row["prompt"], recipe.seed) not in seen]
     remedy = f"Give all stages the same heldout, {last_stage.heldout}."
     if not fresh:
@@ -228,7 +230,7 @@ def _new_prompts(
     warnings = [
         f"{count:,} rows of {source} were left out: {why}." for why, count in prepared.report["dropped"].items()
     ]
-    seen, unknown = _trained_dialogues(recipe)
+    seen, unknown = trained_dialogues(recipe)
     warnings += unknown
     fresh = [row for row in reversed(rows.values()) if dialogue_hash(row["prompt"], recipe.seed) not in seen]
     if not fresh:

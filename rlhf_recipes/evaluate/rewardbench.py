@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,16 +21,14 @@ from ..data.prepare import load_rows
 from ..data.read import read
 from ..data.rows import BadRow, example
 from ..data.tokens import tokenize_pair
-from ..model.base import longest_row
 from ..recipe.values import Recipe, Source
 from ..records.contents import WinRate
 from ..records.files import write_json, write_text
 from ..records.folder import read_recipe
 from ..records.rates import effective_number, interval
 from ..stages.configure import stage_config
-from ..stages.reward.adapters import JUDGE
 from ..stages.scores import call_reward_func, reward_tokenizer
-from .judges import PROXY, Judge, find_judge, reward_folders, row_scores
+from .judges import Judge, cut_rows, find_scorers, score_responses
 from .models import Bench, Cache
 from .plan import EvaluationSettings
 
@@ -296,7 +293,7 @@ def evaluate_rewardbench(
     settings, out = settings or EvaluationSettings(), out or run_dir / "evaluation"
     version, questions = read_rewardbench(path)
     recipe = read_recipe(run_dir)
-    judges = _find_judges(run_dir, recipe, settings)
+    judges = find_scorers(settings.judges, run_dir, recipe, settings.asking, "rewardbench")
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(recipe, Cache(out / "cache.jsonl"), settings.batch_size)
     scores, cut = _score_all(run_dir, bench, judges, questions)
@@ -326,21 +323,6 @@ def results_name(version: int) -> str:
     return "rewardbench.json" if version == 1 else f"rewardbench{version}.json"
 
 
-def _find_judges(run_dir: Path, recipe: Recipe, settings: EvaluationSettings) -> list[Judge]:
-    """The judges that are named, or the run's reward models. Raises ValueError where none can score a response."""
-    names = settings.judges or tuple(name for name in (PROXY, JUDGE) if reward_folders(run_dir, name))
-    if not names:
-        raise ValueError(f"--rewardbench: {run_dir} has no finished reward model: name a --judge.")
-    judges = [find_judge(name, run_dir, recipe, settings.asking) for name in names]
-    for judge in judges:
-        if judge.kind == "pairs":
-            raise ValueError(
-                f"--judge {judge.name}: it is asked about pairs of answers, and RewardBench needs a score of each. "
-                "Name reward, judge, a reward adapter, a classifier or a function."
-            )
-    return judges
-
-
 def _score_all(
     run_dir: Path, bench: Bench, judges: Sequence[Judge], questions: Sequence[Question]
 ) -> tuple[dict[str, list[list[float]]], int]:
@@ -351,32 +333,23 @@ def _score_all(
         as_messages = bench.tokenizer.chat_template is not None
     else:  # as the reward model was trained
         as_messages = load_rows("reward", recipe.reward, recipe.seed)[0][0].conversational
-    flat: dict[str, list[float]] = {}  # a score for each response, question after question
-    adapters = [judge for judge in judges if judge.kind == "adapters"]
-    rows, cut = _token_rows(bench, questions, as_messages) if adapters else ([], 0)
-    with closing(bench):
-        for judge in adapters:
-            flat[judge.name] = row_scores(judge, bench, rows, (config.ensemble_aggregation, config.uncertainty_coef))
-    for judge in judges:  # those with models of their own, now that the base is out of memory
-        if judge.kind != "adapters":
-            flat[judge.name] = _function_scores(judge, recipe, questions, as_messages)
-    return {judge.name: _by_question(flat[judge.name], questions) for judge in judges}, cut
+    rows, cut = cut_rows(_token_rows(bench, questions, as_messages), recipe.base)
+
+    def score_texts(judge: Judge) -> list[float]:
+        return _text_scores(judge, recipe, questions, as_messages)
+
+    flat = score_responses(judges, bench, rows, score_texts, (config.ensemble_aggregation, config.uncertainty_coef))
+    return {name: _by_question(scores, questions) for name, scores in flat.items()}, cut
 
 
-def _token_rows(bench: Bench, questions: Sequence[Question], as_messages: bool) -> tuple[list[list[int]], int]:
-    """All responses after their prompts as the reward model saw such rows, and how many of them were cut.
-
-    Of a row that is longer than the model's context its end is kept.
-    """
+def _token_rows(bench: Bench, questions: Sequence[Question], as_messages: bool) -> list[list[int]]:
+    """All responses after their prompts, as the reward model saw such rows."""
     rows = []
     for question in questions:
         for text in question.responses:
             prompt, completion = tokenize_pair(bench.tokenizer, *_dialogue(question.prompt, text, as_messages))
             rows.append([*prompt, *completion])
-    longest = longest_row(bench.recipe.base, None)
-    if longest is None:
-        return rows, 0
-    return [row[-longest:] for row in rows], sum(len(row) > longest for row in rows)
+    return rows
 
 
 def _dialogue(prompt: str, response: str, as_messages: bool) -> tuple[Any, Any]:
@@ -386,7 +359,7 @@ def _dialogue(prompt: str, response: str, as_messages: bool) -> tuple[Any, Any]:
     return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}]
 
 
-def _function_scores(judge: Judge, recipe: Recipe, questions: Sequence[Question], as_messages: bool) -> list[float]:
+def _text_scores(judge: Judge, recipe: Recipe, questions: Sequence[Question], as_messages: bool) -> list[float]:
     """What a function of TRL's signature, or a classifier, says of all responses."""
     if judge.kind == "classifier":  # which has a tokenizer of its own, and perhaps no chat template
         as_messages = reward_tokenizer(judge.source).chat_template is not None

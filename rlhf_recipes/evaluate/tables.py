@@ -1,4 +1,4 @@
-"""The tables of an evaluation, and of RewardBench, for the terminal."""
+"""The tables of an evaluation, of RewardBench and of comparisons, for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +54,35 @@ def rewardbench_table(result: Result) -> Table:
             cells = [percent(judge[part][name]) for judge in judges]
             table.add_row(Text(printable(name)), f"{rate['prompts']:,}", *cells)
         table.add_section()
+    return table
+
+
+def comparisons_table(result: Result) -> Table:
+    """How many pairs are ranked right, by source and by length, and by rules that read no sense, a column a judge."""
+    judges = result["judges"]
+    table = _table("", title=f"Right on comparisons, {result['rows']:,} rows")
+    table.add_column("pairs", justify="right")
+    for judge in judges:
+        table.add_column(Text(printable(f"{judge} (95 %)")), justify="right", overflow="fold")
+    first, *_ = judges.values()
+
+    def add(name: str, shares: list[Any]) -> None:
+        table.add_row(Text(printable(name)), f"{shares[0]['pairs']:,}", *map(percent, shares))
+
+    add("all", [found["accuracy"] for found in judges.values()])
+    for source in first["by_source"]:
+        add(source, [found["by_source"][source] for found in judges.values()])
+    for place, part in enumerate(first["by_length"]):
+        shares = [found["by_length"][place]["accuracy"] for found in judges.values()]
+        add(f"chosen longer by {part['shortest']} to {part['longest']} tokens", shares)
+    table.add_section()
+    table.add_row(Text("the longer one wins"), "", percent(first["length"]["longer_wins"]))
+    table.add_row(Text("the words alone"), "", percent(first["tokens_win"]))
+    correlations = [found["length"]["correlation"] for found in judges.values()]
+    cells = ["" if value is None else f"{value:.2f}" for value in correlations]
+    table.add_row(Text("score and length, correlation"), "", *cells)
+    errors = [found["calibration"]["expected_calibration_error"] for found in judges.values()]
+    table.add_row(Text("calibration error"), "", *(f"{error:.3f}" for error in errors))
     return table
 
 

@@ -136,15 +136,21 @@ class DemonstrationScores(TypedDict):
     bias: float  # what is added to every score, to bring the mean to 0
 
 
-class RewardCard(TypedDict):
-    """What a reward model gets right on held-out comparisons: `stages/reward/card.py` says how each is measured."""
+class PairMeasures(TypedDict):
+    """What a reward model makes of comparisons: `stages/reward/card.py` says how each is measured."""
 
-    train_pairs: int
     accuracy: PairShare
     by_source: dict[str, PairShare]
+    tokens_win: NotRequired[PairShare]  # the accuracy of the words alone; a card of version 0.4 or before lacks it
     length: LengthRule
     by_length: list[LengthBin]
     calibration: Calibration
+
+
+class RewardCard(PairMeasures):
+    """What a reward model gets right on held-out comparisons, and how far its scores can be trusted."""
+
+    train_pairs: int
     swap_error: float  # the largest change of a difference in score, of a sample, where the two swap their places
     demonstrations: DemonstrationScores | None
     warnings: list[str]

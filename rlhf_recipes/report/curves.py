@@ -188,6 +188,8 @@ def _accuracies(runs: Sequence[RunContents], cards: list[tuple[int, PartContents
         if part is runs[index].parts[-1]:
             entries += [(index, f"from {source}", (rate, "")) for source, rate in card["by_source"].items()]
             entries.append((index, "the longer response wins", (card["length"]["longer_wins"], "as a rule of its own")))
+            if "tokens_win" in card:
+                entries.append((index, "the words alone", (card["tokens_win"], "by a logistic regression")))
     rows = [
         Interval(label, detail, rate["rate"], rate["low"], rate["high"], f"{rate['pairs']:,} pairs", colour)
         for label, colour, (rate, detail) in shared_by_runs(runs, entries)

@@ -47,9 +47,9 @@ def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
 def check_order(stage: str, config: TrainingArguments) -> None:
     """Raises ValueError for an order of the training rows by lengths that the Trainer cannot know."""
     strategy = config.train_sampling_strategy
-    if stage != "sft" and strategy in ("group_by_length", "batch_rebalance"):
+    if stage not in ("sft", "reward") and strategy in ("group_by_length", "batch_rebalance"):
         raise ValueError(
-            f"{stage}.train_sampling_strategy={strategy} reads the column input_ids, which only the rows of sft have: "
+            f"{stage}.train_sampling_strategy={strategy} orders rows by a length, which only sft's and reward's have: "
             "set random or sequential."
         )
 

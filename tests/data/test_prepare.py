@@ -328,6 +328,7 @@ def test_all_stages_see_the_same_tokens_of_a_conversation(
         "responses_ids": [prompt + chosen, prompt + tokenize_pair(tokenizer, DIALOGUE, [assistant("no")])[1]],
         "ranking": [1, 2],
         "prompt_length": len(prompt),
+        "length": len(prompt + chosen),  # both answers are of one token
     }
     assert ppo["prompt_ids"] == prompt == tokenize_prompt(tokenizer, DIALOGUE)
     assert ppo["prompt"] == DIALOGUE

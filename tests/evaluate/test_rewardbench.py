@@ -1,4 +1,4 @@
-"""RewardBench: scores by hand and as allenai/reward-bench's own functions give them, rows refused, a run's adapters."""
+"""RewardBench and comparisons: scores by hand and as others' functions give them, rows refused, a run's adapters."""
 
 import gzip
 import json
@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_recipes import Recipe, replace, run
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.tokens import tokenize_pair
+from rlhf_recipes.evaluate.comparisons import evaluate_comparisons
 from rlhf_recipes.evaluate.plan import EvaluationSettings
 from rlhf_recipes.evaluate.rewardbench import (
     SECTIONS,
@@ -236,6 +237,58 @@ def test_prompts_are_messages_where_the_reward_model_was_trained_on_them(
     assert scored["scores"]["reward"] == pytest.approx(scores, abs=1e-5)
 
 
+def test_comparisons_are_measured_as_the_reward_card_measures_what_was_held_out(
+    recipe: Recipe, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All rows of the run: those that its stage trained on are left out, and of the others its card says the same."""
+    assert recipe.reward is not None
+    out = tmp_path / "out"
+    main_cli(["evaluate", str(finished), "--comparisons", recipe.reward.data, "--out", str(out)])
+    printed = " ".join(capsys.readouterr().out.split())
+    card = json.loads((finished / "reward" / "card.json").read_text())
+    result = json.loads((out / "comparisons.json").read_text())
+    found = result["judges"]["reward"]
+    for name in ("accuracy", "tokens_win"):
+        assert found[name] == pytest.approx(card[name]), name
+    for one, other in zip(found["by_length"], card["by_length"], strict=True):
+        assert one["accuracy"] == pytest.approx(other["accuracy"])
+    held_out = card["accuracy"]["pairs"]
+    assert f"{40 - held_out} rows of {recipe.reward.data} were left out: the run was trained" in printed
+    assert f"Right on comparisons, {held_out} rows" in printed and "the words alone" in printed
+    rows = [json.loads(line) for line in (out / "comparisons.jsonl").read_text().splitlines()]
+    wins = [row["scores"]["judge"][0] > row["scores"]["judge"][1] for row in rows]
+    assert result["judges"]["judge"]["accuracy"]["rate"] == pytest.approx(np.mean(wins))
+
+
+def test_rankings_of_texts_are_measured_by_functions_and_by_source(finished: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"w{n}", "responses": ["w5 w6 w7", "w5", "w5 w6"], "ranking": [1, 3, 2], "source": source}
+        for n, source in ((61, "a"), (62, "b"))
+    ]
+    rows[1]["ranking"] = [2, 1, 1]  # of three pairs a tie, and the shorter ones are better
+    path, judge = write(tmp_path / "rows.jsonl", rows), f"{__file__}:words"
+    found = evaluate_comparisons(finished, str(path), settings=EvaluationSettings(judges=(judge,)), out=tmp_path)
+    measured = found["judges"][judge]
+    assert {name: part["rate"] for name, part in measured["by_source"].items()} == {"a": 1, "b": 0}
+    assert measured["accuracy"]["rate"] == measured["length"]["longer_wins"]["rate"] == 3 / 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([{"prompt": "w4 w63", "chosen": "w5", "rejected": "w6"}] * 2, "was trained on all 2 rows"),
+        ([{"prompt": "w4"}], "has the columns: prompt"),
+    ],
+)
+def test_comparisons_that_say_nothing_are_refused(
+    rows: list[Any], part: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_recipes.evaluate.models.load_base", lambda *args: pytest.fail("a weight was loaded"))
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=f"^--comparisons: .*{part}"):
+        evaluate_comparisons(finished, str(path), out=tmp_path)
+
+
 def test_classifiers_and_functions_are_scored_too(finished: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     classifier = save_model(tmp_path / "classifier")
@@ -265,7 +318,7 @@ def test_what_is_longer_than_the_context_keeps_its_end(finished: Path, recipe: R
         (["--models", "ppo"], "--models is of comparing models, which --rewardbench does not do"),
         (["--samples", "2"], "--samples is of comparing models"),
         (["--judge", "nobody"], "it is none of gold, reward and judge"),
-        (["--judge", "{base}"], "it is asked about pairs of answers, and RewardBench needs a score of each"),
+        (["--judge", "{base}"], "it is asked about pairs of answers, and --rewardbench needs a score of each"),
     ],
 )
 def test_a_users_error_comes_before_any_weight(

@@ -32,6 +32,7 @@ def row(chosen: float, rejected: float, lengths: tuple[int, int] = (5, 5), sourc
         "rejected_score": rejected,
         "chosen_length": lengths[0],
         "rejected_length": lengths[1],
+        "token_difference": 0.0,
         "source": source,
         "swapped_difference": rejected - chosen,
     }

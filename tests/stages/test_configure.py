@@ -88,7 +88,7 @@ def test_the_command_line_says_it_in_one_line(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("stage", "args", "message"),
     [
-        ("reward", {"train_sampling_strategy": "group_by_length"}, "reward.train_sampling_strategy=group_by_length"),
+        ("dpo", {"train_sampling_strategy": "group_by_length"}, "dpo.train_sampling_strategy=group_by_length"),
         ("ppo", {"train_sampling_strategy": "batch_rebalance"}, "set random or sequential"),
         ("sft", {"packing": True, "max_length": None}, "sft.packing fills rows of sft.max_length tokens"),
         ("ppo", {"total_episodes": 64, "max_steps": 1}, "ppo.total_episodes and ppo.max_steps both say"),

@@ -32,6 +32,7 @@ from rlhf_recipes.stages.reward.adapters import (
     score_rows,
     set_bias,
 )
+from rlhf_recipes.stages.reward.baseline import token_scores
 from rlhf_recipes.stages.reward.loss import fold, ranking_loss, stack_preferences, untied
 from rlhf_recipes.stages.reward.stage import comparisons, count_pairs
 from rlhf_recipes.stages.reward.trainer import RewardTrainer
@@ -126,8 +127,42 @@ def test_rows_of_one_prompt_are_told_from_those_of_others() -> None:
     texts = [([1, 2], [3, 4, 5]), ([1, 3], [4, 5]), ([1, 2], [6, 7])]  # a prompt, and what follows it
     rows = [{"responses_ids": [[*p, end] for end in ends], "prompt_length": 2} for p, ends in texts]
     ranking = torch.tensor([[1, 2, 3], [1, 2, 0], [2, 1, 0]])
-    pairs = comparisons(rows, ranking, torch.zeros(3, 3), torch.zeros(3, 3))
+    pairs = comparisons(rows, ranking, torch.zeros(3, 3), torch.zeros(3, 3), [[0.0] * 3] * 3)
     assert [pair["prompt"] for pair in pairs] == [0, 0, 0, 1, 0]
+
+
+def test_the_words_alone_are_weighed_as_they_decided(tmp_path: Path) -> None:
+    """Token 9 wins its pairs, whatever stands beside it and wherever; token 8 loses them; 7 is in both or neither."""
+
+    def row(*responses: list[int], ranking: list[int]) -> dict[str, Any]:
+        return {"responses_ids": [[9, 8, *ids] for ids in responses], "prompt_length": 2, "ranking": ranking}
+
+    train = [row([9, 7], [7, 8], ranking=[1, 2]), row([8], [9, 9, 9], [7], ranking=[3, 1, 2])]
+    ((good, bad, neither, twice),) = token_scores(train, [row([7, 9], [8], [11], [9, 9], ranking=[1, 1, 1, 1])])
+    assert good > neither == 0 > bad, "prompts, which hold both tokens here, say nothing, nor does an unseen token"
+    assert twice == pytest.approx(good, abs=0.02), "a token counts once"
+    # One pair that differs in token 9 alone: the loss softplus(-w) + 4 w^2 is least where sigma(-w) = 8 w.
+    ((weight,),) = token_scores([row([9], [], ranking=[1, 2])], [row([9], ranking=[1])])
+    assert 1 / (1 + exp(weight)) == pytest.approx(8 * weight)
+
+
+def test_rows_of_like_length_are_trained_together_and_evaluated_in_their_order(folder: Path) -> None:
+    rng = random.Random(0)
+    rows = [ranked_pair([5] * rng.randrange(2, 9), [6]) for _ in range(64)]
+    rows = [{**row, "length": max(map(len, row["responses_ids"]))} for row in rows]
+    trainer = trainer_of(
+        RewardTrainer,
+        folder,
+        rows,
+        train_sampling_strategy="group_by_length",
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+    )
+    batches = [batch["attention_mask"].sum(1) for batch in trainer.get_train_dataloader()]
+    spread = sum(int(lengths[0::2].max() - lengths[0::2].min()) for lengths in batches)  # of the chosen ones
+    assert spread <= 30, "of 16 batches in a random order it is about 70"
+    evaluated = torch.cat([batch["attention_mask"].sum(1)[0::2] for batch in trainer.get_eval_dataloader()])
+    assert evaluated.tolist() == [len(row["responses_ids"][0]) for row in rows]
 
 
 def test_comparisons_and_rankings_are_merged(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ...records.contents import (
     DemonstrationScores,
     LengthBin,
     LengthRule,
+    PairMeasures,
     PairShare,
     ProbabilityBin,
     RewardCard,
@@ -43,6 +44,7 @@ class ScoredPair(TypedDict):
     rejected_score: float
     chosen_length: int  # response tokens
     rejected_length: int
+    token_difference: float  # chosen less rejected, by `baseline.token_scores`
     source: str | None
     swapped_difference: float | None  # first answer less second, scored anew in another order; None: not in the sample
 
@@ -67,20 +69,28 @@ def write_card(folder: Path, rows: list[ScoredPair], demonstrations: list[float]
 
 def measure(rows: list[ScoredPair], demonstrations: list[float], train_pairs: int) -> RewardCard:
     """All numbers of the card, and its warnings. Arguments as of `write_card`."""
-    sources = sorted({row["source"] for row in rows if row["source"] is not None})
     swapped = [(row, row["swapped_difference"]) for row in rows]
     card: RewardCard = {
         "train_pairs": train_pairs,
-        "accuracy": accuracy(rows),
-        "by_source": {source: accuracy([row for row in rows if row["source"] == source]) for source in sources},
-        "length": length(rows),
-        "by_length": by_length(rows),
-        "calibration": calibration([_difference(row) for row in rows]),
+        **measure_pairs(rows),
         "swap_error": max((abs(_difference(row) + other) for row, other in swapped if other is not None), default=0.0),
         "demonstrations": demonstration_scores(demonstrations),
         "warnings": [],
     }
     return {**card, "warnings": warnings(card)}
+
+
+def measure_pairs(rows: list[ScoredPair]) -> PairMeasures:
+    """What is right, of which pairs, beside what length and words alone would get; whether scores are calibrated."""
+    sources = sorted({row["source"] for row in rows if row["source"] is not None})
+    return {
+        "accuracy": accuracy(rows),
+        "by_source": {source: accuracy([row for row in rows if row["source"] == source]) for source in sources},
+        "tokens_win": _share(rows, lambda row: row["token_difference"]),
+        "length": length(rows),
+        "by_length": by_length(rows),
+        "calibration": calibration([_difference(row) for row in rows]),
+    }
 
 
 def _difference(row: ScoredPair) -> float:
@@ -215,7 +225,8 @@ def markdown(card: RewardCard) -> str:
     lines = ["# Reward card", "", *[f"> **Warning.** {text}\n" for text in card["warnings"]]]
     lines += ["| | held-out pairs | accuracy | 95 % interval |", "|---|---:|---:|---:|", _line("all", card["accuracy"])]
     lines += [_line(source, share) for source, share in card["by_source"].items()]
-    lines += [_line("the rule: the longer response wins", card["length"]["longer_wins"]), ""]
+    lines += [_line("the rule: the longer response wins", card["length"]["longer_wins"])]
+    lines += [_line("the words alone, by a logistic regression", card["tokens_win"]), ""]
     held_out = f"{card['accuracy']['pairs']:,} pairs of {card['accuracy']['prompts']:,} prompts are held out"
     lines += [f"Trained on {card['train_pairs']:,} pairs; {held_out}.", "", "## Length", ""]
     agreement, correlation = card["length"]["agreement"], card["length"]["correlation"]

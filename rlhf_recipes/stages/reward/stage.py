@@ -37,6 +37,7 @@ from .adapters import (
     set_bias,
     write_scores,
 )
+from .baseline import token_scores
 from .card import ScoredPair, write_card
 from .loss import fold, ranking_loss, stack_rankings, untied
 from .trainer import RewardTrainer
@@ -135,20 +136,23 @@ def evaluate_adapters(job: Job) -> StageResults:
             results["heldout_loss"] = ranking_loss(scores, ranking, margin).mean().item()
             # A score must not depend on what it is computed beside: in training its row's other responses, here others.
             swapped = fold(score_rows(shared, sample[::-1], role).flip(0), ranking[:SWAPPED])
-            pairs = comparisons(heldout, ranking, scores, swapped)
+            pairs = comparisons(heldout, ranking, scores, swapped, token_scores(job.data.train, heldout))
             results["card"] = write_card(folder, pairs, demonstrations, count_pairs(job.data.train))
     if JUDGE in accuracies:
         results["judge_accuracy"] = accuracies.pop(JUDGE)
     return {"heldout_accuracy": accuracies["reward"], "members_accuracy": list(accuracies.values()), **results}
 
 
-def comparisons(rows: list[Row], ranking: Tensor, scores: Tensor, swapped: Tensor) -> list[ScoredPair]:
+def comparisons(
+    rows: list[Row], ranking: Tensor, scores: Tensor, swapped: Tensor, by_tokens: list[list[float]]
+) -> list[ScoredPair]:
     """The M untied pairs of N rows as the reward card wants them (see `write_card`), from scores in two orders.
 
     Args:
         rows: prepared rows of the stage.
         ranking, scores: (N, K) each.
         swapped: (SWAPPED, K) or fewer, the scores of the first rows in another order.
+        by_tokens: the rows' `token_scores`.
     """
     lengths = [[len(ids) - row["prompt_length"] for ids in row["responses_ids"]] for row in rows]
     numbers: dict[tuple[int, ...], int] = {}  # of the prompts, which several rows may share
@@ -160,6 +164,7 @@ def comparisons(rows: list[Row], ranking: Tensor, scores: Tensor, swapped: Tenso
             "rejected_score": scores[row, worse].item(),
             "chosen_length": lengths[row][better],
             "rejected_length": lengths[row][worse],
+            "token_difference": by_tokens[row][better] - by_tokens[row][worse],
             "source": rows[row].get("source"),
             "swapped_difference": (swapped[row, worse] - swapped[row, better]).item() if row < len(swapped) else None,
         }

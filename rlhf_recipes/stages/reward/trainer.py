@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from trl.trainer.utils import pad
 
 from .loss import fold, ranking_loss, stack_preferences, stack_rankings, untied
@@ -60,8 +61,13 @@ class RewardTrainer(trl.RewardTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Name the columns that the Trainer leaves in the rows: those that `RankingCollator` reads."""
+        """Name the columns that the Trainer leaves in the rows: what `RankingCollator` reads, and their length."""
         self._signature_columns = ["responses_ids", "ranking", "margin", "weight", "preferences"]
+        self._signature_columns.append(self.args.length_column_name)  # which group_by_length reads
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        """The rows in their order, however those of training are grouped: `evaluated` is told apart by it."""
+        return SequentialSampler(eval_dataset)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's, and the scores that it saw are kept in `evaluated`."""

@@ -1,0 +1,69 @@
+"""Never run at its own size: people's comparisons (Anthropic's HH) and a real language model, on a laptop.
+
+    rlhf-recipes run smollm2-hh
+    rlhf-recipes evaluate runs/smollm2-hh --comparisons Anthropic/hh-rlhf --split test
+
+There is no gold here. A second reward model, which has three in ten of the comparisons for itself and on which nothing
+is trained, judges what PPO did. Two CPU cores take as much as this of HH:
+
+    rlhf-recipes run smollm2-hh reward.limit=4200 ppo.limit=4200
+
+There is no SFT stage: the base is an instruct model, the policy starts there, and the KL is measured to it.
+
+Sources: [T] chosen for this model, and not tuned. [L] LoRA Without Regret, Thinking Machines Lab, 2025. [N] The N+
+implementation details of RLHF with PPO, arXiv:2403.17031. [I] InstructGPT, arXiv:2203.02155. [M] speed and memory.
+"""
+
+from rlhf_recipes import Base, PPOStage, Recipe, Stage, main
+
+HH = "Anthropic/hh-rlhf"  # arXiv:2204.05862; 160,800 comparisons of whole dialogues
+
+recipe = Recipe(
+    name="smollm2-hh",
+    base=Base("HuggingFaceTB/SmolLM2-135M-Instruct", chat_template="chatml"),  # as `smollm2-sentiment`
+    reward=Stage(
+        data=HH,
+        args=dict(
+            learning_rate=2e-4,  # [L]: about ten times that of full fine-tuning
+            lr_scheduler_type="cosine",  # [I]
+            num_train_epochs=1,  # [I], [N]
+            per_device_train_batch_size=4,  # [M]
+            gradient_accumulation_steps=8,  # 4 x 8 = 32 [T]; [I] and [N] have 64, and more comparisons
+            train_sampling_strategy="group_by_length",  # [M]: HH's rows have from 40 to 1,000 tokens
+            max_length=1_100,  # of 4,203 of the rows the longest has 1,062
+            center_rewards_coefficient=0.01,  # arXiv:2312.09244; the value that TRL recommends
+            judge_share=0.3,
+            gradient_checkpointing=False,  # [M]
+            save_steps=20,
+            save_total_limit=1,
+        ),
+    ),
+    ppo=PPOStage(
+        data=HH,  # only the prompts
+        heldout_limit=192,
+        args=dict(
+            total_episodes=2_560,  # 40 updates [T]
+            learning_rate=2e-4,  # [T]
+            lr_scheduler_type="linear",  # [N]
+            per_device_train_batch_size=16,  # [M]
+            gradient_accumulation_steps=2,  # [M]
+            num_mini_batches=2,  # 2 x 32 = 64 episodes a rollout [T]
+            num_ppo_epochs=1,  # [I]
+            rollout_micro_batch_size=64,  # [M]
+            max_prompt_length=192,  # three quarters of HH's prompts are shorter
+            response_length=64,  # three quarters of HH's preferred replies are shorter
+            temperature=0.7,  # [T]: at 1 the smallest model of its family often says what is no language
+            missing_eos_penalty=1.0,  # TRL's examples
+            kl_coef=0.05,  # [N]
+            gradient_checkpointing=False,  # [M]
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=10,
+            save_steps=5,
+            save_total_limit=1,
+        ),
+    ),
+)
+
+if __name__ == "__main__":
+    main(recipe)
