@@ -12,8 +12,8 @@ checkout and the package's dependencies, but neither an installed package nor a 
 
 Parts: the machine and its ceilings; every test marked `gpu`; how exact PPO's first pass and its later ones are with a
 learning rate of 0; decoding at the shape of Mistral-7B; an update of PPO (see shapes.py); TRL 1.12 on the same; the
-recipe `tiny`; a real model (`--model`) on real comparisons (`--data`); the peaks of 14B and 32B; products in 4 bits;
-vLLM.
+recipe `tiny`; a real model (`--model`) on real questions and comparisons (`--data`, see real_model.py); the peaks of
+14B and 32B; products in 4 bits; vLLM.
 
 `--trl` names a Python with TRL 1.12.0 and bitsandbytes, or the wheel of TRL 1.12.0, which is then used with what else
 is installed. ../shared/baselines/trl112_ppo.py gets the same base as a 4-bit checkpoint, three times, since it keeps
@@ -289,20 +289,26 @@ def tiny(changes: Sequence[str], given: Given) -> None:
     whole_run("tiny", [*settings, *changes])
 
 
-def real_model(given: Given) -> None:
-    """SFT, reward model and PPO of a real model on real comparisons, in few steps."""
-    settings = [f"base.model={given.model.resolve()}", "ppo.limit=none", "ppo.eval_on_start=true"]
-    settings += [f"{stage}.data={given.data.resolve()}" for stage in ("sft", "reward", "ppo")]
-    settings += ["sft.gradient_accumulation_steps=1", "reward.gradient_accumulation_steps=1"]
-    if given.small:
-        settings += ["sft.max_steps=2", "reward.max_steps=2", "sft.limit=200", "reward.limit=200", "ppo.limit=400"]
-        settings += ["ppo.mini_batch_size=8", "ppo.num_mini_batches=2", "ppo.total_episodes=16", "ppo.heldout_limit=8"]
-        settings += ["ppo.response_length=8"]
-    else:
-        settings += ["sft.max_steps=60", "sft.per_device_train_batch_size=32", "ppo.per_device_train_batch_size=32"]
-        settings += ["reward.max_steps=60", "reward.per_device_train_batch_size=32"]
-        settings += ["ppo.total_episodes=4096", "ppo.heldout_limit=128"]
-    whole_run("qwen3-0-6b-hh", settings)
+def real_model(recipe: str, given: Given) -> None:
+    """A recipe of `real_model.py`, whole: every model by its judges."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/run"
+        command = [sys.executable, str(HERE / "real_model.py"), "--recipe", recipe, "--hours=0.05", "--out", out]
+        command += ["--model", str(given.model.resolve()), "--data", str(given.data.resolve())]
+        command += ["--heldout-data", str(given.heldout_data.resolve()), *(["--small"] if given.small else [])]
+        done = subprocess.run(command, cwd=folder, stdout=sys.stderr)
+        if done.returncode:
+            sys.exit(done.returncode)
+        say_stages(json.loads(Path(out, "summary.json").read_text()))
+        evaluation = json.loads(Path(out, "evaluation", "evaluation.json").read_text())
+    for win in evaluation["wins"]:
+        say(row=win["model"], judge=win["judge"], wins=win["rate"], interval=[win["low"], win["high"]])
+
+
+def say_stages(summary: Result) -> None:
+    """What each stage of a run took."""
+    for stage, seconds in summary["seconds"].items():
+        say(row=stage, seconds=seconds, **{"peak MiB": summary["peak_memory_mib"][stage]})
 
 
 def whole_run(recipe: str, settings: list[str]) -> None:
@@ -313,8 +319,7 @@ def whole_run(recipe: str, settings: list[str]) -> None:
         if done.returncode:
             sys.exit(done.returncode)
         summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
-    for stage, seconds in summary["seconds"].items():
-        say(row=stage, seconds=seconds, **{"peak MiB": summary["peak_memory_mib"][stage]})
+    say_stages(summary)
     for model, means in summary["models"].items():
         say(row=model, **{key: value for key, value in means.items() if isinstance(value, (int, float))})
     wins = {key: value for key, value in summary.items() if key.endswith("win_rate_vs_sft") and value}
@@ -419,7 +424,12 @@ def without_model(given: Given) -> str:
 
 
 def without_comparisons(given: Given) -> str:
-    return without_model(given) or ("" if given.data.is_file() else f"no file {given.data}")
+    missing = [f"no file {path}" for path in (given.data, given.heldout_data) if not path.is_file()]
+    return without_model(given) or ", ".join(missing)
+
+
+def without_vader(given: Given) -> str:
+    return without("vaderSentiment")(given) or without_comparisons(given)
 
 
 def without_trl(given: Given) -> str:
@@ -444,9 +454,10 @@ def parts() -> list[Part]:
         Part("trl", 120, trl, without_trl),
         Part("tiny nf4", 90, partial(tiny, ["base.quantization=nf4"])),
         Part("tiny float16", 90, partial(tiny, ["base.dtype=float16"])),
-        Part("model", 150, real_model, without_comparisons),
+        Part("model smollm2-sentiment", 180, partial(real_model, "smollm2-sentiment"), without_vader),
         Part("peaks 14b", 60, partial(update, "qwen2.5-14b", rollouts=32, mini_batches=2)),
         Part("peaks 32b", 90, partial(update, "qwen2.5-32b", rollouts=8, mini_batches=2)),
+        Part("model smollm2-hh", 240, partial(real_model, "smollm2-hh"), without_comparisons),
         Part("products", 40, products, too_large),
         Part("vllm", 90, vllm, without_vllm),
     ]
@@ -567,6 +578,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="parts whose names begin with one of these: machine,decode,update")
     parser.add_argument("--model", type=Path, help="the folder of a real model")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "hh_base_train90.jsonl.gz", help="comparisons")
+    heldout = SHARED / "data" / "hh_base_eval10.jsonl.gz"
+    parser.add_argument("--heldout-data", type=Path, default=heldout, help="comparisons to measure reward models on")
     parser.add_argument("--trl", type=Path, help="a Python with TRL 1.12.0 and bitsandbytes, or TRL's wheel")
     parser.add_argument("--cap", type=float, default=24.0, help="GiB that decoding, updates and TRL may take")
     parser.add_argument("--backend", default="native", help="ppo.generation_backend of the updates")

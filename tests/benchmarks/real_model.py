@@ -333,7 +333,8 @@ def job_of(options: argparse.Namespace, sizes: Sizes) -> Job:
         settings += [f"{s}.{arg}" for s, args in SMALL_ARGS.items() if getattr(recipe, s) is not None for arg in args]
     heldout: list[str] = []
     if options.recipe == "smollm2-hh":
-        settings += [f"{stage}.limit={sizes.comparisons}" for stage in ("reward", "ppo")] if not options.data else []
+        if options.small or not options.data:
+            settings += [f"{stage}.limit={sizes.comparisons}" for stage in ("reward", "ppo")]
         settings += [f"reward.data={options.data}"] if options.data else []
         heldout = [options.heldout_data] if options.heldout_data else [recipe.reward.data, "--split", "test"]
     settings += [f"ppo.data={options.data}"] if options.data else []
