@@ -581,7 +581,6 @@ def test_a_run_on_a_4_bit_base_is_finite(recipe: Recipe, tmp_path: Path) -> None
         assert all("lora_" in key or key == HEAD for key in state), "the base's weights stay out of the adapters"
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not beside this checkout")
 def ppo_again(recipe: Recipe, folder: Path, **changes: Any) -> dict[str, Any]:
     """Run only the PPO stage anew, with other settings, in a copy of a finished run."""
     shutil.rmtree(folder / "ppo")
@@ -743,6 +742,7 @@ def test_a_ppo_stage_that_the_recipe_cannot_serve_is_refused(recipe: Recipe, cha
         check_recipe(replace(recipe, **changes))
 
 
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not beside this checkout")
 def test_a_run_on_conversations(recipe: Recipe, tmp_path: Path) -> None:
     names = ["Tom", "Lily", "Ben", "Sue", "Max", "Mia", "Sam", "Ann"]
     asked = [f"Tell me about {name} and {other}." for name in names for other in names]
