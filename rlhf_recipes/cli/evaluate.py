@@ -101,7 +101,7 @@ def _other_measures(parser: argparse.ArgumentParser) -> None:
         help="a source of comparisons, in place of comparing models: the reward card's figures of a --judge (default: "
         "reward and judge) on them, beside what length and words alone would get",
     )
-    bench.add_argument("--split", default="train", help="of --comparisons, where it is a Hub dataset (default: train)")
+    bench.add_argument("--split", help="of --comparisons, where it is a Hub dataset (default: train)")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -131,13 +131,17 @@ def _run(options: argparse.Namespace) -> None:
         named += ("temperature", "response_length", "seed", "batch_size", "under_base")
         chosen = {name: getattr(options, name) for name in named}
         settings = EvaluationSettings(**chosen, judges=tuple(options.judge), asking=asking)
+        if options.split is not None and options.comparisons is None:
+            raise ValueError("--split is of --comparisons: name those too.")
         if options.rewardbench is not None:
             _check_alone("rewardbench", settings)
             result = evaluate_rewardbench(options.run, options.rewardbench, settings, options.out)
             tables, name = [rewardbench_table(result)], results_name(result["version"])
         elif options.comparisons is not None:
             _check_alone("comparisons", settings)
-            result = evaluate_comparisons(options.run, options.comparisons, options.split, settings, options.out)
+            result = evaluate_comparisons(
+                options.run, options.comparisons, options.split or "train", settings, options.out
+            )
             tables, name = [comparisons_table(result)], COMPARISONS
         else:
             result = evaluate(options.run, settings, options.out)
