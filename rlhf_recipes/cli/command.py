@@ -39,9 +39,9 @@ def exit_codes() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt as error:  # a `Stopped` has a code of its own
         print("stopped; run the same command again to resume", file=sys.stderr)
-        raise SystemExit(130) from error
+        raise SystemExit(getattr(error, "code", 130)) from error
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from ..recipe.lookup import load
@@ -23,6 +24,38 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="so many variants of a sweep at once (default: 1)"
     )
+    parser.add_argument("--wait", action="store_true", help="wait for a process that works in the run folder")
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument(
+        "--stop-at",
+        type=_time,
+        metavar="TIME",
+        help="stop behind a checkpoint at 07:30, or 2026-03-31T07:30; the same command then goes on",
+    )
+    ends.add_argument("--max-hours", type=_hours, dest="stop_at", metavar="H", help="stop so after H hours")
+
+
+def _time(text: str) -> datetime:
+    """A day and time, or the next such time of the day."""
+    now = datetime.now().astimezone()
+    try:
+        if "T" in text or " " in text:
+            return datetime.fromisoformat(text).astimezone()
+        of_day = datetime.combine(now, time.fromisoformat(text)).astimezone()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither like 07:30 nor like 2026-03-31T07:30") from error
+    return of_day if of_day > now else of_day + timedelta(days=1)
+
+
+def _hours(text: str) -> datetime:
+    """So many hours from now."""
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not hours > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return datetime.now().astimezone() + timedelta(hours=hours)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -49,7 +82,15 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     recipe = replace(recipe, **parse_overrides(options.settings))
     from ..pipeline.run import run
 
-    run(recipe, run_dir=options.run_dir, stages=stages, force=options.force, jobs=options.jobs)
+    run(
+        recipe,
+        run_dir=options.run_dir,
+        stages=stages,
+        force=options.force,
+        jobs=options.jobs,
+        wait=options.wait,
+        stop_at=options.stop_at,
+    )
 
 
 COMMAND = Command("run or resume a recipe", _arguments, _run)

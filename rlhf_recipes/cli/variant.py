@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from threading import Thread
 
@@ -23,7 +24,8 @@ def run_ordered() -> None:
     order = json.loads(sys.stdin.readline())
     Thread(target=end_with_parent, daemon=True).start()
     with exit_codes():
-        run(from_dict(order["recipe"]), Path(order["run_dir"]), order["stages"], order["force"])
+        at = None if order["stop_at"] is None else datetime.fromtimestamp(order["stop_at"])
+        run(from_dict(order["recipe"]), Path(order["run_dir"]), order["stages"], order["force"], stop_at=at)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from ..data.prepare import encode, load_rows
 from ..data.read import read
 from ..data.rows import Row, report_bad
 from ..data.split import dialogue_hash, set_aside
+from ..model.base import load_tokenizer
 from ..recipe.values import Recipe, Source
 from ..records.files import write_json, write_text
 from ..records.folder import read_recipe
+from ..records.lock import held
 from ..stages.configure import stage_config
 from ..stages.inputs import prepare_stage
 from ..stages.reward.baseline import token_scores
@@ -62,17 +64,19 @@ def evaluate_comparisons(
     if recipe.reward is None:
         raise ValueError(f"--comparisons: the recipe of {run_dir} has no stage `reward`, as whose data {data} is read.")
     judges = find_scorers(settings.judges, run_dir, recipe, settings.asking, "comparisons")
-    bench = Bench(recipe, Cache(out / "cache.jsonl"), settings.batch_size)
+    tokenizer = load_tokenizer(recipe.base)
     try:
-        rows, warnings = _read(recipe, replace(recipe.reward, data=data, split=split), bench.tokenizer)
+        rows, warnings = _read(recipe, replace(recipe.reward, data=data, split=split), tokenizer)
     except ValueError as error:  # `data` names the section that such rows are for
         raise ValueError(f"--comparisons: {str(error).removeprefix('reward.data: ')}") from error
     config = stage_config(recipe, "reward", run_dir)
-    trained = prepare_stage(recipe, "reward", config, bench.tokenizer).train
+    trained = prepare_stage(recipe, "reward", config, tokenizer).train
     prepared = [_prepared(row) for row in rows]
     by_tokens = token_scores(set_aside(trained, config.judge_share, recipe.seed)[0], prepared)
     out.mkdir(parents=True, exist_ok=True)
-    scores, cut = _score(run_dir, bench, judges, rows, prepared)
+    with held(out):
+        bench = Bench(recipe, Cache(out / "cache.jsonl"), settings.batch_size)
+        scores, cut = _score(run_dir, bench, judges, rows, prepared)
     warnings += [f"{cut:,} responses were cut at the front to the model's context."] if cut else []
     ranking = stack_rankings(prepared)  # (N, K)
     result: dict[str, Any] = {"data": data, "rows": len(rows), "judges": {}, "warnings": warnings}

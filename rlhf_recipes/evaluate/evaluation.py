@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..model.base import load_tokenizer
+from ..recipe.values import Recipe
+from ..records.files import writing_in
 from ..records.folder import adapter_folder, read_recipe
+from ..records.lock import held
 from .measurements import Measurements
 from .models import Bench, Cache
-from .plan import EvaluationSettings, plan_evaluation
+from .plan import EvaluationPlan, EvaluationSettings, plan_evaluation
 from .results import write_results
 
 
@@ -28,7 +31,16 @@ def evaluate(run_dir: Path, settings: EvaluationSettings | None = None, out: Pat
     recipe = read_recipe(run_dir)
     tokenizer = load_tokenizer(recipe.base)
     plan = plan_evaluation(run_dir, recipe, tokenizer, settings)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing_in(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with held(out):
+            return _measure(run_dir, recipe, plan, settings, out)
+
+
+def _measure(
+    run_dir: Path, recipe: Recipe, plan: EvaluationPlan, settings: EvaluationSettings, out: Path
+) -> dict[str, Any]:
+    """What `evaluate` does in a folder that is its own."""
     cache = Cache(out / "cache.jsonl")
     measured = Measurements(plan, settings)
     reference = None if recipe.sft is None else adapter_folder(run_dir, recipe, "sft")

@@ -25,6 +25,7 @@ from ..recipe.values import Recipe, Source
 from ..records.contents import WinRate
 from ..records.files import write_json, write_text
 from ..records.folder import read_recipe
+from ..records.lock import held
 from ..records.rates import effective_number, interval
 from ..stages.configure import stage_config
 from ..stages.scores import call_reward_func, reward_tokenizer
@@ -295,8 +296,9 @@ def evaluate_rewardbench(
     recipe = read_recipe(run_dir)
     judges = find_scorers(settings.judges, run_dir, recipe, settings.asking, "rewardbench")
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(recipe, Cache(out / "cache.jsonl"), settings.batch_size)
-    scores, cut = _score_all(run_dir, bench, judges, questions)
+    with held(out):
+        bench = Bench(recipe, Cache(out / "cache.jsonl"), settings.batch_size)
+        scores, cut = _score_all(run_dir, bench, judges, questions)
     lines = [
         {"id": question.id, "subset": question.subset, "correct": question.correct}
         | {"scores": {judge: by_question[place] for judge, by_question in scores.items()}}

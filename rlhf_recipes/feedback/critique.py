@@ -19,6 +19,7 @@ from ..data.tokens import Messages
 from ..recipe.values import Source
 from ..records.digest import row_id
 from ..records.files import Journal
+from ..records.lock import held
 from .client import Client, Completion, final_text
 from .constitution import DEFAULT, Principle, draw_principle, read_constitution
 from .ledger import Ledger, Prices, bill_in_words
@@ -64,9 +65,10 @@ def critique_prompts(
         ValueError: `out` is of another model or other settings, an endpoint that is gone, or a model none of whose
             first 20 answers are of use. What was written before that is on disk.
     """
-    critiquing = _Critiquing(prompts, out, client, settings or CritiqueSettings(), prices or Prices())
-    run_to_end(critiquing.revise_all(parallel))
-    return critiquing.summary()
+    with held(out):
+        critiquing = _Critiquing(prompts, out, client, settings or CritiqueSettings(), prices or Prices())
+        run_to_end(critiquing.revise_all(parallel))
+        return critiquing.summary()
 
 
 def read_prompts(source: Source) -> tuple[list[Row], dict[str, int]]:

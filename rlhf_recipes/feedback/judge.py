@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.text import text
 from ..records.files import Journal
+from ..records.lock import held
 from .client import Client
 from .constitution import COMPARISON, CRITERIA, Principle, comparison_question, draw_principle
 from .ledger import Ledger, Prices, bill_in_words
@@ -75,9 +76,10 @@ def judge_samples(
         ValueError: `out` is of another judge or other settings, an endpoint that is gone, or a judge none of whose
             first 20 answers can be understood. What was judged before that is on disk.
     """
-    judging = _Judging(samples[:limit], out, client, settings or JudgeSettings(), prices or Prices())
-    run_to_end(judging.judge_all(parallel))
-    return judging.summary()
+    with held(out):
+        judging = _Judging(samples[:limit], out, client, settings or JudgeSettings(), prices or Prices())
+        run_to_end(judging.judge_all(parallel))
+        return judging.summary()
 
 
 class _Judging:

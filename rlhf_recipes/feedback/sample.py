@@ -23,6 +23,7 @@ from ..recipe.values import Recipe, Source
 from ..records.digest import row_id
 from ..records.files import Journal, write_text
 from ..records.folder import adapter_folder, read_recipe
+from ..records.lock import held
 from .rows import Row
 
 AT_ONCE = 64  # prompts whose responses are drawn from one seed, and written together
@@ -90,8 +91,9 @@ def sample_responses(
     tokenizer = load_tokenizer(recipe.base)
     longest = longest_row(recipe.base, None, settings.response_length, "response_length")
     prepared = prepare("ppo", _all_rows(prompts), tokenizer, longest)
-    keep_sample_settings(out, settings)
-    return draw_samples(open_models(recipe, folders), tokenizer, prepared, out, settings, batch_size, limit)
+    with held(out):
+        keep_sample_settings(out, settings)
+        return draw_samples(open_models(recipe, folders), tokenizer, prepared, out, settings, batch_size, limit)
 
 
 def _all_rows(prompts: Source) -> Source:

@@ -20,12 +20,13 @@ from ..recipe.overrides import replace, to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
 from ..records.contents import Summary
-from ..records.files import read_json, write_json
+from ..records.files import read_json, write_json, writing_in
 from ..records.folder import round_folder
+from ..records.lock import held
 from ..records.manifest import Manifest, open_run
 from ..records.summary import footnote, summarize, table
 from ..report.write import write_report
-from ..stages.configure import stages_of
+from ..stages.configure import Configs, stages_of
 from ..stages.inputs import check_same_format, prepare_extras, prepare_stage
 from ..stages.scores import is_external, reward_tokenizer
 from .check import check_recipe
@@ -39,13 +40,29 @@ def run_one(
     stages: Sequence[str] | None,
     force: bool,
     callbacks: Sequence[TrainerCallback],
+    wait: bool = False,
 ) -> Summary:
-    """What `run` does with a recipe without variants: check, open the folder, plan, prepare, train, report."""
+    """What `run` does with a recipe without variants: check, take the folder, plan, prepare, train, report."""
     wanted = stages_of(recipe, stages)
     quiet_libraries()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     configs = check_recipe(recipe, run_dir)
+    with writing_in(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with held(run_dir, wait):
+            return _run_stages(recipe, run_dir, wanted, configs, force, callbacks)
+
+
+def _run_stages(
+    recipe: Recipe,
+    run_dir: Path,
+    wanted: list[str],
+    configs: Configs,
+    force: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> Summary:
+    """What `run_one` does in a folder that is its own."""
     manifest = open_run(recipe, run_dir, wanted)
     todo = [stage for stage in wanted if not manifest.is_done(stage)]
     rounds = unfinished_rounds(recipe, run_dir) if "ppo" in wanted else []

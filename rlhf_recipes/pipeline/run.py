@@ -1,12 +1,14 @@
 """`run(recipe)`: one run, or a sweep of them where the recipe has variants."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from ..recipe.values import Recipe
 from ..records.contents import Summary
+from ..stages.stop import StopInOrder
 from .one_run import run_one
 from .sweep import SweepSummary, run_sweep
 
@@ -18,25 +20,33 @@ def run(
     force: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     jobs: int = 1,
+    wait: bool = False,
+    stop_at: datetime | None = None,
 ) -> Summary | SweepSummary:
     """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
 
     That of a recipe with variants is `{"variants": {name: summary}}`.
 
-    Run again, it skips the stages that are finished and resumes an unfinished one from its last checkpoint.
+    Run again, it skips the stages that are finished and resumes an unfinished one from its last checkpoint. SIGTERM and
+    the first Ctrl-C end it behind a checkpoint, once the step under way is done; the second ends it at once.
 
     Args:
         stages: only these, of `sft`, `reward`, `ppo`, `dpo`; what they build on must be finished in `run_dir`.
         force: run stages that cannot fit by the plan.
         callbacks: given to the trainer of every stage, whose `args.output_dir` tells them which it is.
         jobs: of a recipe with variants, run so many of them at once.
+        wait: for a process that works in the folder, in place of refusing.
+        stop_at: end then as by SIGTERM; a time without a zone is the machine's.
     Raises:
+        Stopped: a KeyboardInterrupt, where a signal or the clock ended it.
         ValueError: anything wrong with the recipe, its data or the folder, or a stage that cannot fit, before a weight
             is loaded; a stage that ran out of memory.
     """
     run_dir = Path(run_dir or Path("runs") / recipe.name.replace("_", "-"))
-    if recipe.variants:
-        return run_sweep(recipe, run_dir, stages, force, callbacks, jobs)
-    if jobs != 1:
+    if jobs != 1 and not recipe.variants:
         raise ValueError(f"Recipe {recipe.name!r} has no variants to run {jobs} of at once: leave out --jobs.")
-    return run_one(recipe, run_dir, stages, force, callbacks)
+    stop = StopInOrder(stop_at)
+    with stop.listening():
+        if recipe.variants:
+            return run_sweep(recipe, run_dir, stages, force, callbacks, jobs, wait, stop)
+        return run_one(recipe, run_dir, stages, force, (*callbacks, stop), wait)

@@ -22,12 +22,14 @@ from ..recipe.values import Recipe
 from ..records.contents import Summary
 from ..records.files import Row, read_json, read_rows, write_json, write_text
 from ..records.folder import read_recipe
+from ..records.lock import held
 from ..records.manifest import Manifest, open_run
 from ..records.recorder import METRICS, SAMPLES
 from ..records.summary import models_table
 from ..report import overoptimization
 from ..report.write import write_report
 from ..stages.configure import stages_of
+from ..stages.stop import STOPPED, StopInOrder, Stopped
 from .one_run import dated, run_one
 from .rounds import unfinished_rounds
 from .variants import checked_variants, expand, naming_variant
@@ -53,6 +55,8 @@ def run_sweep(
     force: bool,
     callbacks: Sequence[TrainerCallback],
     jobs: int,
+    wait: bool,
+    stop: StopInOrder,
 ) -> SweepSummary:
     """Run every variant in a folder inside `run_dir`, and return their summaries as `{"variants": {name: summary}}`.
 
@@ -62,6 +66,7 @@ def run_sweep(
     Args:
         jobs: with more than 1 each variant runs in a process of its own, its output in `log.txt` of its folder, and
             the CPU's cores are divided among them.
+        stop: what ends a variant in order.
     Raises:
         ValueError: as `run`, for any of the variants before the first one runs; a variant that failed.
     """
@@ -70,17 +75,14 @@ def run_sweep(
     if jobs > 1 and callbacks:
         raise ValueError("callbacks cannot reach the processes that run variants side by side: leave out jobs.")
     checked_variants(recipe)
-    recipe = dated(recipe, run_dir)  # one day for all, because they share stages
-    sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, Console())
-    sweep.open()
-    write_json(run_dir / "recipe.json", to_dict(recipe))
-    if jobs == 1:
-        for name in sweep.variants:
-            sweep.run_variant(name)
-    else:
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(sweep.run_variant, sweep.variants))
-    return sweep.conclude()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with held(run_dir, wait):
+        recipe = dated(recipe, run_dir)  # one day for all, because they share stages
+        sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, Console(), stop)
+        sweep.open()
+        write_json(run_dir / "recipe.json", to_dict(recipe))
+        sweep.run_all()
+        return sweep.conclude()
 
 
 @dataclass
@@ -94,8 +96,10 @@ class Sweep:
     callbacks: Sequence[TrainerCallback]
     jobs: int  # variants that run at one time
     console: Console
+    stop: StopInOrder
 
     def __post_init__(self) -> None:
+        self.processes: set[subprocess.Popen[str]] = set()  # of variants that run now
         self.locks: defaultdict[str, Lock] = defaultdict(Lock)  # one for each stage that is trained once
         self.alike: defaultdict[str, list[str]] = defaultdict(list)  # the variants that need it
         for name in self.variants:
@@ -120,6 +124,21 @@ class Sweep:
         for name, variant in self.variants.items():
             with naming_variant(name):
                 open_run(variant, self.run_dir / name, self.wanted(name))
+
+    def run_all(self) -> None:
+        """Run every variant. A signal ends those that run in order, and none is begun after it."""
+        if self.jobs == 1:
+            for name in self.variants:
+                self.run_variant(name)
+            return
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                list(pool.map(self.run_variant, self.variants))
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in tuple(self.processes):
+                    process.terminate()
+                raise
 
     def run_variant(self, name: str) -> None:
         """Train or copy what a variant shares with others, then run the rest of it."""
@@ -156,16 +175,23 @@ class Sweep:
         return sum(record["seconds"] for record in records if "copied_from" not in record)
 
     def execute(self, name: str, stages: Sequence[str] | None) -> None:
-        """Run stages of a variant, here or in a process of its own. Raises ValueError where that process fails."""
+        """Run stages of a variant, here or in a process of its own.
+
+        Raises ValueError where that process fails, Stopped where it was stopped.
+        """
         manifest = self.manifest(name)
         left = [stage for stage in stages or self.wanted(name) if not manifest.is_done(stage)]
         title = f"{name}: {', '.join(left)}"
         if self.jobs == 1:
             self.console.print(Text(title, style="bold"))
-            run_one(self.variants[name], self.run_dir / name, stages, self.force, self.callbacks)
+            callbacks = (*self.callbacks, self.stop)
+            run_one(self.variants[name], self.run_dir / name, stages, self.force, callbacks)
             return
         log = self.run_dir / name / "log.txt"
-        if self.run_in_process(name, stages, log):
+        code = self.run_in_process(name, stages, log)
+        if code in STOPPED:
+            raise Stopped(code)
+        if code:
             last_line = log.read_text().strip().rpartition("\n")[2]
             raise ValueError(f"variants: {title} failed, see {log}: {last_line}")
         self.console.print(Text(f"{title} done"))
@@ -174,6 +200,7 @@ class Sweep:
         """Run stages of a variant in a process of its own, whose output goes to a file. Returns its exit code."""
         folder = self.run_dir / name
         order = {"recipe": to_dict(self.variants[name]), "run_dir": str(folder), "stages": stages, "force": self.force}
+        order["stop_at"] = self.stop.at
         environment = {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)),
             # What is found here (functions of a recipe, the package itself) is found there too.
@@ -188,12 +215,16 @@ class Sweep:
                 stderr=output,
                 env=os.environ | environment,
                 text=True,
+                start_new_session=True,  # Ctrl-C is heard here, and said to it once
             ) as process,
         ):
             assert process.stdin is not None
+            self.processes.add(process)
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
-            return process.wait()  # its input stays open until it ends: see `cli.variant.end_with_parent`
+            code = process.wait()  # its input stays open until it ends: see `cli.variant.end_with_parent`
+            self.processes.remove(process)
+            return code
 
     def conclude(self) -> SweepSummary:
         """Write the summary and the report of all variants, and print the table of what each trained last."""

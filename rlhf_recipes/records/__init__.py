@@ -2,6 +2,7 @@
 
 contents  what each file holds, with units
 files     writes that a kill leaves whole
+lock      one process at a time in a folder, or at a file
 digest    hashes of JSON values: keys of caches, ids of rows
 folder    models, checkpoints and rounds of a run by name
 manifest  what was run, and which stages are done

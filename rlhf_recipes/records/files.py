@@ -3,10 +3,20 @@
 import errno
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+REFUSALS = {  # of a disk, by the system's number for it, and what to do
+    errno.ENOSPC: "the disk is full: make room",
+    errno.EDQUOT: "the quota is used up: make room",
+    errno.EROFS: "this disk can only be read: name a folder on another one",
+    errno.EACCES: "it may not be written: change its permissions, or name another folder",
+}
+ROOM = 2**20  # bytes: a disk with less is full
 
 Row = dict[str, Any]  # of a JSONL file: whoever writes it says which keys it has
 
@@ -63,6 +73,25 @@ def _rows(path: Path) -> tuple[list[Row], int | None]:
             rows.append(row)
             whole += len(line)
     return rows, whole
+
+
+@contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """A block that writes in a folder. Raises ValueError, which says what to do, where the disk does not let it.
+
+    Libraries report a full disk in ways of their own (torch by a RuntimeError, safetensors by an error without a
+    number): it is looked at, whatever was raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = REFUSALS.get(error.errno or 0) if isinstance(error, OSError) else None
+        if why is None and folder.is_dir() and shutil.disk_usage(folder).free < ROOM:
+            why = REFUSALS[errno.ENOSPC]
+        if why is None:
+            raise
+        place = getattr(error, "filename", None) or folder
+        raise ValueError(f"{place}: {why} ({error}). What was finished is safe: then run the same again.") from error
 
 
 class Journal:

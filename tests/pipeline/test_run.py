@@ -7,9 +7,9 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from math import isfinite
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -19,18 +19,20 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support.command_line import start as start_process
 from support.paths import ROOT
 from support.run_folder import manifest_of, mark_running, rows_of, states, write_rows
 from support.tiny_models import save_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage, replace, run
+from rlhf_recipes.cli.command import exit_codes
 from rlhf_recipes.model.base import model_path
 from rlhf_recipes.model.memory import peak_memory_mib, reset_peak_memory
 from rlhf_recipes.model.shared import HEAD
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.records.folder import checkpoint_step, last_checkpoint
+from rlhf_recipes.records.lock import held
+from rlhf_recipes.stages.stop import Stopped
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 ADAPTERS = ("sft", "reward", "ppo/policy", "ppo/critic")
@@ -369,29 +371,6 @@ def test_no_checkpoint_is_found_where_there_is_none(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
-Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `rlhf-recipes run` in a process of its own, and ends at last what still runs."""
-    processes = []
-
-    def start(recipe: Recipe, run_dir: Path, **environment: str) -> subprocess.Popen[str]:
-        file = tmp_path / "recipe.py"
-        file.write_text(f"from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage\n\nrecipe = {recipe!r}\n")
-        command = [sys.executable, "-m", "rlhf_recipes.cli", "run", str(file), "--run-dir", str(run_dir)]
-        none, pipe, variables = subprocess.DEVNULL, subprocess.PIPE, os.environ | environment
-        process = start_process(command, cwd=ROOT, env=variables, stdin=none, stdout=none, stderr=pipe)
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
 def first_checkpoint(stage_dir: Path, running: Callable[[], bool]) -> Path:
     """Wait for the stage's first checkpoint."""
     deadline = time.monotonic() + 120
@@ -450,15 +429,66 @@ def test_a_killed_run_resumes_to_the_same_bytes(longer: Recipe, tmp_path: Path) 
     assert rows_of(killed, None, "samples.jsonl") == rows_of(whole, None, "samples.jsonl")
 
 
-def test_ctrl_c_says_how_to_go_on(longer: Recipe, start: Start, tmp_path: Path) -> None:
-    process = start(longer, tmp_path / "run")
-    first_checkpoint(tmp_path / "run" / "sft", lambda: process.poll() is None)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "run the same command again to resume" in errors and "Traceback" not in errors
-    assert states(tmp_path / "run") == {"sft": "running"}
-    assert manifest_of(tmp_path / "run")["stages"]["sft"]["seconds"] > 0
+class Signals(TrainerCallback):
+    """Sends this process signals in the middle of a stage's step."""
+
+    def __init__(self, stage: str, step: int, *signals: signal.Signals) -> None:
+        self.stage, self.step, self.signals = stage, step, signals
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if Path(args.output_dir).name == self.stage and state.global_step == self.step - 1:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+def test_a_run_that_is_told_to_stop_does_so_behind_a_checkpoint_and_goes_on_to_the_same_bytes(
+    recipe: Recipe, finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage, number in (("sft", signal.SIGINT), ("reward", signal.SIGTERM), ("ppo", signal.SIGTERM)):
+        with pytest.raises(SystemExit) as ended, exit_codes():
+            run(recipe, tmp_path, callbacks=[Signals(stage, 1, number)])
+        assert ended.value.code == 128 + number
+        assert "run the same command again to resume" in capsys.readouterr().err
+        assert states(tmp_path)[stage] == "running"
+        assert [path.name for path in (tmp_path / stage).glob("checkpoint-*")] == ["checkpoint-1"], "beside save_steps"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    # The clock has come: the stage that is under way goes no further.
+    with pytest.raises(Stopped) as stopped:
+        run(recipe, tmp_path, stop_at=datetime(2020, 1, 1))
+    assert stopped.value.code == 143 and last_checkpoint(tmp_path / "ppo") == str(tmp_path / "ppo" / "checkpoint-1")
+    run(recipe, tmp_path, stop_at=datetime(2220, 1, 1))
+    assert weights(tmp_path) == weights(finished[0])
+
+
+def test_a_second_signal_stops_at_once(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(Stopped) as stopped:
+        run(recipe, tmp_path, callbacks=[Signals("sft", 1, signal.SIGTERM, signal.SIGINT)])
+    assert stopped.value.code == 130 and not list((tmp_path / "sft").glob("checkpoint-*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 700 KiB: the SFT stage fits, and somewhere in the reward stage it is full."""
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_said_and_nothing_finished_is_lost(
+    recipe: Recipe, finished: tuple[Path, dict[str, Any]], small_disk: Path
+) -> None:
+    with pytest.raises(ValueError, match=r": the disk is full: make room .* then run the same again\.$"):
+        run(recipe, small_disk / "run")
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run(recipe, small_disk / "run")
+    assert weights(small_disk / "run") == weights(finished[0])
+
+
+def test_a_folder_in_use_is_refused(recipe: Recipe, copied: Path) -> None:
+    with held(copied), pytest.raises(ValueError, match=rf"{copied} is in use by process {os.getpid()} of"):
+        run(recipe, copied)
 
 
 # --- Recipes with fewer stages ----------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """Sweeps: what a variant is, what variants share, and whole runs on a tiny random model."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from rlhf_recipes.recipe.lookup import load, recipe_names
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, settings, to_dict
 from rlhf_recipes.records.folder import read_recipe
 from rlhf_recipes.stages.job import Job
+from rlhf_recipes.stages.stop import Stopped
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "free": {"ppo": {"kl_coef": 0.0}},
@@ -193,6 +198,26 @@ def test_a_variant_that_fails_in_its_process_says_where_to_look(recipe: Recipe, 
     bad = replace(recipe, variants={"bad": {"sft": {"data": str(tmp_path / "absent.jsonl")}}})
     with pytest.raises(ValueError, match=r"variants: bad: sft failed, see .*log.txt: error: sft\.data: .*absent"):
         run(bad, tmp_path / "run", stages=["sft"], jobs=2)
+
+
+@pytest.mark.long
+def test_a_signal_stops_all_variants_behind_their_checkpoints(recipe: Recipe, tmp_path: Path) -> None:
+    endless = {
+        name: {"sft": {"max_steps": 10_000, "save_steps": 2, "limit": 30 + place}}
+        for place, name in enumerate(("one", "other", "third"))
+    }
+
+    def signal_when_two_train() -> None:
+        while len({path.parts[-3] for path in tmp_path.glob("*/sft/checkpoint-*")}) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=signal_when_two_train, daemon=True).start()
+    with pytest.raises(Stopped) as stopped:
+        run(replace(recipe, variants=endless), tmp_path, stages=["sft"], jobs=2)
+    assert stopped.value.code == 143
+    logs = sorted(path.read_text() for path in tmp_path.glob("*/log.txt"))
+    assert len(logs) == 2 and all("run the same command again to resume" in text for text in logs)
 
 
 def test_the_process_of_a_variant_ends_with_its_parent() -> None:

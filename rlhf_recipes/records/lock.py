@@ -1,0 +1,65 @@
+"""One process at a time in a folder, or at a file that grows row by row."""
+
+import getpass
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .files import read_json, write_json
+
+
+@contextmanager
+def held(path: Path, wait: bool = False) -> Iterator[None]:
+    """A block in which no other process holds the same folder or file.
+
+    The operating system lets go of what a process holds when that ends, however it ends. On NFS its locks hold between
+    machines where the server has them, as NFSv4 does; where a file system has none, a file takes their place, which a
+    killed process leaves behind: see `filelock.FileLock`.
+
+    Args:
+        path: a folder that is there, in which the lock stands as `.lock`, or a file, beside which it stands.
+        wait: for as long as another process holds it.
+    Raises:
+        ValueError: another process holds it; the message says which, whose, where and since when.
+    """
+    place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    owner, lock = place.with_suffix(".owner.json"), FileLock(place)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        message = f"{path} is in use by {_named(owner)}."
+        if not wait:
+            raise ValueError(f"{message} Let it end, or stop it, and run this again.") from None
+        print(f"{message} Waiting for it.", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        name = {"process": os.getpid(), "user": _user(), "host": socket.gethostname(), "since": since}
+        write_json(owner, name)
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _named(owner: Path) -> str:
+    """Who holds a lock, in words, as far as it has said so."""
+    found = read_json(owner)
+    if not isinstance(found, dict):
+        return "another process"
+    return f"process {found['process']} of {found['user']} on {found['host']}, since {found['since']}"
+
+
+def _user() -> str:
+    """The user's name, or number where the machine knows no name, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())

@@ -1,0 +1,86 @@
+"""Stopping in good order, at a signal or by the clock: behind a checkpoint, from which the run goes on."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+from transformers import TrainerCallback
+
+BY_THE_CLOCK = 128 + signal.SIGTERM  # the exit code, as if the clock had sent that signal
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was stopped
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was stopped. Args: the process's exit code, 128 and the signal's number."""
+
+    @property
+    def code(self) -> int:
+        """The process's exit code."""
+        return self.args[0]
+
+
+class StopInOrder(TrainerCallback):
+    """Ends a stage's training with `Stopped` at SIGINT, SIGTERM or a time, once the step under way has a checkpoint.
+
+    The Trainer's own way to stop early would not do: its checkpoint says that training is over. A second signal, and
+    one while nothing trains, stops at once.
+    """
+
+    def __init__(self, at: datetime | None = None) -> None:
+        """
+        Args:
+            at: when to stop; a time without a zone is the machine's.
+        """
+        self.at = None if at is None else at.timestamp()
+        self.code: int | None = None  # set: the process is to exit with this
+        self.is_training = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """A block in which it hears signals. Python gives those to the main thread alone: elsewhere it hears none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if self.code is not None or not self.is_training:
+            raise Stopped(128 + number)
+        self.code = 128 + number
+        print("\nstopping when this step is done and saved; once more stops at once", file=sys.stderr, flush=True)
+
+    def _is_asked(self) -> bool:
+        """Whether it is to stop now."""
+        if self.code is None and self.at is not None and datetime.now().timestamp() >= self.at:
+            self.code = BY_THE_CLOCK
+        return self.code is not None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_asked():
+            raise Stopped(self.code)
+        self.is_training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_asked():  # the loss since the last row would be lost: it is no part of a checkpoint
+            control.should_save = control.should_log = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_training and self._is_asked():  # the Trainer saves behind an evaluation between two steps
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.code is not None:
+            self.is_training = False
+            raise Stopped(self.code)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.is_training = False

@@ -1,0 +1,65 @@
+"""One process at a time in a folder or at a file: who holds it is named, and a killed process holds nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Timer
+
+import pytest
+from support.paths import ROOT
+
+from rlhf_recipes.records.lock import held
+
+HOLD = "import sys, time, pathlib; from rlhf_recipes.records.lock import held\n"
+HOLD += "with held(pathlib.Path(sys.argv[1])): print(flush=True), time.sleep(60)"
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process, which holds the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_process_that_holds_a_folder_is_named_and_a_killed_one_holds_nothing(
+    other: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    message = rf"{tmp_path} is in use by process {other.pid} of \S+ on \S+, since \d{{4}}-\d\d-\d\dT\S+\. Let it end"
+    with pytest.raises(ValueError, match=message), held(tmp_path):
+        pass
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with held(tmp_path):
+        assert f'"process": {os.getpid()}' in (tmp_path / ".lock.owner.json").read_text()
+    assert not (tmp_path / ".lock.owner.json").exists()
+
+
+def test_who_waits_comes_next(
+    other: subprocess.Popen[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Timer(0.2, other.kill).start()
+    with held(tmp_path, wait=True):
+        assert other.wait(timeout=10) == -signal.SIGKILL
+    assert f"in use by process {other.pid} of" in capsys.readouterr().err
+
+
+def test_a_file_is_held_beside_it_and_others_are_free(tmp_path: Path) -> None:
+    labels, refused = tmp_path / "labels.jsonl", pytest.raises(ValueError, match=r"labels\.jsonl is in use by process")
+    with held(labels), held(tmp_path / "other.jsonl"), held(tmp_path), refused, held(labels):
+        pass
+    with held(labels):
+        pass
+
+
+def test_a_block_that_fails_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), held(tmp_path):
+        raise RuntimeError
+    with held(tmp_path):
+        pass
