@@ -100,11 +100,14 @@ def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
 
 
 def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without the settings that change what a run takes and not what it gives, to rounding."""
+    """A recipe without the settings that change what a run takes and not what it gives, to rounding.
+
+    What becomes of steps that are not finite is none of what it has given: so far there were none, or it stopped there.
+    """
     recipe = copy.deepcopy(recipe)
     for section in (recipe[stage] for stage in STAGES if recipe.get(stage)):
         args = section["args"]
-        free = ["per_device_eval_batch_size", "gradient_checkpointing"]
+        free = ["per_device_eval_batch_size", "gradient_checkpointing", "on_nonfinite"]
         if args.get("generation_backend", "native") in ("native", "eager"):  # what others draw depends on the batching
             free += ["generation_backend", "rollout_micro_batch_size"]
         for key in free:

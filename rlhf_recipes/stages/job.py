@@ -22,6 +22,7 @@ from ..records.recorder import Recorder
 from ..records.tracking import Session, Tracker
 from .callbacks import Progress, RecordLogs
 from .float16 import CountSkippedSteps, scale_losses
+from .nonfinite import LeaveOutNonFinite
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class Job:
         trainer.remove_callback(PrinterCallback)
         if trainer.args.fp16:
             trainer.add_callback(CountSkippedSteps(trainer.accelerator))
+        elif self.stage != "ppo":  # whose steps are several in one of the Trainer's
+            trainer.add_callback(LeaveOutNonFinite(self.stage.partition("-")[0], self.config.on_nonfinite))
         trainer.add_callback(RecordLogs(recorder))
         trainer.add_callback(Progress(self.stage))
         for callback in self.callbacks:

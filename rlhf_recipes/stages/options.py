@@ -42,10 +42,19 @@ def _truncation_mode() -> Any:
     )
 
 
+def _on_nonfinite() -> Any:
+    return _option(
+        "stop",
+        "What becomes of a step whose loss or gradient is not finite; it changes nothing. stop: the stage ends there, "
+        "and can be gone on with. skip: it is left out, up to 10 in a row. In float16 the scaler of the loss decides.",
+    )
+
+
 @dataclass
 class SFTConfig(trl.SFTConfig):
     """Arguments of `SFTTrainer`, beside TRL's and transformers' own."""
 
+    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
     max_length: int | None = _max_length(1024)
     truncation_mode: Literal["drop", "keep_start"] = _truncation_mode()  # type: ignore[assignment]
     completion_only_loss: bool | None = _option(
@@ -77,6 +86,7 @@ class SFTConfig(trl.SFTConfig):
 class RewardConfig(trl.RewardConfig):
     """Arguments of `RewardTrainer`, beside TRL's and transformers' own."""
 
+    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
     max_length: int | None = _option(
         1024,
         "A row of which a response has more tokens, together with the prompt, is a bad row: the score is read at the "
@@ -113,6 +123,7 @@ class PPOConfig(TrainingArguments):
     """
 
     # Size and pace
+    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
     learning_rate: float = _option(1e-5, "Learning rate of the policy adapter. [N+, times the 3 to 10 that LoRA wants]")
     critic_learning_rate: float | None = _option(
         None, "Learning rate of the critic's adapter and head; None: as the policy. [InstructGPT has two]"
@@ -415,6 +426,7 @@ class DPOConfig(trl.DPOConfig):
     of per_device_eval_batch_size.
     """
 
+    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
     max_length: int | None = _max_length(1024)
     truncation_mode: Literal["drop", "keep_start"] = _truncation_mode()  # type: ignore[assignment]
 

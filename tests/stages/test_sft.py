@@ -21,6 +21,7 @@ from rlhf_recipes.model.shared import lora_config
 from rlhf_recipes.stages.configure import configure
 from rlhf_recipes.stages.dpo import DPOTrainer
 from rlhf_recipes.stages.inputs import prepare_stage, rows_line
+from rlhf_recipes.stages.nonfinite import LeaveOutNonFinite
 from rlhf_recipes.stages.options import DPOConfig, SFTConfig
 from rlhf_recipes.stages.sft import SFTTrainer
 
@@ -93,6 +94,31 @@ TURNS = """\
 {%- if add_generation_prompt %}{{ 'w61' }}{% endif %}"""
 CONVERSATION = [user("w5"), assistant("w6 w7"), user("w8"), assistant("w9")]
 IDS = [60, 5, 61, 6, 7, 2, 60, 8, 61, 9, 2]
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_step_that_is_not_finite_changes_nothing(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    trainer = make_trainer(
+        base, examples(12), tmp_path, max_steps=3, per_device_train_batch_size=4, optim="adamw_torch"
+    )
+    trainer.add_callback(LeaveOutNonFinite("sft", mode))
+    real, seen = trainer.compute_loss, []
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        seen.append(weights(trainer).clone())
+        return real(*args, **kwargs) * (torch.nan if len(seen) == 2 else 1)
+
+    monkeypatch.setattr(trainer, "compute_loss", loss)
+    if mode == "stop":
+        with pytest.raises(ValueError, match=r"At step 2 of sft the gradient is not finite.* sft\.on_nonfinite=skip"):
+            trainer.train()
+        assert torch.equal(weights(trainer), seen[1])
+    else:
+        trainer.train()
+        assert torch.equal(seen[2], seen[1]) and not torch.equal(weights(trainer), seen[2])
+        assert not torch.equal(seen[1], seen[0]) and weights(trainer).isfinite().all()
 
 
 def prepared(base: Base, folder: Path, rows: list[dict[str, Any]], stage: str = "sft", **args: Any) -> Prepared:

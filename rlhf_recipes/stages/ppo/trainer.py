@@ -34,6 +34,7 @@ from ...model.shared import SharedBase
 from ...records.contents import Sample
 from ..compare import Evaluator, held_out_texts, quality
 from ..float16 import SKIPPED, check_scale, scale_losses
+from ..nonfinite import NonFinite
 from ..options import PPOConfig
 from ..scores import ROLE, RewardFunc, Rewards, resolve_rewards
 from . import objectives
@@ -53,6 +54,9 @@ DOING = {  # phase -> what is said where memory runs out in it
 
 # The largest log-ratio of a token before the first optimizer step of an update. Whatever the dtype, 0 is right.
 EXACT = "val/first_pass_log_ratio_max"
+
+# An optimizer step in which one of these is not finite changes nothing.
+STEADY = ("loss/policy_avg", "loss/value_avg", "loss/ptx_avg", "policy/grad_norm", "critic/grad_norm")
 
 STATE = "ppo_state.json"  # in a checkpoint: what changes through training and is no weight
 
@@ -134,6 +138,7 @@ class PPOTrainer(Trainer):
         scale_losses(self.accelerator)
         self.scaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
         self.skipped = 0  # optimizer steps since the last log
+        self.nonfinite = NonFinite("ppo", args.on_nonfinite)
         self.sampler = self._sampler(stop_token_ids)
         sources = [reward_funcs] if callable(reward_funcs) or isinstance(reward_funcs, str) else reward_funcs
         self.rewards = Rewards(self.sampler, args, resolve_rewards(sources), lambda: self.state)
@@ -294,7 +299,7 @@ class PPOTrainer(Trainer):
     def update(self, rollout: Rollout) -> float:
         """`num_ppo_epochs` passes over the rollout in mini-batches. Returns the loss of the last one.
 
-        Raises RuntimeError where that is not finite.
+        Raises ValueError where a loss or a gradient is not finite, unless such steps are left out.
         """
         loss, skipped = 0.0, self.skipped
         with self.phase("update"):
@@ -305,10 +310,6 @@ class PPOTrainer(Trainer):
                     loss = self.optimizer_step(rollout, rows)
         # As in any Trainer the learning-rate schedule waits where nothing has moved.
         self.optimizer._is_overflow = self.skipped - skipped == sum(map(len, rollout.passes))
-        if not math.isfinite(loss) and not self.scaler.is_enabled():
-            raise RuntimeError(
-                f"The PPO loss is {loss} at update {self.state.global_step + 1}: lower ppo.learning_rate."
-            )
         return loss
 
     def adapt(self, rollout: Rollout) -> None:
@@ -340,22 +341,28 @@ class PPOTrainer(Trainer):
             logged |= averages
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
         self.scaler.unscale_(optimizer)  # once, though each role's gradients are clipped by themselves
-        if self.config.max_grad_norm > 0:
-            for role in roles:
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm)
-                logged[f"{role}/grad_norm"] = norm.item()
-        scale = self.scaler.get_scale()
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        for role in roles:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters_of(role), self.config.max_grad_norm or math.inf)
+            logged[f"{role}/grad_norm"] = norm.item()
+        unsteady = [name for name in STEADY if not math.isfinite(logged.get(name, 0.0))]
+        scale, steps = self.scaler.get_scale(), self.scaler.is_enabled() or not unsteady
+        if steps:
+            self.scaler.step(optimizer)
+            self.scaler.update()
         optimizer.zero_grad()
-        if self.scaler.get_scale() < scale:  # some gradient overflowed, and nothing has changed
-            self.skipped += 1
+        if self.scaler.get_scale() < scale:  # some gradient overflowed
             check_scale(self.scaler)
-            logged = {name: value for name, value in logged.items() if math.isfinite(value)}  # what the forward said
+        elif not steps:
+            what = f"{unsteady[0]} of a mini-batch of {len(rows)} episodes"
+            self.nonfinite.left_out(self.state.global_step + 1, what)
         else:
             rollout.fresh = False
-        self.metrics.add(logged)
-        return loss
+            self.nonfinite.passed()
+            self.metrics.add(logged)
+            return loss
+        self.skipped += 1  # nothing has changed
+        self.metrics.add({name: value for name, value in logged.items() if math.isfinite(value)})
+        return loss if math.isfinite(loss) else 0.0
 
     @property
     def warming_up(self) -> bool:
@@ -525,7 +532,7 @@ class PPOTrainer(Trainer):
             logs |= self.metrics.flush()
             logs["episode"] = self.state.global_step * self.config.rollout_size
             logs["memory/peak_mib"] = peak_memory_mib()
-            if self.scaler.is_enabled():
+            if self.scaler.is_enabled() or self.config.on_nonfinite == "skip":
                 logs[SKIPPED], self.skipped = self.skipped, 0
             if self.config.auto_sizes:
                 logs["auto/per_device_train_batch_size"] = self.micro_batch_size

@@ -503,11 +503,28 @@ def test_responses_of_one_token_train(make: Make) -> None:
     assert all(weights(trainer, role).isfinite().all() for role in ROLES)
 
 
-def test_a_loss_that_is_not_finite_stops_training(make: Make) -> None:
+def test_a_loss_that_is_not_finite_changes_nothing_and_stops_training(make: Make) -> None:
     trainer = make()
+    before = weights(trainer, "policy").clone()
     trainer.model.head_weight("critic").data.fill_(math.nan)
-    with pytest.raises(RuntimeError, match=r"at update 1"):
+    with pytest.raises(ValueError, match=r"^At update 1 of ppo loss/\w+ of a mini-batch .* ppo\.on_nonfinite=skip"):
         trainer.train()
+    assert torch.equal(weights(trainer, "policy"), before)
+
+
+def test_steps_that_are_not_finite_can_be_left_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(on_nonfinite="skip", total_episodes=16, num_mini_batches=1, num_ppo_epochs=1)
+    real, seen = trainer.policy_loss, []
+
+    def loss(*args: Any) -> Any:
+        seen.append(weights(trainer, "policy").clone())
+        value, shares = real(*args)
+        return (value * math.nan, shares) if len(seen) == 2 else (value, shares)
+
+    monkeypatch.setattr(trainer, "policy_loss", loss)
+    trainer.train()
+    assert len(seen) == 4 and torch.equal(seen[2], seen[1]) and not torch.equal(seen[3], seen[2])
+    assert [row["skipped_steps"] for row in trainer.state.log_history if "skipped_steps" in row] == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
