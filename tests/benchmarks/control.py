@@ -16,7 +16,7 @@ again, because its cost is measured whole.
 """
 
 import argparse
-import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -32,6 +32,7 @@ from costs import Costs
 from rlhf_recipes import Recipe, load, replace, run
 from rlhf_recipes.evaluate.evaluation import evaluate
 from rlhf_recipes.evaluate.plan import EvaluationSettings
+from rlhf_recipes.feedback.rows import Row
 from rlhf_recipes.model.base import FINGERPRINT, load_tokenizer, model_path
 from rlhf_recipes.model.shared import BIAS
 from rlhf_recipes.records.files import read_json, read_rows, write_json
@@ -98,7 +99,7 @@ def train_theirs(recipe: Recipe, run_dir: Path, python: Path) -> None:
     shutil.copy(run_dir / "sft" / FINGERPRINT, folder)
 
 
-def apart(function: Any, *arguments: Any) -> None:
+def in_own_process(function: Any, *arguments: Any) -> None:
     """Call a function in a process of its own, whose memory nothing else has used."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
@@ -111,56 +112,59 @@ def train_and_evaluate(recipe: Recipe, run_dir: Path, python: Path) -> None:
     """All of a seed that is not done yet."""
     run(recipe, run_dir, stages=["sft", "reward"])
     if not Manifest.read(run_dir).is_done("ppo"):
-        apart(train_ours, recipe, run_dir)
+        in_own_process(train_ours, recipe, run_dir)
     if not (run_dir / "trl" / FINGERPRINT).is_file():
         train_theirs(recipe, run_dir, python)
     evaluate(run_dir, EvaluationSettings(models=("sft", *SIDES), against=("sft", "trl"), samples=SAMPLES))
 
 
-class Answers:
-    """What a model answered in the runs of all seeds, in the order of the prompts."""
-
-    def __init__(self, runs: Sequence[Path], model: str) -> None:
-        rows = [row | {"run": folder.name} for folder in runs for row in read_rows(folder / "evaluation/answers.jsonl")]
-        self.rows = [row for row in rows if row["model"] == model]
-        self.gold = [row["scores"]["gold"] for row in self.rows]
-        self.prompts = [f"{row['run']} {row['id']}" for row in self.rows]
-
-    def mean(self, value: Any) -> float:
-        return statistics.fmean(map(value, self.rows))
+def measure(row: Row) -> dict[str, float]:
+    """What is averaged of an answer, by the names of the table's columns."""
+    return {**row["scores"], "KL": row["kl"], "tokens": row["tokens"]}
 
 
-def wins(runs: Sequence[Path], model: str, other: str) -> str:
-    """How often one model's answers are better than another's by gold: for each seed, and in all with the interval."""
+def answers(runs: Sequence[Path], model: str) -> list[Row]:
+    """A model's answers in the runs of some seeds, in the order of their prompts."""
+    rows = [row | {"run": run_dir.name} for run_dir in runs for row in read_rows(run_dir / "evaluation/answers.jsonl")]
+    return [row for row in rows if row["model"] == model]
+
+
+def mean(runs: Sequence[Path], model: str, name: str) -> float:
+    return statistics.fmean(measure(row)[name] for row in answers(runs, model))
+
+
+def wins(runs: Sequence[Path], model: str, other: str, judge: str = "gold") -> str:
+    """How often one model's answers are better than another's: with each seed, and in all with the interval."""
     rates = []
-    for some in (*([folder] for folder in runs), runs):
-        ours, theirs = Answers(some, model), Answers(some, other)
-        rates.append(win_rate(ours.gold, theirs.gold, ours.prompts))
+    for some in (*([run_dir] for run_dir in runs), runs):
+        ours, theirs = answers(some, model), answers(some, other)
+        scores = ([row["scores"][judge] for row in rows] for rows in (ours, theirs))
+        rates.append(win_rate(*scores, [f"{row['run']} {row['id']}" for row in ours]))
     *each, whole = rates
     parts = ", ".join(f"{rate['rate']:.1%}" for rate in each)
     return f"{parts} | {whole['rate']:.1%} ({whole['low']:.1%} to {whole['high']:.1%})"
 
 
 def table(runs: Sequence[Path]) -> list[str]:
-    """A row a model: means over all seeds' answers, win rates by gold, and medians of what the training cost."""
-    lines = ["| | gold | wins vs SFT, each seed | all (95 %) | reward | KL | tokens |", "|---|---|---|---|---|---|---|"]
+    """What the models' answers are worth, ours against TRL's, and what the trainings cost (medians of the seeds)."""
+    names = ("gold", "reward", "KL", "tokens")
+    lines = [f"| | {' | '.join(names)} | wins vs SFT by gold, each seed | all (95 %) |", "|---" * 7 + "|"]
     for model, title in {"sft": "SFT", **SIDES}.items():
-        answers = Answers(runs, model)
-        won = " | " if model == "sft" else wins(runs, model, "sft")
-        means = [answers.mean(lambda row: row["scores"]["gold"]), answers.mean(lambda row: row["scores"]["reward"])]
-        means += [answers.mean(lambda row: row["kl"]), answers.mean(lambda row: row["tokens"])]
-        gold, reward, kl, tokens = means
-        lines.append(f"| {title} | {gold:.2f} | {won} | {reward:.2f} | {kl:.2f} | {tokens:.1f} |")
-    lines += ["", "| ours against TRL's, each seed | all (95 %) |", "|---|---|", f"| {wins(runs, 'ppo', 'trl')} |", ""]
-    lines += [
-        "| | s | processor's s | MiB above the imports | parameters held | trained |",
-        "|---|---|---|---|---|---|",
-    ]
+        means = " | ".join(f"{mean(runs, model, name):.2f}" for name in names)
+        lines.append(f"| {title} | {means} | {' | ' if model == 'sft' else wins(runs, model, 'sft')} |")
+    lines += ["", "| ours against TRL's, by | wins, each seed | all (95 %) | difference, each seed | mean, s.e. |"]
+    lines += ["|---" * 5 + "|"]
+    for judge in ("gold", "reward"):
+        apart = [mean([run_dir], "ppo", judge) - mean([run_dir], "trl", judge) for run_dir in runs]
+        error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else math.nan
+        each = ", ".join(f"{difference:+.2f}" for difference in apart)
+        won = wins(runs, "ppo", "trl", judge)
+        lines.append(f"| {judge} | {won} | {each} | {statistics.fmean(apart):+.3f} ± {error:.3f} |")
+    lines += ["", "| | s | processor's s | MiB above the imports | parameters held | trained |", "|---" * 6 + "|"]
     for model, title in SIDES.items():
-        files = [folder / ("trl" if model == "trl" else "") / "costs.json" for folder in runs]
-        costs = [json.loads(file.read_text()) for file in files]
-        names = ("seconds", "processor_seconds", "memory_mib", "parameters", "trained")
-        medians = [statistics.median(cost[name] for cost in costs) for name in names]
+        costs = [read_json(run_dir / ("trl" if model == "trl" else "") / "costs.json") for run_dir in runs]
+        kinds = ("seconds", "processor_seconds", "memory_mib", "parameters", "trained")
+        medians = [statistics.median(cost[kind] for cost in costs) for kind in kinds]
         lines.append(f"| {title} | {' | '.join(f'{median:,.0f}' for median in medians)} |")
     return lines
 

@@ -76,10 +76,12 @@ def test_the_table_counts_all_seeds_together(tmp_path: Path) -> None:
             names = ("seconds", "processor_seconds", "memory_mib", "parameters", "trained")
             (place / "costs.json").write_text(json.dumps(dict.fromkeys(names, 1000 * factor * number)))
     lines = control.table(runs)
-    assert "| SFT | 0.50 |  |  | -1.00 | 0.50 | 4.0 |" in lines
-    assert "| 1.12 | 100.0%, 62.5% | 81.2% (" in next(line for line in lines if "one base (ours) | 1.12" in line)
-    against = next(line for line in lines if line.startswith("| 62.5%"))
-    assert against.startswith("| 62.5%, 25.0% | 43.8% ("), "a tie is half a win"
+    assert "| SFT | 0.50 | -1.00 | 0.50 | 4.00 |  |  |" in lines
+    ours = next(line for line in lines if line.startswith("| four adapters on one base (ours) | 1.12 |"))
+    assert "| 100.0%, 62.5% | 81.2% (" in ours
+    against = next(line for line in lines if line.startswith("| gold |"))
+    assert against.startswith("| gold | 62.5%, 25.0% | 43.8% ("), "a tie is half a win"
+    assert against.endswith("| +0.25, -0.75 | -0.250 ± 0.500 |"), "differences of 6 / 4 - 5 / 4 and 3 / 4 - 6 / 4"
     assert "| four models (TRL 1.12) | 3,000 | 3,000 |" in "\n".join(lines), "the median of 2,000 and 4,000"
 
 
