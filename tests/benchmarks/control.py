@@ -94,7 +94,9 @@ def train_theirs(recipe: Recipe, run_dir: Path, python: Path) -> None:
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     script = Path(__file__).with_name("control_trl112.py")
     with (folder / "log.txt").open("w") as log:
-        subprocess.run([python, script, folder], env=os.environ | quiet, stdout=log, stderr=log, check=True)
+        done = subprocess.run([python, script, folder], env=os.environ | quiet, stdout=log, stderr=log)
+    if done.returncode:
+        raise SystemExit(f"TRL's training failed: {folder / 'log.txt'} says why.")
     # Written last, so that it marks a finished training: the base is the one of the SFT adapter that TRL began with.
     shutil.copy(run_dir / "sft" / FINGERPRINT, folder)
 
@@ -177,6 +179,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="a base (default: that of tiny)")
     parser.add_argument("--small", action="store_true", help="two updates, to see that it works")
     options = parser.parse_args(words)
+    if not options.trl.is_file():
+        parser.error(f"there is no {options.trl}: `make control` installs it, or --trl names another.")
     recipe = replace(load("tiny"), tracker="none", **CHANGES)
     recipe = replace(recipe, **SMALL) if options.small else recipe
     recipe = replace(recipe, base={"model": options.model}) if options.model else recipe
