@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # TRL 1.12.0 needs a virtual environment of its own.
 PARITY := .venv-parity
 
-.PHONY: demo test test-long gpu lint parity clean
+.PHONY: demo test test-long gpu lint parity control clean
 
 demo: $(STAMP)  ## the whole pipeline on a tiny model, on a CPU
 	$(BIN)/rlhf-recipes run tiny
@@ -27,6 +27,9 @@ lint: $(STAMP)
 parity: $(PARITY)/.dumped $(STAMP)  ## our PPO against TRL 1.12.0's, number by number
 	$(BIN)/pytest -q tests/parity
 	@cat $(PARITY)/report.md
+
+control: $(PARITY)/.installed $(STAMP)  ## four adapters on one base against TRL 1.12.0's four models: make control ARGS="--seeds 0"
+	$(BIN)/python tests/benchmarks/control.py $(ARGS)
 
 $(PARITY)/.dumped: $(PARITY)/.installed tests/parity/trl112.py tests/parity/scenarios.py tests/support/tiny_models.py
 	$(PARITY)/bin/python tests/parity/trl112.py $(PARITY)/dump
