@@ -1,4 +1,4 @@
-"""Never run at its own size: a real language model learns a good mood (Ziegler et al.), with InstructGPT's stages.
+"""A real language model learns to answer in a good mood (Ziegler et al.), with InstructGPT's stages, on a laptop.
 
     python tests/benchmarks/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data stanfordnlp/imdb
 
@@ -20,14 +20,18 @@ Demonstrations are the best by gold of four samples of the base to each prompt. 
 four samples of the SFT model to each of 834 prompts (six pairs each), by simulated labelers who agree with VADER in
 73 % of the pairs. Nothing is ever trained on gold itself.
 
-It was run whole in a small setting with the real weights (two updates of PPO), which says nothing of what is learned.
+What to expect (recipes/README.md has the run): a reward model that is right on 60 % of held-out pairs, gold from 0.19
+(SFT) to 0.76 and 88 % wins within 30 updates, at a KL of 7; and a policy that offers its help with joy whatever was
+asked: the share of its answers that are about the question falls from 93 to 53 %, of bigrams that are distinct from
+0.81 to 0.17. What a larger `ppo.kl_coef` keeps of them is not known yet.
 
-Hardware: any GPU, or 2 CPU cores, an estimated 77 minutes. The estimate: one core of an AMD EPYC, in bfloat16 and with
-questions of HH, took 0.2 s for a sample, 0.5 s for a row of SFT, 1.2 s for a ranking of the reward model, and 72 s for
-an update of PPO, 64 episodes (13 to sample, 25 to score, 33 to train). Two cores are reckoned as 1.8, which was not
-measured. So the base's 2,560 samples take 5 minutes, SFT 5, the SFT model's 3,336 samples 6, the reward model 9, PPO's
-60 updates 40 and its evaluations 7, and `evaluate` 5. A CPU that does not multiply in bfloat16 (`avx512_bf16` in
-/proc/cpuinfo) runs in float32, where sampling took half as long again and scoring 1.5 to 1.8 times as long.
+Hardware: any GPU, or 2 CPU cores, an estimated 77 minutes, of which PPO's part was 57 with other work beside it. The
+estimate: one core of an AMD EPYC, in bfloat16 and with questions of HH, took 0.2 s for a sample, 0.5 s for a row of
+SFT, 1.2 s for a ranking of the reward model, and 72 s for an update of PPO, 64 episodes (13 to sample, 25 to score, 33
+to train). Two cores are reckoned as 1.8, which was not measured. So the base's 2,560 samples take 5 minutes, SFT 5, the
+SFT model's 3,336 samples 6, the reward model 9, PPO's 60 updates 40 and its evaluations 7, and `evaluate` 5. A CPU that
+does not multiply in bfloat16 (`avx512_bf16` in /proc/cpuinfo) runs in float32, where sampling took half as long again
+and scoring 1.5 to 1.8 times as long.
 
 Sources: [T] chosen for this model, and not tuned. [L] LoRA Without Regret, Thinking Machines Lab, 2025. [N] The N+
 implementation details of RLHF with PPO, arXiv:2403.17031. [I] InstructGPT, arXiv:2203.02155. [M] speed and memory.
