@@ -8,6 +8,8 @@ is trained, judges what PPO did. Two CPU cores take as much as this of HH:
 
     rlhf-recipes run smollm2-hh reward.limit=4200 ppo.limit=4200
 
+Hardware: any GPU, or 2 CPU cores for so much of it, an estimated hour and a half.
+
 There is no SFT stage: the base is an instruct model, the policy starts there, and the KL is measured to it.
 
 Sources: [T] chosen for this model, and not tuned. [L] LoRA Without Regret, Thinking Machines Lab, 2025. [N] The N+
