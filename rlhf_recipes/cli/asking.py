@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import positive_int
+from .command import add_trust, positive_int
 
 
 def question_arguments(parser: argparse._ActionsContainer) -> None:
@@ -70,6 +70,7 @@ def reach_arguments(parser: argparse.ArgumentParser) -> None:
     local.add_argument("--role", metavar="NAME", help="of a run: base, sft, dpo, ppo (default: the last that it has)")
     local.add_argument("--quantization", choices=("nf4", "int8"), help="load it in 4 or 8 bits (default: as it is)")
     local.add_argument("--chat-template", metavar="NAME", help="transcript, chatml or FILE.jinja (default: its own)")
+    add_trust(local)
     endpoint = parser.add_argument_group("an endpoint")
     endpoint.add_argument("--model-name", metavar="NAME", help="the model there (default: the first that it lists)")
     endpoint.add_argument(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..records.folder import last_model, read_recipe
-from .command import Command, notes_to_stderr
+from .command import Command, add_trust, notes_to_stderr
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    add_trust(parser)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -60,6 +60,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="a change, for example ppo.kl_coef=0.1")
 
 
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    """Whether run folders that somebody else has made are obeyed: see `records.trust`."""
+    parser.add_argument(
+        "--trust-functions",
+        action="store_true",
+        help="run the code that the recipe of somebody else's run names, and ask its servers (default: refuse)",
+    )
+
+
 def positive_int(text: str) -> int:
     """A whole number above 0, for argparse, which names the option where it is none."""
     if int(text) < 1:

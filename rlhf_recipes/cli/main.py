@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from .. import __version__
+from ..records.trust import trusting
 from . import agreement, chat, check, critique, evaluate, judge, label, options, plan, recipes, report, run, sample
 from .command import exit_codes, parse_options
 
@@ -37,5 +38,5 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
     for name, command in COMMANDS.items():
         command.arguments(subparsers.add_parser(name, help=command.purpose, description=command.purpose))
     chosen = parse_options(parser, argv)
-    with exit_codes():
+    with exit_codes(), trusting(getattr(chosen, "trust_functions", False)):
         COMMANDS[chosen.command].run(chosen)

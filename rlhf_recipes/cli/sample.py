@@ -6,7 +6,7 @@ from pathlib import Path
 from ..recipe.lookup import load, recipe_names
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe, Source
-from .command import Command, add_settings, notes_to_stderr
+from .command import Command, add_settings, add_trust, notes_to_stderr
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="rows at once: memory and speed alone (default: 64)"
     )
+    add_trust(parser)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
 Stopped, the same command goes on. A prompt without two different responses goes to *.left_out.jsonl.

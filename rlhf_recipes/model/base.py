@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from transformers import (
 from ..data.tokens import set_chat_template, stop_token_id, writes_date
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Base
+from ..records.cache import cache_folder
 from ..records.contents import Fingerprint
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
@@ -60,11 +60,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """The context of forwards on a base of this dtype: autocast to it in 16 bits, else nothing."""
     half = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(device.type, dtype if half else None, enabled=half)
-
-
-def cache_folder() -> Path:
-    """Where bases that a function builds, and dry runs, are kept: $RLHF_RECIPES_CACHE, or beside Hugging Face's."""
-    return Path(os.environ.get("RLHF_RECIPES_CACHE") or Path(HF_HOME).parent / "rlhf_recipes").expanduser()
 
 
 def model_path(base: Base) -> str:

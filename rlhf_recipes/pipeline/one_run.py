@@ -16,12 +16,12 @@ from ..data.tokens import writes_date
 from ..model.base import fingerprint, load_tokenizer
 from ..model.quiet import quiet_libraries
 from ..plan.fit import check_memory
-from ..recipe.overrides import replace, to_dict
+from ..recipe.overrides import replace
 from ..recipe.values import Recipe
 from ..records import tracking
 from ..records.contents import Summary
 from ..records.files import read_json, write_json, writing_in
-from ..records.folder import round_folder
+from ..records.folder import round_folder, write_recipe
 from ..records.lock import held
 from ..records.manifest import Manifest, open_run
 from ..records.summary import footnote, summarize, table
@@ -78,7 +78,7 @@ def _run_stages(
         inputs = prepare_inputs(run, todo)
         prompts = fresh_prompts(run) if rounds else []
         # Not before: a recipe whose data were refused may be corrected and run in the same folder.
-        write_json(run_dir / "recipe.json", to_dict(recipe))
+        write_recipe(run_dir, recipe)
         for stage in todo:
             run.train(run.job(stage, *inputs[stage]), manifest)
         waiting = run_rounds(run, rounds, prompts)

@@ -20,10 +20,9 @@ from ..model.base import longest_row
 from ..model.memory import release
 from ..model.open import open_models
 from ..recipe.lookup import is_function
-from ..recipe.overrides import to_dict
 from ..recipe.values import PEOPLE, Recipe
-from ..records.files import read_rows, write_json
-from ..records.folder import adapter_folder, round_folder
+from ..records.files import read_rows
+from ..records.folder import adapter_folder, round_folder, write_recipe
 from ..records.manifest import Manifest
 from ..stages.inputs import prepare_extras, prepare_stage
 from .check import judge_settings
@@ -82,7 +81,7 @@ def train_round(run: ActiveRun, number: int) -> None:
     """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
     folder = round_folder(run.run_dir, number)
     manifest = Manifest.read(folder)
-    write_json(folder / "recipe.json", to_dict(run.recipe))
+    write_recipe(folder, run.recipe)
     for stage in ("reward", "ppo"):
         if manifest.is_done(stage):
             continue

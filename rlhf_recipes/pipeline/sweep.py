@@ -21,7 +21,7 @@ from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records.contents import Summary
 from ..records.files import Row, read_json, read_rows, write_json, write_text
-from ..records.folder import read_recipe
+from ..records.folder import recipe_to_show, write_recipe
 from ..records.lock import held
 from ..records.manifest import Manifest, open_run
 from ..records.recorder import METRICS, SAMPLES
@@ -80,7 +80,7 @@ def run_sweep(
         recipe = dated(recipe, run_dir)  # one day for all, because they share stages
         sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, Console(), stop)
         sweep.open()
-        write_json(run_dir / "recipe.json", to_dict(recipe))
+        write_recipe(run_dir, recipe)
         sweep.run_all()
         return sweep.conclude()
 
@@ -119,7 +119,7 @@ class Sweep:
 
     def open(self) -> None:
         """Make the variants' run folders. Raises ValueError where one holds another run, before anything is trained."""
-        if (self.run_dir / "recipe.json").is_file() and not read_recipe(self.run_dir).variants:
+        if (self.run_dir / "recipe.json").is_file() and not recipe_to_show(self.run_dir).variants:
             raise ValueError(f"{self.run_dir} holds a run of a recipe without variants. Set another --run-dir.")
         for name, variant in self.variants.items():
             with naming_variant(name):

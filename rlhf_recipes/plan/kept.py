@@ -14,7 +14,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from ..model.base import cache_folder, precision
+from ..model.base import precision
+from ..records.cache import cache_folder
 from ..records.files import write_json
 from .dry_run import Shape, dry_run
 from .skeleton import read_config

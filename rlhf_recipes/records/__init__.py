@@ -2,8 +2,10 @@
 
 contents  what each file holds, with units
 files     writes that a kill leaves whole
+cache     the user's cache, beside all run folders
 lock      one process at a time in a folder, or at a file
 digest    hashes of JSON values: keys of caches, ids of rows
+trust     what of a run folder may be obeyed
 folder    models, checkpoints and rounds of a run by name
 manifest  what was run, and which stages are done
 recorder  what a stage writes while it trains

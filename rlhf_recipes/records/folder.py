@@ -4,17 +4,34 @@ import json
 import shutil
 from pathlib import Path
 
-from ..recipe.overrides import from_dict, suggestion
+from ..recipe.overrides import from_dict, suggestion, to_dict
 from ..recipe.values import Recipe
-from .files import read_json
+from .files import read_json, write_json
+from .trust import check_trust, remember_own
 
 
 def read_recipe(run_dir: Path) -> Recipe:
-    """The recipe of a run folder. Raises ValueError where that is none."""
+    """The recipe of a run folder, which may be obeyed.
+
+    Raises ValueError where that is none, or is a stranger's that names code or servers (see `records.trust`).
+    """
+    recipe = recipe_to_show(run_dir)
+    check_trust(run_dir, to_dict(recipe))
+    return recipe
+
+
+def recipe_to_show(run_dir: Path) -> Recipe:
+    """The recipe of a run folder, to be looked at alone, whoever made it. Raises ValueError where that is none."""
     values = read_json(run_dir / "recipe.json")
     if values is None:
         raise ValueError(f"{run_dir} is no run folder: it has no recipe.json. `rlhf-recipes run` writes one.")
     return from_dict(values)
+
+
+def write_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """Write the recipe of a run that the user has begun, which is his own from now on."""
+    write_json(run_dir / "recipe.json", to_dict(recipe))
+    remember_own(run_dir, to_dict(recipe))
 
 
 def adapter_folder(run_dir: Path, recipe: Recipe, name: str) -> Path | None:

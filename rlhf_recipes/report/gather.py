@@ -11,7 +11,7 @@ from typing import Any
 from ..recipe.values import Recipe
 from ..records.contents import MetricsRow, RewardCard, Summary
 from ..records.files import Row, read_json, read_rows
-from ..records.folder import newest_round_first, read_recipe
+from ..records.folder import newest_round_first, recipe_to_show
 from ..records.manifest import Manifest
 from ..records.summary import summarize
 
@@ -131,7 +131,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> RunContents:
-    recipe = read_recipe(folder)
+    recipe = recipe_to_show(folder)
     parts = []
     for number, path in enumerate(reversed(newest_round_first(folder)), 1):
         metrics, samples = read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl")

@@ -25,7 +25,6 @@ from transformers import (
 
 from rlhf_recipes.data.tokens import stop_token_id
 from rlhf_recipes.model.base import (
-    cache_folder,
     fingerprint,
     load_base,
     load_tokenizer,
@@ -36,6 +35,7 @@ from rlhf_recipes.model.base import (
 from rlhf_recipes.model.decode import draw_tokens
 from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.recipe.values import Base, Lora
+from rlhf_recipes.records.cache import cache_folder
 
 LORA = Lora(r=4, alpha=8)
 TEMPERATURE = 0.7

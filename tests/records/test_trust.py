@@ -1,0 +1,99 @@
+"""What of a run folder may be obeyed: nothing that a stranger's recipe names but this package's own worlds."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import error_of, failed
+
+from rlhf_recipes import load, replace
+from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.recipe.overrides import to_dict
+from rlhf_recipes.recipe.values import Recipe
+from rlhf_recipes.records.folder import read_recipe, recipe_to_show, write_recipe
+from rlhf_recipes.records.trust import foreign_code, trusting
+
+
+def stranger(folder: Path, recipe: Recipe) -> Path:
+    """A run folder that somebody else has made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(to_dict(recipe)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"gold": "their.py:gold"}, "gold=their.py:gold"),
+        ({"gold": "os:system"}, "gold=os:system"),
+        ({"gold": "rlhf_recipes.worlds_of_mine:gold"}, "gold=rlhf_recipes.worlds_of_mine:gold"),
+        ({"base": {"model": "their.py:build"}}, "base.model=their.py:build"),
+        ({"base": {"trust_remote_code": True}}, "base.trust_remote_code=True"),
+        ({"base": {"attn_implementation": "their/kernel"}}, "base.attn_implementation=their/kernel"),
+        ({"sft": {"data": "http://10.0.0.1/rows.jsonl"}}, "sft.data=http://10.0.0.1/rows.jsonl"),
+        # The rows of a file, which may be any JSON, as a command: this one needs no file of code.
+        ({"sft": {"data": "rows.jsonl", "convert": "subprocess:check_output"}}, "sft.convert=subprocess:check_output"),
+        ({"ppo": {"reward_funcs": ("reward", "their.py:kind")}}, "ppo.reward_funcs=their.py:kind"),
+        ({"rounds": {"labeler": "https://example.com/v1"}}, "rounds.labeler=https://example.com/v1"),
+        ({"variants": {"a": {"gold": "their.py:gold"}}}, "variants.a.gold=their.py:gold"),
+    ],
+)
+def test_a_strangers_recipe_is_not_obeyed(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    recipe = replace(load("tiny-rounds"), **changes)
+    folder = stranger(tmp_path / "theirs", recipe)
+    assert foreign_code(to_dict(recipe)) == [named]
+    with pytest.raises(ValueError, match="names code or servers") as refused:
+        read_recipe(folder)
+    assert named in str(refused.value) and "--trust-functions" in str(refused.value)
+    assert recipe_to_show(folder) == recipe
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-rounds", "stories", "qwen3-0-6b-hh", "smollm2-sentiment"])
+def test_what_ships_with_the_package_is_obeyed_from_any_folder(tmp_path: Path, name: str) -> None:
+    recipe = load(name)
+    assert read_recipe(stranger(tmp_path, recipe)) == recipe
+
+
+def test_a_run_is_the_users_own_as_he_left_it_where_he_left_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(load("tiny"), gold="mine.py:gold")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_recipe(folder, recipe)
+    assert read_recipe(folder) == recipe
+    with pytest.raises(ValueError, match="names code"):  # the copy may be a stranger's, with another mine.py
+        read_recipe(shutil.copytree(folder, tmp_path / "copy"))
+    stranger(folder, replace(recipe, gold="theirs\x1b[2J.py:gold"))
+    with pytest.raises(ValueError, match=r"gold=theirs\\x1b\[2J\.py:gold"):
+        read_recipe(folder)
+    with trusting():
+        assert read_recipe(folder).gold == "theirs\x1b[2J.py:gold"
+    assert capsys.readouterr().err == f"Trusted in {folder}: gold=theirs\\x1b[2J.py:gold\n"
+    with pytest.raises(ValueError, match="names code"):  # the word was for once
+        read_recipe(folder)
+
+
+def test_no_command_runs_the_code_of_a_folder_that_it_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, mark = tmp_path / "theirs" / "my.py", tmp_path / "mark"
+    name = f"{code}:gold"
+    folder = stranger(code.parent, replace(load("tiny"), gold=name, base={"model": f"{code}:build"}))
+    code.write_text(f"open({str(mark)!r}, 'w')\ndef gold(**columns): ...\ndef build(folder): ...\n")
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps({"prompt": "a", "responses": ["b", "c"]}) + "\n")
+    for words in (
+        ["chat", str(folder)],
+        ["evaluate", str(folder)],
+        ["sample", str(folder)],
+        ["judge", str(samples), "--judge", str(folder)],
+        ["critique", str(samples), "--model", str(folder), "--out", str(tmp_path / "out.jsonl")],
+    ):
+        assert f"gold={name}" in error_of(capsys, words), words
+    main_cli(["report", str(folder)])
+    assert not mark.exists()
+    failed(capsys, ["chat", str(folder), "--trust-functions"])  # it has no finished model
+    main_cli(["list"])
+    capsys.readouterr()  # the word is not for the rest of the process
+    assert "names code" in error_of(capsys, ["chat", str(folder)])
