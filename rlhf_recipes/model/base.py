@@ -24,7 +24,7 @@ from transformers import (
 from ..data.tokens import set_chat_template, stop_token_id, writes_date
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Base
-from ..records.cache import cache_folder
+from ..records.cache import cache_folder, hash_of_files
 from ..records.contents import Fingerprint
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
@@ -174,17 +174,13 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
 def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """What an adapter's scores and log-probs depend on beside its own weights, as plain JSON values.
 
-    A local model is known by its configuration, and its weight files' names, sizes and first MiB, so that its folder
-    may move; a Hub model by its id and commit.
+    A local model is known by its configuration and weights, so that its folder may move; a Hub model by its id and
+    commit.
     """
     path = model_path(base)
     model, revision = base.model, base.revision
     if Path(path).is_dir():
-        digest = hashlib.sha256()
-        for file in sorted([Path(path) / "config.json", *Path(path).glob("*.safetensors")]):
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(2**20))
-        model, revision = f"sha256:{digest.hexdigest()[:16]}", None
+        model, revision = f"sha256:{weights_hash(Path(path))[:16]}", None
     elif base.revision is None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
         revision = getattr(config, "_commit_hash", None)
@@ -200,6 +196,11 @@ def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     }
 
 
+def weights_hash(folder: Path) -> str:
+    """A hash of a local model's configuration and weights, in hex."""
+    return hash_of_files(sorted([folder / "config.json", *folder.glob("*.safetensors")]))
+
+
 def write_fingerprint(folder: Path, identity: Fingerprint) -> None:
     """Record beside a saved adapter the base that it was trained on."""
     (folder / FINGERPRINT).write_text(json.dumps(identity, indent=2) + "\n")
@@ -211,8 +212,10 @@ def check_fingerprint(folder: Path, wanted: Fingerprint) -> None:
     if not path.is_file():
         raise ValueError(f"{folder} holds no {FINGERPRINT}: it was not written by this package, or not finished.")
     saved = json.loads(path.read_text())
-    differences = [
-        f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]
-    ]
-    if differences:
-        raise ValueError(f"The adapter in {folder} was trained on another base ({'; '.join(differences)}).")
+    others = [key for key in wanted if saved.get(key) != wanted[key]]
+    if others:
+        differences = "; ".join(f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in others)
+        message = f"The adapter in {folder} was trained on another base ({differences})."
+        if others == ["model"] and str(saved.get("model")).startswith("sha256:"):
+            message += f" Version 0.4 hashed less of a local base: if this is the same, set its hash in {path}."
+        raise ValueError(message)

@@ -724,6 +724,16 @@ def test_a_fingerprint_tells_bases_apart_and_an_adapter_of_another_is_refused(
     assert str(llama.sft) in str(refusal.value)
 
 
+def test_a_fingerprint_is_of_the_last_byte_too(llama: Setup, tmp_path: Path) -> None:
+    """Two merges of one base may differ in late layers alone."""
+    folder = Path(shutil.copytree(llama.base.model, tmp_path / "base"))
+    models = []
+    for last in (b"a", b"b"):
+        (folder / "model-2.safetensors").write_bytes(b"\0" * 2**20 + last)
+        models.append(fingerprint(replace(llama.base, model=str(folder)), llama.tokenizer)["model"])
+    assert models[0] != models[1]
+
+
 def test_an_adapter_without_a_fingerprint_is_refused(llama: Setup, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama.sft, tmp_path / "sft"))
     (folder / "base.json").unlink()
