@@ -76,7 +76,7 @@ def reach_arguments(parser: argparse.ArgumentParser) -> None:
     endpoint.add_argument(
         "--api-key-env",
         metavar="VARIABLE",
-        help="the environment variable that holds the key (default: OPENAI_API_KEY; on this machine no key is sent)",
+        help="the environment variable that holds the key (default: OPENAI_API_KEY for OpenAI, none here)",
     )
     endpoint.add_argument("--timeout", type=float, metavar="SECONDS", help="of one try (default: 120)")
     endpoint.add_argument(

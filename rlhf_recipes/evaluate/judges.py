@@ -15,12 +15,12 @@ from ..feedback.connect import connect
 from ..feedback.judge import JudgeSettings, judge_samples
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
-from ..model.base import longest_row
-from ..recipe.lookup import function, is_function
+from ..model.base import known_weights, longest_row, model_path
+from ..recipe.lookup import code_file, code_hash, function, is_function
 from ..recipe.values import Base, Recipe
 from ..records.digest import digest
 from ..records.files import read_rows
-from ..records.folder import newest_round_first
+from ..records.folder import adapter_folder, last_model, newest_round_first, read_recipe
 from ..stages.reward.adapters import JUDGE, PROBES, judge_folder, member_folders
 from ..stages.scores import ExternalRewardModel, RewardFunc, aggregate_ensemble, call_reward_func
 from .models import Answer, Bench, adapter_digest
@@ -67,8 +67,7 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
     if name == "gold":
         if recipe.gold is None:
             raise ValueError(f"--judge gold: the recipe of {run_dir} knows no true quality (it has no `gold`).")
-        function(recipe.gold)
-        return Judge(name, "function", recipe.gold, source=recipe.gold)
+        return _function_judge(name, recipe.gold)
     if name in (PROXY, JUDGE):
         folders = reward_folders(run_dir, name)
         if not folders:
@@ -76,8 +75,7 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
             raise ValueError(f"--judge {name}: {run_dir} has no finished reward model of that name{needs}.")
         return _adapter_judge(name, folders)
     if is_function(name):
-        function(name)
-        return Judge(name, "function", name, source=name)
+        return _function_judge(name, name)
     path = Path(name)
     if (path / "adapter_config.json").is_file():
         if not (path / PROBES).is_file():
@@ -88,8 +86,53 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
     if ModelSettings(name).is_endpoint or (path / "recipe.json").is_file() or not _is_classifier(name):
         question = asking.question
         settings = [question.principles, question.template, question.max_tokens, question.seed]
-        return Judge(name, "pairs", digest(name, dict(asking.reach), repr(settings)), source=name)
-    return Judge(name, "classifier", name, source=name)
+        weights = _asked_weights(ModelSettings(name, **asking.reach))
+        return Judge(name, "pairs", digest(name, dict(asking.reach), repr(settings), weights), source=name)
+    return Judge(name, "classifier", digest(name, known_weights(name)), source=name)
+
+
+def known_identity(name: str, run_dir: Path, recipe: Recipe) -> str | None:
+    """The `identity` of a judge of single answers, from files alone; None where there is none of that name.
+
+    The name may come from an evaluation.json that anybody has written: no code is run, and nobody is asked.
+    """
+    if name == "gold":
+        return None if recipe.gold is None else _function_identity(recipe.gold)
+    if name in (PROXY, JUDGE):
+        folders = reward_folders(run_dir, name)
+        return _adapters_identity(folders) if folders else None
+    if is_function(name):
+        return _function_identity(name)
+    if (Path(name) / "adapter_config.json").is_file():
+        return _adapters_identity([Path(name)])
+    return digest(name, known_weights(name))
+
+
+def _function_judge(name: str, source: str) -> Judge:
+    function(source)
+    return Judge(name, "function", _function_identity(source), source=source)
+
+
+def _function_identity(source: str) -> str:
+    """What a function says is for its code to say: that of its file, or of the package where that stands."""
+    file = code_file(source)
+    return digest(source, None if file is None else code_hash(file))
+
+
+def _adapters_identity(folders: Sequence[Path]) -> str:
+    return digest([adapter_digest(folder) for folder in folders])
+
+
+def _asked_weights(settings: ModelSettings) -> list[str | None]:
+    """What tells the weights of a model that is asked from others; nothing is known of an endpoint's."""
+    if settings.is_endpoint:
+        return []
+    run = Path(settings.model)
+    if not (run / "recipe.json").is_file():
+        return [known_weights(settings.model)]
+    recipe = read_recipe(run)
+    folder = adapter_folder(run, recipe, settings.role or last_model(run, recipe))
+    return [known_weights(model_path(recipe.base)), None if folder is None else adapter_digest(folder)]
 
 
 def find_scorers(names: Sequence[str], run_dir: Path, recipe: Recipe, asking: Asking, option: str) -> list[Judge]:
@@ -121,7 +164,7 @@ def reward_folders(run_dir: Path, name: str) -> list[Path]:
 
 
 def _adapter_judge(name: str, folders: Sequence[Path]) -> Judge:
-    return Judge(name, "adapters", digest([adapter_digest(folder) for folder in folders]), tuple(folders))
+    return Judge(name, "adapters", _adapters_identity(folders), tuple(folders))
 
 
 def _is_classifier(name: str) -> bool:

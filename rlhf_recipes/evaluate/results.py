@@ -12,7 +12,7 @@ from ..feedback.sample import prompt_id
 from ..records.files import read_rows, write_json, write_text
 from . import wins
 from .behaviour import behaviour_panel
-from .judges import Pair, Verdict, find_judge, labels_file, read_verdicts
+from .judges import Pair, Verdict, known_identity, labels_file, read_verdicts
 from .measurements import Measurements
 from .verdict import evaluation_warnings, policy_to_ship
 
@@ -56,12 +56,8 @@ def write_results(run_dir: Path, out: Path, measured: Measurements) -> dict[str,
 
 def _is_same_judge(run_dir: Path, out: Path, measured: Measurements, name: str, identity: str) -> bool:
     """Whether a judge of an earlier call would say the same now. The labels of a model that was asked are kept."""
-    if labels_file(out, identity).is_file():
-        return True
-    try:
-        return find_judge(name, run_dir, measured.plan.recipe, measured.settings.asking).identity == identity
-    except ValueError:
-        return False  # there is none of this name any more
+    asked = identity.isalnum() and labels_file(out, identity).is_file()  # a path would lead out of the folder
+    return asked or known_identity(name, run_dir, measured.plan.recipe) == identity
 
 
 def _recall_scores(path: Path, measured: Measurements, earlier: Mapping[str, str]) -> None:

@@ -61,7 +61,7 @@ class ModelSettings:
 
     model: str  # an endpoint's URL, a Hub id, a local folder, module:function, or a run folder
     model_name: str | None = None  # the model at an endpoint (default: the first that it lists)
-    api_key_env: str | None = None  # the variable with the endpoint's key (default: OPENAI_API_KEY)
+    api_key_env: str | None = None  # the variable with the endpoint's key (default: OPENAI_API_KEY, for OpenAI alone)
     timeout: float | None = None  # seconds that an endpoint has for one try (default: 120)
     retries: int | None = None  # further tries at an endpoint (default: 5)
     role: str | None = None  # the model of a run: base, sft, ppo, dpo (default: the last that it has)

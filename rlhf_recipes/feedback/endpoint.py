@@ -36,7 +36,7 @@ class Endpoint:
         self.retries = 5 if settings.retries is None else settings.retries
         reach: dict[str, Any] = {
             "base_url": self.url,
-            "api_key": _api_key(self.url, settings.api_key_env),
+            "api_key": endpoint_key(self.url, settings.api_key_env),
             "timeout": settings.timeout or 120.0,
             "max_retries": self.retries,
         }
@@ -113,16 +113,25 @@ class Endpoint:
         return NoCompletion(f"{self.url} failed, after {self.retries} retries where those help: {reason}.")
 
 
-def _api_key(url: str, variable: str | None) -> str:
-    """The key of an endpoint. One on this machine is sent none unless a variable is named."""
-    host = urlsplit(url).hostname or ""
+def endpoint_key(url: str, variable: str | None) -> str:
+    """The key of an endpoint, from the variable that is named, or OpenAI's own; one on this machine is sent none.
+
+    Raises ValueError where another host's variable is not named: a key goes to nobody else unasked.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
     if variable is None and (host == "localhost" or _is_loopback(host)):
         return "none"
+    if variable is None and (parts.scheme, host) != ("https", "api.openai.com"):
+        raise ValueError(
+            f"{url} needs --api-key-env (in rounds: rounds.api_key_env), the environment variable that holds its key, "
+            "or any word where it needs none: OPENAI_API_KEY is for https://api.openai.com alone."
+        )
     key = os.environ.get(variable or "OPENAI_API_KEY")
     if not key:
         raise ValueError(
             f"{variable or 'OPENAI_API_KEY'} is not set: put the key of {host} there, or any word where it needs none "
-            "(--api-key-env names another variable)."
+            "(--api-key-env, or rounds.api_key_env, names another variable)."
         )
     return key
 

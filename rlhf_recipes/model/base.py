@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +24,7 @@ from transformers import (
 )
 
 from ..data.tokens import set_chat_template, stop_token_id, writes_date
-from ..recipe.lookup import function, is_function
+from ..recipe.lookup import code_hash, function, is_function
 from ..recipe.values import Base
 from ..records.cache import cache_folder, hash_of_files
 from ..records.contents import Fingerprint
@@ -67,10 +69,7 @@ def model_path(base: Base) -> str:
     if not is_function(base.model):
         return base.model
     build = function(base.model)
-    file = Path(build.__code__.co_filename)
-    files = sorted(file.parent.glob("*.py")) if (file.parent / "__init__.py").is_file() else [file]
-    version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    folder = cache_folder() / f"{build.__name__}-{version}"
+    folder = cache_folder() / f"{build.__name__}-{code_hash(Path(build.__code__.co_filename))[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # a process that wants the same base waits for it
         if not folder.is_dir():
@@ -199,6 +198,20 @@ def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
 def weights_hash(folder: Path) -> str:
     """A hash of a local model's configuration and weights, in hex."""
     return hash_of_files(sorted([folder / "config.json", *folder.glob("*.safetensors")]))
+
+
+def known_weights(model: str) -> str | None:
+    """What tells a model's weights from others, by files on this machine alone: a hash of a folder's, or a Hub commit.
+
+    None where neither is known.
+    """
+    if Path(model).is_dir():
+        return weights_hash(Path(model))
+    try:
+        config = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        return None
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def write_fingerprint(folder: Path, identity: Fingerprint) -> None:

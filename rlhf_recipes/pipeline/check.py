@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from ..feedback.client import ModelSettings
 from ..feedback.constitution import read_constitution
+from ..feedback.endpoint import endpoint_key
 from ..feedback.judge import JudgeSettings
 from ..feedback.sample import SampleSettings
 from ..recipe.lookup import function, is_function
@@ -52,19 +53,20 @@ def check_rounds(recipe: Recipe) -> None:
         SampleSettings(rounds.models, rounds.temperatures, rounds.responses)
     except ValueError as error:
         raise ValueError(f"rounds: {error}") from error
-    _check_labeler(rounds.labeler)
+    _check_labeler(rounds.labeler, rounds.api_key_env)
     judge_settings(recipe)
     if rounds.weigh_labelers and importlib.util.find_spec("crowdkit") is None:
         raise ValueError("rounds.weigh_labelers needs packages: pip install 'rlhf_recipes[label]'.")
 
 
-def _check_labeler(labeler: str) -> None:
+def _check_labeler(labeler: str, api_key_env: str | None) -> None:
     """Raises ValueError, before anything is trained, for a labeler that there is not."""
     if is_function(labeler):
         function(labeler)
     elif ModelSettings(labeler).is_endpoint:
         if importlib.util.find_spec("openai") is None:
             raise ValueError("rounds.labeler is an endpoint, which needs a package: pip install 'rlhf_recipes[judge]'.")
+        endpoint_key(labeler, api_key_env)
     elif labeler != PEOPLE and not (Path(labeler) / "recipe.json").is_file():
         try:
             AutoConfig.from_pretrained(labeler)

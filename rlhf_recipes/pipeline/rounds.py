@@ -169,7 +169,8 @@ def _have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bo
         if not labels.is_file():
             label_by_function(rounds.labeler, samples, labels, seed)
     elif len(read_rows(labels)) < len(read_rows(samples)):
-        judge_samples(read_samples(samples), labels, connect(ModelSettings(rounds.labeler)), judge_settings(recipe))
+        judge = connect(ModelSettings(rounds.labeler, api_key_env=rounds.api_key_env))
+        judge_samples(read_samples(samples), labels, judge, judge_settings(recipe))
         release()
     return True
 

@@ -1,8 +1,11 @@
 """Finding recipes and functions by name."""
 
+import hashlib
 import importlib.util
+import sys
 import types
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +84,27 @@ def function(name: str) -> Callable[..., Any]:
     if not hasattr(module, function_name):
         raise ValueError(f"{name!r}: {module_name} has no function {function_name!r}.")
     return getattr(module, function_name)
+
+
+def code_file(name: str) -> Path | None:
+    """The file of a function's module, found without running any code of it; None where it cannot be found so."""
+    module = name.rpartition(":")[0]
+    if module.endswith(".py"):
+        return Path(module) if Path(module).is_file() else None
+    module = MOVED.get(module, module)
+    if module in sys.modules:
+        file = getattr(sys.modules[module], "__file__", None)
+        return None if file is None else Path(file)
+    parts, places, spec = module.split("."), None, None
+    for length in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:length]), places)
+        if spec is None:
+            return None
+        places = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def code_hash(file: Path) -> str:
+    """A hash, in hex, of a Python file or, of one in a package, of all files beside it."""
+    files = sorted(file.parent.glob("*.py")) if (file.parent / "__init__.py").is_file() else [file]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

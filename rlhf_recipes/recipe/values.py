@@ -122,6 +122,7 @@ class Rounds:
     enough: float = 1.0  # share of the samples that people must have judged or skipped
     weigh_labelers: bool = False  # each by what it is worth: see `rlhf-recipes agreement`
     constitution: str | None = None  # of a judge: a file of principles; None: its own criteria
+    api_key_env: str | None = None  # of an endpoint: the environment variable with its key; None: OpenAI's, for OpenAI
 
 
 @dataclass(frozen=True)

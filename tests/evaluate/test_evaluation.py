@@ -21,12 +21,13 @@ from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.evaluate import behaviour, verdict, wins
 from rlhf_recipes.evaluate.evaluation import evaluate
+from rlhf_recipes.evaluate.judges import find_judge, known_identity
 from rlhf_recipes.evaluate.models import Answer, Bench, Cache, find_model
 from rlhf_recipes.evaluate.plan import EvaluationSettings, plan_evaluation, unseen_prompts
 from rlhf_recipes.evaluate.tables import evaluation_tables
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import SharedBase
-from rlhf_recipes.records.folder import model_names
+from rlhf_recipes.records.folder import model_names, recipe_to_show, write_recipe
 
 # --- Win rates by hand ------------------------------------------------------------------------------------------------
 
@@ -186,7 +187,9 @@ def evaluated(finished: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def copied(finished: Path, evaluated: dict[str, Any], tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "run")
+    folder = shutil.copytree(finished, tmp_path / "run")
+    write_recipe(folder, recipe_to_show(folder))  # the copy is the user's own as well
+    return folder
 
 
 def answers_of(folder: Path) -> list[dict[str, Any]]:
@@ -290,6 +293,37 @@ def test_a_second_judge_samples_nothing_and_the_first_stays(
     assert found["models"]["ppo"]["perplexity"] == evaluated["models"]["ppo"]["perplexity"]
     rows = [row for row in answers_of(copied) if row["model"] == "ppo"]
     assert [row["scores"][other] for row in rows] == ends_low([row["completion"] for row in rows])
+
+
+def test_a_judge_of_an_evaluation_json_is_neither_run_nor_asked(copied: Path, tmp_path: Path) -> None:
+    """Anybody may have written it."""
+    code, mark = tmp_path / "their.py", tmp_path / "mark"
+    code.write_text(f"open({str(mark)!r}, 'w')\ndef gold(**columns): ...\n")
+    written = copied / "evaluation" / "evaluation.json"
+    before = json.loads(written.read_text())
+    (copied / "judged-x.jsonl").write_text("")
+    with Endpoint(longer) as endpoint:
+        theirs = {f"{code}:gold": "f", endpoint.url: "e", "path": "x/../../judged-x", f"{code}:absent": "a"}
+        written.write_text(json.dumps({**before, "judges": before["judges"] | theirs}))
+        found = evaluate(copied, EvaluationSettings(judges=("gold",)))
+        assert not endpoint.bodies and endpoint.listed == 0
+    assert not mark.exists() and list(found["judges"]) == ["gold", "judge", "reward"]
+
+
+def test_what_a_judge_said_goes_with_its_code_and_weights(finished: Path, recipe: Recipe, tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text("def gold(**columns): ...\n")
+    asking = EvaluationSettings().asking
+    for name, change in (
+        (f"{code}:gold", lambda: code.write_text("def gold(**columns): ...  # now otherwise\n")),
+        (str(save_judge(tmp_path / "judge")), lambda: save_model(tmp_path / "judge", seed=2)),
+    ):
+        before = find_judge(name, finished, recipe, asking).identity
+        assert find_judge(name, finished, recipe, asking).identity == before
+        change()
+        assert find_judge(name, finished, recipe, asking).identity != before
+    gold = find_judge("gold", finished, recipe, asking)
+    assert gold.identity == known_identity("gold", finished, recipe)
 
 
 def test_neither_batches_nor_limits_nor_kills_change_an_answer(

@@ -34,19 +34,20 @@ Reply = Callable[[Body, int], Any]  # of a request's body and its number, from 1
 
 
 class Endpoint:
-    """The server, as a context: `url`, and what it has seen (`bodies`, `keys`, the `most` requests at one time)."""
+    """The server, as a context: `url`, and what it has seen (`bodies`, `keys`, `most` requests at once, `listed`)."""
 
     def __init__(self, reply: Reply, seconds: float = 0.0) -> None:
         self.reply, self.seconds = reply, seconds
         self.bodies: list[Body] = []
         self.keys: set[str | None] = set()
-        self.now = self.most = 0
+        self.now = self.most = self.listed = 0
         routes = [Route("/v1/models", self.models), Route("/v1/chat/completions", self.chat, methods=["POST"])]
         config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical", timeout_graceful_shutdown=0)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     async def models(self, request: Request) -> Response:
+        self.listed += 1
         return JSONResponse({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
 
     async def chat(self, request: Request) -> Response:
