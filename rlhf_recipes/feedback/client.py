@@ -20,6 +20,7 @@ class Completion:
     completion_tokens: int | None = None
     ended: bool = True  # by itself, not by the limit of tokens
     error: str | None = None
+    lasting: bool = False  # the same question would get the same error again
 
 
 @dataclass(frozen=True)

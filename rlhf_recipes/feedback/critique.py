@@ -22,7 +22,7 @@ from ..records.files import Journal
 from ..records.lock import held
 from .client import Client, Completion, final_text
 from .constitution import DEFAULT, Principle, draw_principle, read_constitution
-from .ledger import Ledger, Prices, bill_in_words
+from .ledger import Ledger, Prices, Spent, bill_in_words
 from .parallel import in_parallel, resumable, run_to_end
 from .rows import Row
 
@@ -63,7 +63,7 @@ def critique_prompts(
         `Ledger.bill` says.
     Raises:
         ValueError: `out` is of another model or other settings, an endpoint that is gone, or a model none of whose
-            first 20 answers are of use. What was written before that is on disk.
+            last 20 answers were of use. What was written before that is on disk.
     """
     with held(out):
         critiquing = _Critiquing(prompts, out, client, settings or CritiqueSettings(), prices or Prices())
@@ -118,6 +118,8 @@ class _Critiquing:
             async def work(row: Row) -> None:
                 try:
                     self.written.append(await self.demonstration(row))
+                except Spent:
+                    return
                 except _LeftOut as reason:
                     self.left_out[str(reason)] += 1
                 bar.update()

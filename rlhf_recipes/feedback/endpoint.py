@@ -66,9 +66,9 @@ class Endpoint:
         answer = _read_completion(response)
         option, at_start = (None, True) if answer.text is None else read_option(answer.text, options)
         reported = None if option is None else _reported_probabilities(response, options, option, at_start)
-        if reported is None or not any(reported.values()):
+        mass = sum(reported.values()) if reported is not None else 0.0
+        if reported is None or not 0 < mass < 1.01:  # none, or no probabilities
             return Choice(**vars(answer), option=option)
-        mass = sum(reported.values())
         probabilities = {name: p / mass for name, p in reported.items()}
         return Choice(**vars(answer), option=option, probabilities=probabilities, mass=mass)
 
@@ -86,26 +86,38 @@ class Endpoint:
         wanted: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         wanted |= {"seed": seed} if temperature else {}
         wanted |= {"logprobs": True} if logprobs else {}
+        reasons: dict[str, str] = {}  # to leave out what was not left out before
         while True:
-            request = {name: value for name, value in wanted.items() if name not in self._refused}
+            refused = self._refused | reasons.keys()
+            request = {name: value for name, value in wanted.items() if name not in refused}
             request |= {"model": self.name, "messages": messages}
-            request |= {OPTIONAL[name]: wanted[name] for name in self._refused & wanted.keys() if OPTIONAL[name]}
+            request |= {OPTIONAL[name]: wanted[name] for name in refused & wanted.keys() if OPTIONAL[name]}
             if "logprobs" in request:
                 request["top_logprobs"] = LOGPROBS
             try:
-                return await self._client.chat.completions.create(**request)
+                response = await self._client.chat.completions.create(**request)
+                self._learn(reasons)
+                return response
             except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
-                refused = next((name for name in OPTIONAL if name in request and name in str(error)), None)
-                if refused is None:
+                named = error.param or str(error)
+                reason = next((name for name in OPTIONAL if name in request and re.search(rf"\b{name}\b", named)), None)
+                if reason is None:
                     return error
-                if refused not in self._refused:
-                    self._refused.add(refused)
-                    instead = f"{OPTIONAL[refused]} is used" if OPTIONAL[refused] else "it is left out"
-                    tqdm.write(f"The endpoint refuses {refused}, so {instead}: {one_line(str(error))}", file=sys.stderr)
+                reasons[reason] = one_line(str(error))
             except json.JSONDecodeError as error:
                 return error
             except self._openai.OpenAIError as error:
                 raise self._gone(error) from error
+
+    def _learn(self, reasons: dict[str, str]) -> None:
+        """Leave out of later requests what one was refused for, now that it was answered without.
+
+        Not before: the words of an error may be those of the question.
+        """
+        for name in reasons.keys() - self._refused:
+            self._refused.add(name)
+            instead = f"{OPTIONAL[name]} is used" if OPTIONAL[name] else "it is left out"
+            tqdm.write(f"The endpoint refuses {name}, so {instead}: {reasons[name]}", file=sys.stderr)
 
     def _gone(self, error: Exception) -> NoCompletion:
         """What is raised where an error is the endpoint's, and not of one request."""
@@ -152,10 +164,15 @@ def _read_completion(response: Any) -> Completion:
     except (AttributeError, IndexError, TypeError):
         return Completion(None, 0, 0, error=f"no completion: {one_line(str(response))}")
     usage = getattr(response, "usage", None)
-    tokens = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+    tokens = [_count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens")]
     if not isinstance(text, str):
         return Completion(None, *tokens, error="an answer without text")
     return Completion(text, *tokens, ended=reason != "length")
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens as a server reports it; None where that is none."""
+    return value if type(value) is int and value >= 0 else None
 
 
 # What may stand before an option in its line, and after it.
@@ -190,7 +207,7 @@ def _reported_probabilities(
             name: math.fsum(math.exp(logprob) for token, logprob in likely.items() if _bare(token) == name)
             for name in options
         }
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, IndexError, TypeError, OverflowError):
         return None
 
 

@@ -8,6 +8,7 @@ is known, its mean over both orders is the soft label of the pair, which place f
 import functools
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import combinations
@@ -21,7 +22,7 @@ from ..records.files import Journal
 from ..records.lock import held
 from .client import Client
 from .constitution import COMPARISON, CRITERIA, Principle, comparison_question, draw_principle
-from .ledger import Ledger, Prices, bill_in_words
+from .ledger import Ledger, Prices, Spent, bill_in_words, passes
 from .parallel import in_parallel, resumable, run_to_end
 from .rows import Row
 
@@ -67,14 +68,14 @@ def judge_samples(
         parallel: so many questions at once: requests to an endpoint, rows in a local model's batch.
         limit: judge the first so many samples alone.
     Returns:
-        labels: of this judge in all; of: samples; tied: labels without any preference; unjudged: samples none of whose
-        answers could be understood, which have no label. pairs: compared in both orders; agree: the share of them in
-        which both orders gave the same answer; first: the share of answers for the response shown first (0.5 without a
-        bias); unparsed: answers that could not be understood; mass: the mean probability of all options together. A
-        share or mean of nothing is None. And what `Ledger.bill` says.
+        labels: of this judge in all; of: samples; tied: labels without any preference; unjudged: samples without a
+        label, because no answer could be understood, or one failed, which another call asks again. pairs: compared in
+        both orders; agree: the share of them in which both orders gave the same answer; first: the share of answers for
+        the response shown first (0.5 without a bias); unparsed: answers that could not be understood; mass: the mean
+        probability of all options together. A share or mean of nothing is None. And what `Ledger.bill` says.
     Raises:
         ValueError: `out` is of another judge or other settings, an endpoint that is gone, or a judge none of whose
-            first 20 answers can be understood. What was judged before that is on disk.
+            last 20 answers could be understood. What was judged before that is on disk.
     """
     with held(out):
         judging = _Judging(samples[:limit], out, client, settings or JudgeSettings(), prices or Prices())
@@ -106,8 +107,9 @@ class _Judging:
 
             async def work(item: tuple[Row, Shown]) -> None:
                 sample, shown = item
-                self.answers[sample["id"]][shown] = await self.compare(sample, shown)
-                bar.update(self.finish(sample))
+                with suppress(Spent):
+                    self.answers[sample["id"]][shown] = await self.compare(sample, shown)
+                    bar.update(self.finish(sample))
 
             async with resumable(
                 self.client, lambda: f"{len(self.labels.rows)} labels are safe in {self.labels.path}."
@@ -138,14 +140,17 @@ class _Judging:
         return row
 
     def finish(self, sample: Row) -> bool:
-        """Write the sample's label once all its questions are answered; there is none if no answer was understood.
+        """Write the sample's label once all its questions are answered.
+
+        There is none if no answer was understood, or one failed that another call may get.
 
         Returns whether the sample is done now, and was not before.
         """
         answers = self.answers[sample["id"]]
         if sample["id"] in self.done or len(answers) < len(orders(sample)):
             return False
-        if not answers or any(row["used"] for row in answers.values()):
+        rows = answers.values()
+        if not answers or (any(row["used"] for row in rows) and not any(map(passes, rows))):
             seconds = round(sum(row["seconds"] for row in answers.values()), 3)
             origin = {"labeler": self.labeler, "seconds": seconds, "order": list(range(len(sample["responses"])))}
             time = datetime.now(UTC).isoformat(timespec="seconds")
@@ -178,7 +183,7 @@ def judge_report(summary: Mapping[str, Any], out: Path) -> str:
     """The summary of `judge_samples` in words."""
     lines = [
         f"{summary['labels']:,} labels in {out}, of {summary['of']:,} samples; {summary['tied']:,} of them are ties "
-        f"throughout, and {summary['unjudged']:,} samples have none, because no answer was understood."
+        f"throughout, and {summary['unjudged']:,} samples have none, because no answer was understood or one failed."
     ]
     if summary["pairs"]:
         lines.append(

@@ -51,7 +51,7 @@ class LocalModel:
         try:
             prompt = tokenize_prompt(self.tokenizer, messages)
         except RefusedByTemplate as error:  # such as one that has no system message
-            return Completion(None, 0, 0, error=f"refused by the chat template: {error.__cause__}")
+            return Completion(None, 0, 0, error=f"refused by the chat template: {error.__cause__}", lasting=True)
         if len(prompt) + max_tokens > self.context:
             return self._too_long(max_tokens)
         return await self._in_batch(("chat", max_tokens, temperature), (prompt, seed))
@@ -71,7 +71,8 @@ class LocalModel:
         """Nothing is open."""
 
     def _too_long(self, tokens: int) -> Completion:
-        return Completion(None, 0, 0, error=f"with {tokens} tokens of answer longer than the context of {self.context}")
+        error = f"with {tokens} tokens of answer longer than the context of {self.context}"
+        return Completion(None, 0, 0, error=error, lasting=True)
 
     def _spell(self, text: str, options: Sequence[str]) -> tuple[list[int], Spellings]:
         """The prompt's ids, and the ids of each option as it may follow: at once, or after a space."""

@@ -9,6 +9,7 @@ from ..feedback.client import ModelSettings
 from ..feedback.constitution import read_constitution
 from ..feedback.endpoint import endpoint_key
 from ..feedback.judge import JudgeSettings
+from ..feedback.ledger import Prices
 from ..feedback.sample import SampleSettings
 from ..recipe.lookup import function, is_function
 from ..recipe.values import PEOPLE, Recipe
@@ -55,6 +56,7 @@ def check_rounds(recipe: Recipe) -> None:
         raise ValueError(f"rounds: {error}") from error
     _check_labeler(rounds.labeler, rounds.api_key_env)
     judge_settings(recipe)
+    judge_prices(recipe)
     if rounds.weigh_labelers and importlib.util.find_spec("crowdkit") is None:
         raise ValueError("rounds.weigh_labelers needs packages: pip install 'rlhf_recipes[label]'.")
 
@@ -85,3 +87,9 @@ def judge_settings(recipe: Recipe) -> JudgeSettings:
         return JudgeSettings(seed=recipe.seed)
     principles = read_constitution(Path(rounds.constitution), needs_principle=True)
     return JudgeSettings(tuple(principles), seed=recipe.seed)
+
+
+def judge_prices(recipe: Recipe) -> Prices:
+    """What a round's judge may cost. Raises ValueError for prices that there cannot be."""
+    assert recipe.rounds is not None
+    return Prices(recipe.rounds.price_in, recipe.rounds.price_out, recipe.rounds.max_cost)

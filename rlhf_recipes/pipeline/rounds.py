@@ -25,7 +25,7 @@ from ..records.files import read_rows
 from ..records.folder import adapter_folder, round_folder, write_recipe
 from ..records.manifest import Manifest
 from ..stages.inputs import prepare_extras, prepare_stage
-from .check import judge_settings
+from .check import judge_prices, judge_settings
 from .stage import ActiveRun
 
 
@@ -170,7 +170,12 @@ def _have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bo
             label_by_function(rounds.labeler, samples, labels, seed)
     elif len(read_rows(labels)) < len(read_rows(samples)):
         judge = connect(ModelSettings(rounds.labeler, api_key_env=rounds.api_key_env))
-        judge_samples(read_samples(samples), labels, judge, judge_settings(recipe))
+        found = judge_samples(read_samples(samples), labels, judge, judge_settings(recipe), judge_prices(recipe))
+        if found["stopped"]:
+            raise ValueError(
+                f"rounds.max_cost={rounds.max_cost}: {found['labels']} of the {found['of']} labels of this round have "
+                f"cost {found['cost']:.4f}. Raise it, and run the same again."
+            )
         release()
     return True
 

@@ -122,6 +122,9 @@ class Rounds:
     enough: float = 1.0  # share of the samples that people must have judged or skipped
     weigh_labelers: bool = False  # each by what it is worth: see `rlhf-recipes agreement`
     constitution: str | None = None  # of a judge: a file of principles; None: its own criteria
+    price_in: float = 0.0  # of 10^6 tokens that an endpoint reads
+    price_out: float = 0.0  # of 10^6 tokens that it answers
+    max_cost: float | None = None  # of a round's labels, in the currency of the prices; None: no limit
     api_key_env: str | None = None  # of an endpoint: the environment variable with its key; None: OpenAI's, for OpenAI
 
 

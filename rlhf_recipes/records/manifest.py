@@ -116,7 +116,14 @@ def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:
         args["mini_batch_size"] = args.get("mini_batch_size") or rows * steps
         args["optim"] = str(args.get("optim")).removeprefix("paged_")
     if recipe.get("rounds"):
-        del recipe["rounds"]["count"]  # more rounds may follow those that are done
+        for key in (
+            "count",
+            "api_key_env",
+            "price_in",
+            "price_out",
+            "max_cost",
+        ):  # more rounds may follow, for more money
+            recipe["rounds"].pop(key, None)
     return recipe
 
 

@@ -197,7 +197,7 @@ def test_a_model_that_says_nothing_is_stopped_early(prompts: Path, capsys: pytes
     with Endpoint(lambda body, number: "") as endpoint:
         out = str(prompts.with_name("out.jsonl"))
         said = failed(capsys, ["critique", str(prompts), "--model", endpoint.url, "--out", out])
-    assert len(endpoint.bodies) <= 20 + 8 and "None of the first 20 answers of scripted" in said
+    assert len(endpoint.bodies) <= 20 + 8 and "None of the last 20 answers of scripted" in said
 
 
 def test_rows_that_cannot_be_used_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,11 +242,11 @@ def test_other_settings_do_not_mix(prompts: Path, capsys: pytest.CaptureFixture[
         assert len(run(prompts, endpoint.url)) == 6 and len(endpoint.bodies) == 18
 
 
-def test_money_stops_a_run_between_prompts(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_money_stops_a_run(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prices = ("--price-out", "1000000", "--parallel", "1")  # 3 an answer
     with Endpoint(proper) as endpoint:
-        assert len(run(prompts, endpoint.url, *prices, "--max-cost", "10")) == 2
-        assert "which cost 18.0000; stopped at --max-cost." in capsys.readouterr().out
+        assert len(run(prompts, endpoint.url, *prices, "--max-cost", "10")) == 1
+        assert "which cost 9.0000; stopped at --max-cost." in capsys.readouterr().out
         assert len(run(prompts, endpoint.url, *prices)) == 6
     assert len(endpoint.bodies) == 18
 

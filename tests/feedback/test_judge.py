@@ -351,11 +351,29 @@ def test_a_judge_that_cannot_answer_is_stopped_early_and_may_be_mended(
     with Endpoint(lambda body, number: "\x1b[31mNo.") as endpoint:
         words = ["judge", str(samples), "--judge", endpoint.url, "--out", str(samples.with_name("out.jsonl"))]
         said = failed(capsys, [*words, "--parallel", "1"])
-        assert "first 20 answers of scripted" in said and "\x1b" not in said
+        assert "last 20 answers of scripted" in said and "\x1b" not in said
         assert len(endpoint.bodies) == 20 and not samples.with_name("out.jsonl").exists()
         endpoint.reply = longer
         assert len(run(samples, endpoint.url)) == 4
     assert len(endpoint.bodies) == 20 + 24 and len(asked(samples)) == 44
+
+
+@pytest.mark.parametrize(
+    "failing", [error(400, "busy"), Response("<html>busy</html>", media_type="text/html"), {"choices": []}]
+)
+def test_an_endpoint_that_fails_for_a_while_loses_no_sample(
+    samples: Path, undisturbed: Rows, capsys: pytest.CaptureFixture[str], failing: Any
+) -> None:
+    with Endpoint(lambda body, number: failing if 4 <= number < 16 else longer(body)) as endpoint:
+        found = run(samples, endpoint.url, "--parallel", "1")
+        assert found == [row for row in undisturbed if row["id"] not in ("s0", "s1")]
+        assert "2 samples have none, because no answer was understood or one failed" in capsys.readouterr().out
+        assert run(samples, endpoint.url) == undisturbed, "what failed is asked again"
+        before = len(endpoint.bodies)
+        endpoint.reply = lambda body, number: failing if number > before + 2 else longer(body)
+        words = ["judge", str(samples), "--judge", endpoint.url, "--parallel", "1"]
+        said = failed(capsys, [*words, "--out", str(samples.with_name("again.jsonl"))])
+    assert "None of the last 20 answers of scripted" in said and len(endpoint.bodies) == before + 2 + 20
 
 
 def test_an_endpoint_that_dies_loses_nothing(
@@ -416,6 +434,43 @@ def test_parameters_that_an_endpoint_refuses_are_left_out(
     assert all(printed.count(f"refuses {name},") == 1 for name in ("logprobs", "max_tokens", "temperature"))
 
 
+def test_the_words_of_one_error_take_nothing_from_other_questions(samples: Path, undisturbed: Rows) -> None:
+    def reply(body: Body, number: int) -> Any:
+        if number == 5 or "temperature" not in body:
+            return error(400, "The answer on the temperature of the seed is refused.")
+        return longer(body)
+
+    with Endpoint(reply) as endpoint:
+        run(samples, endpoint.url, "--parallel", "1")
+        assert sum("temperature" not in body for body in endpoint.bodies) == 1
+        assert run(samples, endpoint.url) == undisturbed
+
+
+@pytest.mark.parametrize("tokens", ["7", {"all": 7}, -7, 1.5, True, [7]])
+def test_a_usage_that_is_none_breaks_no_rerun(samples: Path, undisturbed: Rows, tokens: Any) -> None:
+    with Endpoint(lambda body, number: completion(longer(body)) | {"usage": {"prompt_tokens": tokens}}) as endpoint:
+        for _ in range(2):
+            assert run(samples, endpoint.url) == undisturbed
+    assert {row["prompt_tokens"] for row in asked(samples)} == {None}
+    # What version 0.4 wrote of such an answer.
+    (journal := samples.with_name("out.asked.jsonl")).write_text(
+        journal.read_text().replace('"prompt_tokens": null', f'"prompt_tokens": {json.dumps(tokens)}')
+    )
+    with Endpoint(longer) as endpoint:
+        assert run(samples, endpoint.url) == undisturbed
+
+
+@pytest.mark.parametrize("logprob", [1e9, "x", float("nan"), 3.0])
+def test_log_probs_that_are_none_are_no_probabilities(samples: Path, undisturbed: Rows, logprob: Any) -> None:
+    def reply(body: Body, number: int) -> Any:
+        answer = completion(longer(body), [{longer(body): 0.9}])
+        answer["choices"][0]["logprobs"]["content"][0] |= {"logprob": logprob, "top_logprobs": []}
+        return Response(json.dumps(answer), media_type="application/json")
+
+    with Endpoint(reply) as endpoint:
+        assert run(samples, endpoint.url) == undisturbed
+
+
 def test_other_settings_do_not_mix_with_what_was_asked(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*words: str) -> str:
         return failed(capsys, ["judge", str(samples), "--judge", endpoint.url, "--out", str(out), *words])
@@ -443,12 +498,24 @@ def test_money_is_counted_and_stops_a_run(samples: Path, capsys: pytest.CaptureF
     prices = ("--price-in", "1000000", "--price-out", "2000000", "--parallel", "1")  # 7 + 2 * 3 = 13 an answer
     with Endpoint(longer) as endpoint:
         assert len(run(samples, endpoint.url, *prices, "--max-cost", "100")) == 1
-        assert len(endpoint.bodies) == 8  # 7 of them are 91
-        assert "which cost 104.0000; stopped at --max-cost." in capsys.readouterr().out
-        run(samples, endpoint.url, *prices, "--max-cost", "104")
-        assert len(endpoint.bodies) == 8
+        assert len(endpoint.bodies) == 7  # 8 of them are 104
+        assert "which cost 91.0000; stopped at --max-cost." in capsys.readouterr().out
+        run(samples, endpoint.url, *prices, "--max-cost", "103")
+        assert len(endpoint.bodies) == 7
         assert len(run(samples, endpoint.url, *prices)) == 4
     assert len(endpoint.bodies) == 24 and "which cost 312.0000." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("most", "number"), [(13.0, 1), (50.0, 3), (1.0, 1)])
+def test_no_questions_at_once_spend_more_than_there_is(samples: Path, most: float, number: int) -> None:
+    """The first question says what one costs: where it costs more than there is, that is known then."""
+    prices = ("--price-in", "1000000", "--price-out", "2000000", "--max-cost", str(most), "--parallel", "32")
+    with Endpoint(lambda body, count: "I cannot say.", seconds=0.01) as endpoint:
+        for _ in range(2):
+            main_cli(
+                ["judge", str(samples), "--judge", endpoint.url, "--out", str(samples.with_name("out.jsonl")), *prices]
+            )
+            assert len(endpoint.bodies) == number
 
 
 def test_a_limit_on_cost_needs_prices_and_counts(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
