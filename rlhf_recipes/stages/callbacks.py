@@ -18,6 +18,13 @@ class RecordLogs(TrainerCallback):
         self.recorder.metrics(state.global_step, logs)
 
 
+class StartOnce(TrainerCallback):
+    """`eval_on_start` is for training's start: from a checkpoint on, it would evaluate one step a second time."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        args.eval_on_start = args.eval_on_start and not state.global_step
+
+
 class Progress(TrainerCallback):
     """A progress bar over the stage's steps with the numbers that matter in it, and one over each evaluation."""
 

@@ -20,7 +20,7 @@ from ..records.contents import Fingerprint
 from ..records.folder import last_checkpoint, round_folder
 from ..records.recorder import Recorder
 from ..records.tracking import Session, Tracker
-from .callbacks import Progress, RecordLogs
+from .callbacks import Progress, RecordLogs, StartOnce
 from .float16 import CountSkippedSteps, scale_losses
 from .nonfinite import LeaveOutNonFinite
 
@@ -150,6 +150,7 @@ class Job:
             trainer.add_callback(CountSkippedSteps(trainer.accelerator))
         elif self.stage != "ppo":  # whose steps are several in one of the Trainer's
             trainer.add_callback(LeaveOutNonFinite(self.stage.partition("-")[0], self.config.on_nonfinite))
+        trainer.add_callback(StartOnce())
         trainer.add_callback(RecordLogs(recorder))
         trainer.add_callback(Progress(self.stage))
         for callback in self.callbacks:

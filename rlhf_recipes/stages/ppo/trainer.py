@@ -32,6 +32,7 @@ from ...model.memory import halved, peak_memory_mib, ran_out
 from ...model.sampler import Sampler, state_values, text_loss
 from ...model.shared import SharedBase
 from ...records.contents import Sample
+from ..callbacks import StartOnce
 from ..compare import Evaluator, held_out_texts, quality
 from ..float16 import SKIPPED, check_scale, scale_losses
 from ..nonfinite import NonFinite
@@ -131,7 +132,7 @@ class PPOTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=identity,
-            callbacks=callbacks,
+            callbacks=[StartOnce(), *(callbacks or ())],
         )
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))

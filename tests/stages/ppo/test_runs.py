@@ -271,10 +271,12 @@ def test_another_metric_may_choose(make: Make, metric: str, best: int) -> None:
         assert chosen["best_kl"] == min(row["eval_kl"] for row in logged.values()), "less is better"
 
 
-def test_a_resumed_run_waits_no_longer_and_remembers_the_best(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_start", [False, True])
+def test_a_resumed_run_waits_no_longer_and_remembers_the_best(make: Make, tmp_path: Path, on_start: bool) -> None:
     values, held_out = (1.0, 5.0, 2.0, 2.0, 3.0, 9.0), Dataset.from_list(rows_of(PROMPTS[:3]))
     run = {**CHOOSING, "eval_dataset": held_out, "early_stopping_patience": 3, "save_total_limit": None}
-    straight = make(gold=qualities(*values), **run)
+    run["eval_on_start"] = on_start
+    straight = make(gold=qualities(*[0.0] * on_start, *values), **run)
     straight.train()
     wanted = {role: weights(straight, role) for role in straight.trained}
     for path in tmp_path.glob("checkpoint-*"):
@@ -283,6 +285,8 @@ def test_a_resumed_run_waits_no_longer_and_remembers_the_best(make: Make, tmp_pa
     resumed = make(gold=qualities(*values[3:]), **run)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == straight.state.global_step == 5
+    evaluated = [row["step"] for row in resumed.state.log_history if "eval_kl" in row]
+    assert evaluated == list(range(0 if on_start else 1, 6)), "each once"
     assert resumed.choice() == straight.choice() == {"best_step": 2, "best_quality": 5.0, "stopped_early": True}
     assert all(torch.equal(weights(resumed, role), wanted[role]) for role in wanted)
 
