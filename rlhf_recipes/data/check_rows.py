@@ -15,7 +15,7 @@ from .check_index import Index, hash_bytes, signed
 from .prepare import encode, normalize
 from .rows import BadRow, Row, Survey, check_length, check_side, sift
 from .split import beginnings, dialogue_hash, prompt_hash
-from .tokens import Text
+from .tokens import Text, special_tokens
 
 QUARTERS = ("first quarter", "second", "third", "last")  # of a source, in its order
 
@@ -85,9 +85,7 @@ class Examination:
         self.refused = Refused(keep_refused)
         self.tallies = {kind: Tally(Refused(keep_refused), Refused(keep_refused)) for kind in (False, True)}
         self.quarters: Counter[str] = Counter()
-        tokens = {} if tokenizer is None else tokenizer.added_tokens_decoder
-        special = [re.escape(str(token)) for token in tokens.values() if token.special]
-        self.special = re.compile("|".join(special)) if special else None
+        self.special = None if tokenizer is None else special_tokens(tokenizer)
 
     def add(self, numbered: list[tuple[int, Any]]) -> None:
         """Take rows, with their numbers in the source, through the stage's steps and count what they are."""

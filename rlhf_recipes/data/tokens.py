@@ -220,14 +220,37 @@ def answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
 def response_texts(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]], conversational: bool) -> list[str]:
     """The texts of responses (token ids), without special tokens and what a chat template writes around an answer.
 
+    One that a response spells letter by letter is broken, as `spelled_out` does it: the text may be rendered again.
+
     Args:
         conversational: whether the prompts were messages. Other responses are their text.
     """
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    if not conversational or tokenizer.chat_template is None:
-        return texts
-    frame = answer_frame(tokenizer)
-    return [_answer_text(tokenizer, frame, ids, text) for ids, text in zip(responses, texts, strict=True)]
+    if conversational and tokenizer.chat_template is not None:
+        frame = answer_frame(tokenizer)
+        texts = [_answer_text(tokenizer, frame, ids, text) for ids, text in zip(responses, texts, strict=True)]
+    return spelled_out(tokenizer, texts)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Finds the tokenizer's special tokens in a text; None where it has none."""
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
+
+
+def spelled_out(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+    """Texts that spell no special token any more: a space follows the first letter of each (`< |im_end|>`).
+
+    For what a model or a stranger has written: by `<|im_end|>` it would end its turn and begin another's.
+    """
+    special = special_tokens(tokenizer)
+
+    def broken(text: str) -> str:
+        while special is not None and special.search(text):  # what is left of one may be another
+            text = special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        return text
+
+    return [broken(text) for text in texts]
 
 
 def _answer_text(tokenizer: PreTrainedTokenizerBase, frame: AnswerFrame, ids: list[int], text: str) -> str:

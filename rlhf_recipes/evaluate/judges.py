@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig
 
-from ..data.tokens import tokenize_pair
+from ..data.tokens import spelled_out, tokenize_pair
 from ..feedback.client import ModelSettings
 from ..feedback.connect import connect
 from ..feedback.judge import JudgeSettings, judge_samples
@@ -237,7 +237,8 @@ def _tokens(bench: Bench, row: Row, answer: Answer) -> list[int]:
     """Prompt and answer as the reward model saw such rows; those of a model with another base are tokenized anew."""
     if answer.kl is not None:
         return [*row["prompt_ids"], *answer.ids]
-    prompt, completion = tokenize_pair(bench.tokenizer, row["prompt"], in_format_of(row, answer))
+    (text,) = spelled_out(bench.tokenizer, [answer.text])
+    prompt, completion = tokenize_pair(bench.tokenizer, row["prompt"], in_format_of(row, replace(answer, text=text)))
     return [*prompt, *(completion if answer.ended else completion[:-1])]
 
 

@@ -20,6 +20,7 @@ from ..data.tokens import (
     prompt_token_ids,
     render_prompt,
     response_texts,
+    spelled_out,
     stop_token_id,
     tokenize_prompt,
 )
@@ -49,7 +50,7 @@ class LocalModel:
     async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Completion:
         """See `Client.chat`."""
         try:
-            prompt = tokenize_prompt(self.tokenizer, messages)
+            prompt = tokenize_prompt(self.tokenizer, self._quoted(messages))
         except RefusedByTemplate as error:  # such as one that has no system message
             return Completion(None, 0, 0, error=f"refused by the chat template: {error.__cause__}", lasting=True)
         if len(prompt) + max_tokens > self.context:
@@ -62,13 +63,18 @@ class LocalModel:
         """See `Client.choose`. Raises ValueError where the tokenizer cannot tell the options apart."""
         # Where an answer's text begins: after the thought that a template writes. A space belongs to the spellings.
         before = answer_frame(self.tokenizer).before.rstrip(" ")
-        prompt, spellings = self._spell(render_prompt(self.tokenizer, messages) + before, options)
+        prompt, spellings = self._spell(render_prompt(self.tokenizer, self._quoted(messages)) + before, options)
         if len(prompt) + max(map(len, _all_spellings(spellings))) > self.context:
             return Choice(**vars(self._too_long(1)))
         return await self._in_batch(("choose",), (prompt, spellings))
 
     async def close(self) -> None:
         """Nothing is open."""
+
+    def _quoted(self, messages: Messages) -> Messages:
+        """Messages of which none can leave its turn: they hold what others have written."""
+        contents = spelled_out(self.tokenizer, [message["content"] for message in messages])
+        return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
 
     def _too_long(self, tokens: int) -> Completion:
         error = f"with {tokens} tokens of answer longer than the context of {self.context}"

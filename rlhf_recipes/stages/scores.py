@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_callable_name
 
-from ..data.tokens import render, set_today
+from ..data.tokens import render, set_today, spelled_out
 from ..model.base import device, precision
 from ..model.batches import TOKENS_AT_ONCE, Batches
 from ..model.sampler import Sampler, Samples
@@ -233,6 +233,9 @@ class ExternalRewardModel:
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         """Its scores of N prompts with their completions, as texts or messages."""
         conversational = is_conversational({"prompt": prompts[0]})
+        if conversational:  # its special tokens are not those of the model that wrote them
+            texts = spelled_out(self.tokenizer, [completion[-1]["content"] for completion in completions])
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if conversational and self.tokenizer.chat_template is None:
             raise ValueError(f"The reward model {self.__name__!r} has no chat template, and the prompts are messages.")

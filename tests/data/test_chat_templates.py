@@ -91,6 +91,20 @@ def test_nothing_else_is_taken_from_a_text(model: ChatModel) -> None:
     assert response_texts(tokenizer, [cut_off], False) == tokenizer.batch_decode([cut_off], skip_special_tokens=True)
 
 
+@each_model
+def test_a_response_that_spells_the_end_of_its_turn_does_not_end_it(model: ChatModel) -> None:
+    tokenizer = model.tokenizer()
+    said = f"So.{model.stop}<{model.stop}{model.stop[:2]}{model.stop}{model.stop[2:]}"
+    spelled = tokenizer(said, add_special_tokens=False, split_special_tokens=True).input_ids
+    stop = tokenizer.convert_tokens_to_ids(model.stop)
+    assert stop not in spelled and tokenizer.decode(spelled) == said
+    for conversational in (True, False):
+        (text,) = response_texts(tokenizer, [spelled], conversational)
+        assert not {*tokenizer.all_special_ids, stop} & {*tokenizer(text, add_special_tokens=False).input_ids}
+        assert text.replace(" ", "") == said
+    assert tokenize_pair(tokenizer, [user("Why?")], [assistant(text)])[1].count(stop) == 1
+
+
 def test_a_thought_that_the_model_had_is_its_own() -> None:
     tokenizer = BY_NAME["qwen3"].tokenizer()
     said = ["<think>\nHm.\n</think>\n\nSo.", "<think>\n\n</think>", "<think>\n\n</think>\n\n<think>"]
