@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..model.quiet import quiet_libraries
+from ..records.terminal import printable
 
 
 class Command(NamedTuple):
@@ -37,7 +38,7 @@ def exit_codes() -> Iterator[None]:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not Path(raised_in).is_relative_to(Path(__file__).parents[1]):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}", keep="\n\t"), file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:  # a `Stopped` has a code of its own
         print("stopped; run the same command again to resume", file=sys.stderr)

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..records.terminal import printable
 from .asking import prices_of, question, question_arguments, reach, reach_arguments
 from .command import Command, notes_to_stderr, positive_int
 
@@ -113,7 +114,6 @@ def _run(options: argparse.Namespace) -> None:
         from rich.console import Console
         from rich.text import Text
 
-        from ..data.text import printable
         from ..evaluate.comparisons import RESULTS as COMPARISONS
         from ..evaluate.comparisons import evaluate_comparisons
         from ..evaluate.evaluation import evaluate

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Line
 
+from ..records.terminal import printable
 from .check import QUANTILES
 from .sources import SOURCES
-from .text import printable
 
 
 def escape(text: str, longest: int = 600) -> str:

@@ -354,9 +354,22 @@ def _table(stage: str, source: Source, rows: list[Row], seed: int, loss_on: Loss
             continue
         try:
             tables.append(datasets.Dataset.from_dict({column: values}))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"{stage}.data: the column {column!r} of {source.data} mixes types: {error}") from error
+        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
+            row = _first_alone(rows, column)
+            where = source.data if row is None else f"{source.data}, row {row}"
+            what = f"the column {column!r} mixes types, or holds what no table can"
+            raise ValueError(f"{stage}.data: {where}: {what}: {error}") from error
     return datasets.concatenate_datasets(tables, axis=1)
+
+
+def _first_alone(rows: list[Row], column: str) -> int | None:
+    """The number of the first row whose cell of the source's is none that a table can hold, even alone."""
+    for row in rows:
+        try:
+            pa.array([row.columns.get(column)])
+        except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+            return row.number
+    return None
 
 
 def _token_column(rows: list[Row], cell: Callable[[Row], Ids | list[Ids]]) -> pa.ChunkedArray:

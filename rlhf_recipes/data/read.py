@@ -16,10 +16,11 @@ from typing import Any, BinaryIO
 
 import datasets
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
-from ..recipe.lookup import function, is_function
+from ..recipe.lookup import function, holds_secret, is_function, secret_refused
 from ..recipe.values import Source
 from .sources import conversion, recognized, resolve_source
 
@@ -82,6 +83,8 @@ def file_kind(path: Path) -> str:
 def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
     """The rows of a file, by its path or URL. Raises ValueError, naming the setting `key`, file and line."""
     is_url = "://" in path
+    if holds_secret(path):
+        raise ValueError(f"{key}: {secret_refused(path)}")
     if not is_url and not Path(path).is_file():
         raise ValueError(f"{key}: there is no file {path}.")
     kind = file_kind(Path(path))
@@ -95,6 +98,8 @@ def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
             yield from READERS[kind](stack.enter_context(gzip.open(file)) if path.endswith(".gz") else file)
     except json.JSONDecodeError as error:
         raise ValueError(f"{key}: {path}, line {error.lineno}: not JSON ({error.msg}).") from error
+    except RecursionError as error:
+        raise ValueError(f"{key}: cannot read {path}: it is nested too deep.") from error
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
         raise ValueError(f"{key}: cannot read {path}: {error}") from error
 
@@ -122,6 +127,10 @@ def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 error.lineno = number
                 raise
+            except RecursionError as error:
+                raise ValueError(f"line {number} is nested too deep.") from error
+            except ValueError as error:  # a number of thousands of digits
+                raise ValueError(f"line {number}: {error}") from error
             yield number, row
 
 
@@ -142,8 +151,15 @@ def _read_parquet(file: BinaryIO) -> Iterator[tuple[int, Any]]:
         # In small pieces: a row group may hold a million rows.
         table = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         rows = (row for batch in table.iter_batches(batch_size=1000) for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(_as_json(rows, table.schema_arrow), 1):
             yield number, {column: _decode(cell) for column, cell in row.items()}
+
+
+def _as_json(rows: Iterable[Any], schema: pa.Schema) -> Iterable[Any]:
+    """Rows of JSON values alone, which all that reads them can write: a date, a decimal or bytes become text."""
+    if not re.search("date|time|duration|decimal|binary", " ".join(str(field.type) for field in schema)):
+        return rows
+    return (json.loads(json.dumps(row, default=str)) for row in rows)
 
 
 READERS: dict[str, Callable[[Any], Iterator[tuple[int, Any]]]] = {
@@ -159,7 +175,7 @@ def _decode(cell: Any) -> Any:
     if isinstance(cell, str) and re.match(r'\s*\[\s*\{\s*"', cell):
         try:
             return json.loads(cell)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return cell
     return cell
 
@@ -174,4 +190,4 @@ def _read_hub(stage: str, source: Source) -> Iterable[Any]:
             f"(subset {source.subset!r}, split {source.split!r}): {error}"
         ) from error
     assert isinstance(dataset, datasets.Dataset)
-    return dataset
+    return _as_json(dataset, dataset.features.arrow_schema)

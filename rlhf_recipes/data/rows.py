@@ -298,8 +298,8 @@ def _list(column: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRow("wrong type", column, f"{value!r} is no JSON list") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRow("wrong type", column, f"{value[:200]!r} is no JSON list") from error
     if not isinstance(value, list):
         raise BadRow("wrong type", column, f"{type(value).__name__}, not a list")
     return value
@@ -395,10 +395,10 @@ def check_number(row: Row, column: str) -> None:
         raise BadRow("missing field", column)
     try:
         row.columns[column] = float(cell)  # a CSV cell is text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         row.columns[column] = math.nan
     if not math.isfinite(row.columns[column]):
-        raise BadRow("wrong type", column, f"{cell!r} is no finite number")
+        raise BadRow("wrong type", column, f"{str(cell)[:200]!r} is no finite number")
     if column == "weight" and row.columns[column] <= 0:
         raise BadRow("not above 0", column, f"{cell!r}")
 

@@ -77,7 +77,7 @@ def _each(convert: Callable[[Row], Row]) -> Conversion:
         for row in given:
             try:
                 yield convert(row)
-            except (KeyError, TypeError, IndexError, AttributeError):
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError):
                 yield row
 
     return rows
@@ -158,7 +158,7 @@ def _alpacaeval(rows: Iterable[Any]) -> Iterator[Any]:
             vote = 2 - (float(row["preference"]) or 1.5)
             if not (0 <= vote <= 1 and all(isinstance(text, str) for text in pair)):
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             pair, vote = number, 0.5
         firsts.setdefault(pair, row)
         votes[pair].append(vote)
@@ -187,13 +187,29 @@ def _tldr(row: Row) -> Row:
     }
 
 
+OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+def _is_message(row: Any) -> bool:
+    """Whether a row is one of oasst1's, as far as `_oasst1` reads it."""
+    if not isinstance(row, dict) or row.get("role") not in OASST_ROLES:
+        return False
+    texts = row.get("message_id"), row.get("text"), row.get("parent_id") or ""
+    return all(isinstance(text, str) for text in texts) and isinstance(row.get("rank"), int | float | None)
+
+
 def _oasst1(rows: Iterable[Row]) -> Iterator[Row]:
     """Message trees become rankings: the ranked replies of the assistant to one message, after all before it.
 
     At most the 9 best of them. The best is the `completion`, for SFT. A message may come before its parent, so all
-    messages are held in memory.
+    messages are held in memory. A row that is no message stays as it is, to be refused.
     """
-    messages = {row["message_id"]: row for row in rows if not row.get("deleted")}
+    messages: dict[str, Row] = {}
+    for row in rows:
+        if not _is_message(row):
+            yield row
+        elif not row.get("deleted"):
+            messages[row["message_id"]] = row
     replies: dict[str, list[Row]] = defaultdict(list)
     for row in messages.values():
         if row["role"] == "assistant" and row.get("rank") is not None:
@@ -216,14 +232,15 @@ def _oasst1(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def _conversation(messages: dict[str, Row], last: str) -> list[dict[str, str]] | None:
-    """The messages from the root to that one; None where one of them is missing or deleted."""
-    roles, upwards, id = {"prompter": "user", "assistant": "assistant"}, [], last
+    """The messages from the root to that one; None where one of them is missing, deleted, or an answer to itself."""
+    upwards: dict[str, dict[str, str]] = {}
+    id: str | None = last
     while id is not None:
-        if id not in messages:
+        if id not in messages or id in upwards:
             return None
-        upwards.append({"role": roles[messages[id]["role"]], "content": messages[id]["text"]})
+        upwards[id] = {"role": OASST_ROLES[messages[id]["role"]], "content": messages[id]["text"]}
         id = messages[id].get("parent_id")
-    return upwards[::-1]
+    return [*upwards.values()][::-1]
 
 
 SOURCES: dict[str, Named] = {

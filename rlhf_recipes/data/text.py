@@ -10,11 +10,3 @@ def text(part: Text) -> str:
     if len(part) == 1:
         return part[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in part)
-
-
-def printable(text: str, keep: str = "") -> str:
-    """A text that can do nothing to a terminal: what does not print is escaped, but for the characters in `keep`."""
-    characters = (
-        c if c.isprintable() or c in keep else c.encode("unicode_escape", "backslashreplace").decode() for c in text
-    )
-    return "".join(characters)

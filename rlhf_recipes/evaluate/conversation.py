@@ -12,13 +12,13 @@ from rich.table import Column, Table
 from rich.text import Text as Line
 from transformers import TextStreamer
 
-from ..data.text import printable
 from ..data.tokens import Messages, answer_frame, response_texts, stop_token_id, tokenize_prompt
 from ..model.backends import generation_config, sampling
 from ..model.base import load_tokenizer, longest_row
 from ..model.open import open_models
 from ..model.sampler import Sampler, autocast_of
 from ..records.folder import adapter_folder, newest_round_first, read_recipe
+from ..records.terminal import printable
 from ..stages.reward.adapters import PROBES, add_reward_roles, member_folders, score_rows
 
 HELP = """\
@@ -158,7 +158,7 @@ def converse(talk: Conversation, compare: str | None = None) -> None:
                 talk.messages.append({"role": "user", "content": line})
                 _print_reply(talk, main, compare, console)
         except ValueError as error:
-            console.print(Line(str(error), style="red"))
+            console.print(Line(printable(str(error), keep="\n\t"), style="red"))
             if talk.messages and talk.messages[-1]["role"] == "user":
                 talk.messages.pop()
 

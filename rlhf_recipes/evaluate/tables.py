@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..data.text import printable
+from ..records.terminal import printable
 from .verdict import Result, percent
 
 PANEL = {  # of what `behaviour_panel` says: heading and format

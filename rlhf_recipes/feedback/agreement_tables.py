@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.text import printable
+from ..records.terminal import printable
 from .pairs import coefficient_in_words, share_in_words
 
 PACE = {"seconds": ".1f", "an_hour": ".0f", "fast": ".0%"}  # of what `habits.pace` says: the formats

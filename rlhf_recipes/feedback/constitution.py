@@ -106,7 +106,7 @@ def _yaml(path: Path, text: str) -> list[Any]:
     """The entries of a YAML constitution, whatever they are."""
     try:
         entries = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         raise ValueError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)}).") from error

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from tqdm.auto import tqdm
 
 from ..data.tokens import Messages
+from ..recipe.lookup import holds_secret, secret_refused
 from .client import Choice, Completion, ModelSettings, NoCompletion, final_text, one_line
 
 LOGPROBS = 5  # of the likeliest tokens: what every endpoint that has them allows
@@ -130,6 +131,8 @@ def endpoint_key(url: str, variable: str | None) -> str:
 
     Raises ValueError where another host's variable is not named: a key goes to nobody else unasked.
     """
+    if holds_secret(url):
+        raise ValueError(f"{secret_refused(url)} --api-key-env names the variable.")
     parts = urlsplit(url)
     host = parts.hostname or ""
     if variable is None and (host == "localhost" or _is_loopback(host)):

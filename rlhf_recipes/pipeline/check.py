@@ -1,7 +1,9 @@
 """What is wrong with a recipe, found before anything is loaded."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -11,7 +13,8 @@ from ..feedback.endpoint import endpoint_key
 from ..feedback.judge import JudgeSettings
 from ..feedback.ledger import Prices
 from ..feedback.sample import SampleSettings
-from ..recipe.lookup import function, is_function
+from ..recipe.lookup import function, holds_secret, is_function, secret_refused
+from ..recipe.overrides import to_dict
 from ..recipe.values import PEOPLE, Recipe
 from ..records import tracking
 from ..stages.configure import Configs, configure
@@ -23,6 +26,7 @@ def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
 
     Raises ValueError naming the key and the nearest right one.
     """
+    check_secrets(to_dict(recipe))
     tracking.check_tracker(recipe)
     configs = configure(recipe, run_dir)
     if recipe.rounds is not None:
@@ -30,6 +34,18 @@ def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     if recipe.gold:
         function(recipe.gold)
     return configs
+
+
+def check_secrets(values: Any, key: str = "") -> None:
+    """Raises ValueError, naming the key, where a recipe, as `to_dict` gives it, has a URL with a secret in it."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            check_secrets(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            check_secrets(value, key)
+    elif isinstance(values, str) and holds_secret(values):
+        raise ValueError(f"{key}: {secret_refused(values)}")
 
 
 SAMPLED_MODELS = ("base", "sft", "ppo")

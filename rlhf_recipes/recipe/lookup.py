@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -108,3 +109,18 @@ def code_hash(file: Path) -> str:
     """A hash, in hex, of a Python file or, of one in a package, of all files beside it."""
     files = sorted(file.parent.glob("*.py")) if (file.parent / "__init__.py").is_file() else [file]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text is a URL with a user's name or password in it."""
+    _, is_url, rest = text.partition("://")
+    return bool(is_url) and "@" in re.split("[/?#]", rest)[0]
+
+
+def secret_refused(url: str) -> str:
+    """Why such a URL is refused, without the secret."""
+    bare = re.sub("://[^/?#]*@", "://", url)
+    return (
+        f"{bare} is given with a name or password, which files, reports and trackers would hold. Leave them out, and "
+        "put them where the client looks for them (~/.netrc, an environment variable)."
+    )

@@ -11,5 +11,6 @@ manifest  what was run, and which stages are done
 recorder  what a stage writes while it trains
 tracking  the same for W&B, trackio or TensorBoard
 rates     win rates with intervals
+terminal  what may be shown in a terminal
 summary   what a run achieved, as JSON and as a table
 """

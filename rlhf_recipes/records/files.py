@@ -43,7 +43,7 @@ def read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}). Delete it, or run what writes it again.") from error
 
 
@@ -64,7 +64,7 @@ def _rows(path: Path) -> tuple[list[Row], int | None]:
         for number, line in enumerate(stream, 1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     break  # a kill has torn it
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error

@@ -1,6 +1,7 @@
 """What a run folder holds: its models by name, and how they are opened."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -57,9 +58,8 @@ def adapter_folder(run_dir: Path, recipe: Recipe, name: str) -> Path | None:
 
 def policy_checkpoints(run_dir: Path) -> list[str]:
     """The policies in the checkpoints of a run's PPO, the oldest first, by the names that `adapter_folder` takes."""
-    adapters = (run_dir / "ppo").glob("checkpoint-*/policy/adapter_config.json")
-    folders = sorted((path.parents[1] for path in adapters), key=lambda folder: checkpoint_step(folder.name))
-    return [f"ppo/{folder.name}" for folder in folders]
+    folders = checkpoints(run_dir / "ppo")
+    return [f"ppo/{folder.name}" for folder in folders if (folder / "policy" / "adapter_config.json").is_file()]
 
 
 def model_names(run_dir: Path) -> list[str]:
@@ -76,6 +76,17 @@ def model_names(run_dir: Path) -> list[str]:
     return names
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, the oldest first. What a user has named otherwise (-old) is none."""
+    return _numbered(folder, "checkpoint")
+
+
+def _numbered(folder: Path, name: str) -> list[Path]:
+    """The folders `name-1`, `name-2`, ... in a folder, in this order."""
+    found = [path for path in folder.glob(f"{name}-*") if re.fullmatch(rf"{name}-[0-9]{{1,18}}", path.name)]
+    return sorted(found, key=lambda path: checkpoint_step(path.name))
+
+
 def checkpoint_step(name: str) -> int:
     """The update after which a checkpoint was written, from its name (`ppo/checkpoint-40`)."""
     return int(name.rpartition("-")[2])
@@ -83,8 +94,7 @@ def checkpoint_step(name: str) -> int:
 
 def newest_round_first(run_dir: Path) -> list[Path]:
     """The folders of a run's rounds, the newest first, and at last the run's own."""
-    rounds = sorted(run_dir.glob("round-*"), key=lambda folder: -int(folder.name.removeprefix("round-")))
-    return [*rounds, run_dir]
+    return [*reversed(_numbered(run_dir, "round")), run_dir]
 
 
 def last_model(run_dir: Path, recipe: Recipe) -> str:
@@ -100,7 +110,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
     The Trainer writes `trainer_state.json` last. A checkpoint that a kill has torn has none that parses: it is removed.
     """
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -checkpoint_step(path.name)):
+    for checkpoint in reversed(checkpoints(folder)):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):

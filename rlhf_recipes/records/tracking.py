@@ -141,7 +141,7 @@ def wandb_mode() -> Any:
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host)
-    except FileNotFoundError:
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):  # none, or one that others can read, or a damaged one
         key = None
     return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
 

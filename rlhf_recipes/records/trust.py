@@ -15,6 +15,7 @@ from typing import Any
 from ..recipe.lookup import MOVED, is_function
 from .cache import cache_folder
 from .digest import digest
+from .terminal import printable
 
 WORLDS = "rlhf_recipes.worlds"
 
@@ -47,7 +48,7 @@ def check_trust(run_dir: Path, values: Mapping[str, Any]) -> None:
 
     What is run because the user has said so is printed.
     """
-    named = [repr(line)[1:-1] for line in foreign_code(values)]  # nothing in it can do anything to a terminal
+    named = [printable(line) for line in foreign_code(values)]
     if not named or _own(run_dir, values).is_file():
         return
     found = ", ".join(named)

@@ -11,7 +11,7 @@ from typing import Any
 from ..recipe.values import Recipe
 from ..records.contents import MetricsRow, RewardCard, Summary
 from ..records.files import Row, read_json, read_rows
-from ..records.folder import newest_round_first, recipe_to_show
+from ..records.folder import checkpoint_step, checkpoints, newest_round_first, recipe_to_show
 from ..records.manifest import Manifest
 from ..records.summary import summarize
 
@@ -94,7 +94,7 @@ class RunContents:
 
     def checkpoints(self) -> list[int]:
         """The updates of which PPO's checkpoint was kept."""
-        return sorted(int(path.name.rpartition("-")[2]) for path in (self.folder / "ppo").glob("checkpoint-*"))
+        return [checkpoint_step(path.name) for path in checkpoints(self.folder / "ppo")]
 
 
 def gather(folders: Sequence[Path]) -> list[RunContents]:

@@ -56,6 +56,12 @@ def test_list_has_a_line_for_every_recipe(capsys: pytest.CaptureFixture[str]) ->
     assert "mistralai/Mistral-7B-v0.3" in line and "sft,reward,ppo" in line and "one consumer GPU" in line
 
 
+def test_an_error_does_nothing_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "\x1b[2J\x9b31m\u202e"
+    said = error_of(capsys, ["chat", str(folder)])
+    assert r"\x1b[2J\x9b31m\u202e is no run folder" in said and said.rstrip("\n").isprintable()
+
+
 def test_show_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     main_cli(["show", "mistral-7b-hh"])
     lines = capsys.readouterr().out.splitlines()

@@ -552,7 +552,10 @@ def test_an_endpoint_that_refuses_the_key_is_named(samples: Path, capsys: pytest
     [
         (["--judge", "https://api.openai.com/v1"], "OPENAI_API_KEY is not set"),
         (["--judge", "https://api.example.com/v1"], "https://api.example.com/v1 needs --api-key-env"),
-        (["--judge", "https://api.openai.com@example.com/v1"], "needs --api-key-env"),
+        (
+            ["--judge", "https://api.openai.com@example.com/v1"],
+            "https://example.com/v1 is given with a name",
+        ),
         (["--judge", "http://api.openai.com/v1"], "needs --api-key-env"),
         (["--judge", "https://api.example.com/v1", "--api-key-env", "GONE"], "GONE is not set"),
         (["--judge", "http://127.0.0.1:1", "--role", "sft"], "--role is for a local model"),

@@ -14,7 +14,7 @@ from support.worded import make_recipe
 from transformers import TrainerCallback
 
 from rlhf_recipes import Recipe, replace, run
-from rlhf_recipes.records.tracking import _cell, grouped, result_numbers
+from rlhf_recipes.records.tracking import _cell, grouped, result_numbers, wandb_mode
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -143,6 +143,19 @@ def summarized(records: list[Any]) -> dict[str, Any]:
         if record.HasField("summary")
         for item in record.summary.update
     }
+
+
+@pytest.mark.parametrize(("netrc", "mode"), [("login a password b", 0o644), ("machine", 0o600), ("\udcff", 0o600)])
+def test_a_netrc_that_cannot_be_used_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, netrc: str, mode: int
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = netrc if netrc == "machine" else f"machine api.wandb.ai {netrc}"
+    (tmp_path / ".netrc").write_bytes(words.encode(errors="surrogateescape"))
+    (tmp_path / ".netrc").chmod(mode)
+    assert wandb_mode() == "offline"
 
 
 def test_wandb_without_a_key_is_offline_and_complete(recipe: Recipe, tmp_path: Path, environment: None) -> None:

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from rlhf_recipes import load
 from rlhf_recipes.pipeline.check import check_recipe
+from rlhf_recipes.recipe import overrides
 from rlhf_recipes.recipe.arguments import OWNED, REFUSED, REFUSED_IN, objection
 from rlhf_recipes.stages.configure import CONFIGS, training_steps
 
@@ -113,3 +114,17 @@ def test_steps_are_counted_as_the_trainer_counts_them(tmp_path: Path) -> None:
     assert training_steps("ppo", ppo, 51_200) == 3
     ppo.total_episodes, ppo.max_steps = None, 7
     assert training_steps("ppo", ppo, 51_200) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sft": {"data": "https://me:secret@example.com/a.jsonl"}}, r"sft\.data: https://example\.com/a\.jsonl"),
+        ({"sft": {"args": {"hub_token": "secret"}}}, r"sft\.hub_token cannot be set"),
+        ({"rounds": {"labeler": "https://secret@example.com/v1"}}, r"rounds\.labeler: https://example\.com/v1"),
+    ],
+)
+def test_a_secret_is_refused_before_a_recipe_is_written(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as refused:
+        check_recipe(overrides.replace(load("tiny-rounds"), **changes))
+    assert "secret" not in str(refused.value)

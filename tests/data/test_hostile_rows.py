@@ -1,0 +1,128 @@
+"""Rows that no sane writer writes: each is refused, or taken, with the file and the row in one sentence."""
+
+import datetime
+import decimal
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.rows import make_tokenizer
+
+from rlhf_recipes.data.prepare import Prepared, load_rows, prepare, read_judged
+from rlhf_recipes.data.sources import conversion
+from rlhf_recipes.recipe.values import Source, Stage
+from rlhf_recipes.records.files import Journal, read_json, read_rows
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+DEEP = "[" * 100_000 + "]" * 100_000
+LONG = "1" * 5_000
+
+
+def written(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def prepared(stage: Any, data: str) -> Prepared:
+    return prepare(stage, Stage(data, heldout=0.0), make_tokenizer(), None)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz"])
+@pytest.mark.parametrize(("cell", "said"), [(DEEP, "nested too deep"), (LONG, "4300")])
+def test_json_that_python_cannot_read_is_named_with_its_line(tmp_path: Path, name: str, cell: str, said: str) -> None:
+    path, lines = tmp_path / name, [json.dumps(PAIR), f'{{"prompt": {cell}}}']
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    else:
+        written(path, *lines)
+    with pytest.raises(ValueError, match=rf"reward\.data: cannot read .*{name}: line 2.*{said}"):
+        load_rows("reward", Source(str(path)))
+    written(tmp_path / "list.json", f"[{cell}]")
+    with pytest.raises(ValueError, match=rf"cannot read .*list\.json: .*{said}"):
+        load_rows("reward", Source(str(tmp_path / "list.json")))
+
+
+@pytest.mark.parametrize("cell", [DEEP, f"[{LONG}]"])
+def test_a_cell_of_a_table_that_is_no_list_is_a_bad_row(tmp_path: Path, cell: str) -> None:
+    good = {"prompt": "p", "responses": ["a", "b"], "ranking": "[1, 2]"}
+    data = written(tmp_path / "rows.jsonl", *(json.dumps(row) for row in (good, {**good, "ranking": cell})))
+    _, bad, _ = load_rows("reward", Source(data))
+    assert [number for number, _ in bad] == [2] and len(str(bad[0][1])) < 400
+
+
+@pytest.mark.parametrize("margin", ["1" + "0" * 400, "NaN", "Infinity", '"' + "1" * 1000 + '"', "[]", "true"])
+def test_a_margin_that_is_no_number_is_a_bad_row(tmp_path: Path, margin: str) -> None:
+    row = f'{json.dumps(PAIR)[:-1]}, "margin": {margin}}}'
+    rows = prepared("reward", written(tmp_path / "rows.jsonl", json.dumps({**PAIR, "margin": 1}), row))
+    assert rows.report["dropped"] == ({} if margin == "true" else {"wrong type": 1})
+    assert all(len(line) < 400 for line in rows.report["examples"])
+
+
+@pytest.mark.parametrize("cell", ["\ud800", {"\ud800": 1}, 2**70])
+def test_a_cell_that_no_table_can_hold_is_named_with_its_row(tmp_path: Path, cell: Any) -> None:
+    rows = [{"prompt": "a", "id": None}, {"prompt": "b", "id": cell}]
+    data = written(tmp_path / "rows.jsonl", *map(json.dumps, rows))
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: the column 'id'"):
+        prepared("ppo", data)
+
+
+def test_a_table_of_dates_and_bytes_becomes_json(tmp_path: Path) -> None:
+    """Samples and labels, which carry the source's columns, are JSON."""
+    when = datetime.datetime(2026, 3, 31, 12)
+    odd = {"day": when.date(), "at": when, "cost": decimal.Decimal("1.5"), "raw": b"\xff", "in": [{"day": when.date()}]}
+    rows = [{"id": "s", "prompt": "p", "responses": ["a", "b"], **odd}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (row,) = read_judged("rank", tmp_path / "rows.parquet")
+    Journal(tmp_path / "labels.jsonl").append(row)
+    assert row["day"] == "2026-03-31" and row["cost"] == "1.5" and row["in"] == [{"day": "2026-03-31"}]
+    assert row["at"] == "2026-03-31 12:00:00" and row["responses"] == ["a", "b"]
+
+
+def message(id: str, parent: str | None, role: str = "prompter", rank: int | None = None) -> dict[str, Any]:
+    return {"message_id": id, "parent_id": parent, "role": role, "text": id, "rank": rank}
+
+
+def test_messages_that_answer_themselves_end() -> None:
+    circle = [message("a", "b"), message("b", "a")]
+    answers = [message(f"r{rank}", "a", "assistant", rank) for rank in (0, 1)]
+    strange = [
+        {"message_id": 1},
+        {},
+        "text",
+        {**message("c", None), "role": "tool"},
+        {**message("d", None), "rank": []},
+    ]
+    assert list(conversion("x", "oasst1")([*circle, *answers, *strange])) == strange
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("alpacaeval", {"instruction": "i", "output_1": "a", "output_2": "b", "preference": 10**400}),
+        ("helpsteer3", {"context": [], "response1": "a", "response2": "b", "overall_preference": "much"}),
+        ("helpsteer3", {"context": [], "response1": "a", "response2": "b", "overall_preference": float("inf")}),
+    ],
+)
+def test_a_row_that_no_conversion_takes_stays_as_it_is(name: str, row: dict[str, Any]) -> None:
+    assert list(conversion("x", name)([row])) == [row]
+
+
+@pytest.mark.parametrize("text", [DEEP, LONG])
+def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json: not JSON"):
+        read_json(tmp_path / "manifest.json")
+    (tmp_path / "rows.jsonl").write_text(f"{{}}\n{text}\n{{}}\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: "):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@example.com/rows.jsonl", "ftp://secret@example.com/rows.jsonl?a=b"])
+def test_a_url_with_a_secret_is_refused_without_it(url: str) -> None:
+    with pytest.raises(ValueError, match=r"example\.com/rows\.jsonl.* is given with a name or password") as refused:
+        load_rows("sft", Source(url))
+    assert "secret" not in str(refused.value)
