@@ -36,8 +36,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="rank by module:function or file.py:function, a simulated labeler as in rounds.labeler, and open no page",
     )
     parser.epilog = (
-        "Each labeler opens the link that is printed and gives a name. Stopped, the same command goes on. Skips go to "
-        "*.skipped.jsonl beside the labels; *.token keeps the link's token for the next start: delete it to change it."
+        "Each labeler opens the link that is printed and gives a name. Stopped, the same command goes on, with the "
+        "same link. A judgement is taken back in the browser in which it was given. Skips go to *.skipped.jsonl "
+        "beside the labels."
     )
 
 

@@ -214,13 +214,16 @@ class Board:
     def undo(self, labeler: str, sent: Row) -> None:
         """Take back the labeler's last judgement or skip, if that is of the sample `id`, and give it to him again.
 
-        Raises Refusal where another has the sample that he skipped.
+        Raises Refusal where another has the sample that he skipped, or it was given in another browser: a name is no
+        proof of who it is.
         """
         id = self._sample(sent)["id"]
         done = self.done.get(labeler, {})
         if next(reversed(done), None) != id:
             return  # it has been taken back
         row = done[id]
+        if row.get("browser") != sent.get("browser"):
+            raise Refusal(403, "It was given in another browser, and can be taken back only there.")
         if "skipped" in row and (not self._is_open(id) or self._holder(labeler, id)):
             raise Refusal(409, "Another labeler has got the one that you skipped.")
         journal = self.skips if "skipped" in row else self.labels
@@ -251,7 +254,7 @@ def _turns(part: Text) -> list[dict[str, str]]:
 
 
 def _remarks(sent: Row) -> Row:
-    """What comes with a judgement: the seconds it took, and a note and a flag where given. Raises Refusal."""
+    """What comes with a judgement: the seconds it took, the browser's id, a note and a flag. Raises Refusal."""
     seconds, note, flag = sent.get("seconds"), sent.get("note", ""), sent.get("flag", False)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
         raise Refusal(422, "seconds: it must be a number from 0 to a million.")
@@ -260,7 +263,8 @@ def _remarks(sent: Row) -> Row:
     if not isinstance(flag, bool):
         raise Refusal(422, "flag: it must be true or false.")
     note = note.strip().encode(errors="replace").decode()  # half of a surrogate pair is no text
-    return {"seconds": round(seconds, 1)} | ({"note": note} if note else {}) | ({"flag": True} if flag else {})
+    known = {"browser": sent["browser"]} if "browser" in sent else {}
+    return {"seconds": round(seconds, 1)} | known | ({"note": note} if note else {}) | ({"flag": True} if flag else {})
 
 
 def _now() -> str:

@@ -5,9 +5,8 @@ Every judgement is on disk before the next sample is sent. What has been judged 
 and of skips when the server starts, so that killing it loses nothing.
 """
 
-import fcntl
+import hmac
 import json
-import os
 import re
 import secrets
 import socket
@@ -15,9 +14,13 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import urlsplit
 
+from ..records.cache import cache_folder
+from ..records.digest import digest
+from ..records.files import read_json, write_json
+from ..records.lock import held
 from .board import NOTE, Board, Mode, Refusal, digest_of
 from .rows import Row, labels_beside, read_samples
 
@@ -33,6 +36,8 @@ except ModuleNotFoundError as error:
     raise ValueError(f"The page needs {error.name}: pip install 'rlhf_recipes[label]'.") from error
 
 BODY = 65_536  # bytes of a request at most
+COOKIE = 10_000_000  # seconds, four months
+OPEN_THE_LINK = "Open the link that the server printed: it ends in ?token=..."
 NAME = r"[\w. -]{1,40}"
 HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
@@ -48,7 +53,7 @@ def label_app(
     samples: Path,
     labels: Path,
     *,
-    token: str,
+    access: "Access",
     guidelines: str = "",
     mode: Mode = "rank",
     overlap: float = 0.2,
@@ -63,7 +68,7 @@ def label_app(
     Args:
         samples: the file of samples.
         labels: the file of labels.
-        token: what the link must hold.
+        access: who is let in.
         guidelines: text to be shown beside the samples.
         mode: rank all responses at once, or compare them pair by pair.
         overlap: share of the samples that every labeler gets, 0 to 1.
@@ -79,7 +84,7 @@ def label_app(
     board = Board(read_samples(samples), labels, overlap, seed)
     if not board.samples:
         raise ValueError(f"{samples}: the responses to each prompt are all the same, so there is nothing to rank.")
-    page = _LabelPage(board, token, {"mode": mode, "guidelines": guidelines, "note": NOTE})
+    page = _LabelPage(board, access, {"mode": mode, "guidelines": guidelines, "note": NOTE})
     app = Starlette(
         routes=[Route("/", page.index), Route("/{action}", page.act, methods=["POST"])],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
@@ -89,6 +94,40 @@ def label_app(
     return app
 
 
+class Access:
+    """Who is let in: whoever has the token, by the link or in a cookie, which also tells browsers apart.
+
+    The server keeps the token in the user's cache, so that links and pages outlive it. Beside the labels it could be
+    anybody's: who had written it would know it.
+    """
+
+    def __init__(self, token: str | None = None, path: Path | None = None) -> None:
+        """
+        Args:
+            token: what the link must hold (default: what is kept, or a new one).
+            path: where it is kept (default: nowhere).
+        """
+        kept = None if path is None else read_json(path)
+        self.token: str = token or kept or secrets.token_urlsafe(24)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_json(path, self.token)
+
+    def opens(self, token: str | None) -> bool:
+        """Whether it is the link's token."""
+        return secrets.compare_digest((token or "").encode(errors="replace"), self.token.encode())
+
+    def cookie(self, browser: str) -> str:
+        """The cookie of a browser, by its key, which nobody can make who has not the token."""
+        return f"{browser}.{hmac.new(self.token.encode(), browser.encode(errors='replace'), 'sha256').hexdigest()}"
+
+    def browser(self, cookie: str | None) -> str | None:
+        """The key in a cookie; None where we have not made it."""
+        browser = (cookie or "").rpartition(".")[0]
+        given = (cookie or "").encode(errors="replace")
+        return browser if secrets.compare_digest(given, self.cookie(browser).encode()) else None
+
+
 class _LabelPage:
     """What answers the browser: the page itself, and what it sends.
 
@@ -96,35 +135,38 @@ class _LabelPage:
         settings: what the page is told when it starts.
     """
 
-    def __init__(self, board: Board, token: str, settings: dict[str, Any]) -> None:
-        self.board, self.token, self.settings = board, token, settings
+    def __init__(self, board: Board, access: "Access", settings: dict[str, Any]) -> None:
+        self.board, self.access, self.settings = board, access, settings
         self.actions = {"start": board.stay, "stay": board.stay, "judge": board.rank}
         self.actions |= {"skip": board.skip, "undo": board.undo}
-        self.cookie = f"label-{digest_of(token).hex()[:12]}"  # browsers send the cookies of one port to all ports
+        self.cookie = (
+            f"label-{digest_of(access.token).hex()[:12]}"  # browsers send the cookies of one port to all ports
+        )
         self.html = Path(__file__).with_name("label.html").read_text(encoding="utf-8")
         for name in ("pages.css", "pages.js"):
             part = (Path(__file__).parents[1] / "report" / name).read_text(encoding="utf-8")
             self.html = self.html.replace(f"{{{name}}}", part)
 
-    def admit(self, given: str | None) -> None:
-        """Raises Refusal for another token than the link's."""
-        if not secrets.compare_digest((given or "").encode(errors="replace"), self.token.encode()):
-            raise Refusal(403, "Open the link that the server printed: it ends in ?token=...")
-
     async def index(self, request: Request) -> Response:
         """The page, for who has the token; the cookie that it sets admits what the page sends."""
-        self.admit(request.query_params.get("token") or request.cookies.get(self.cookie))
+        browser = self.access.browser(request.cookies.get(self.cookie))
+        if not self.access.opens(request.query_params.get("token")) and browser is None:
+            raise Refusal(403, OPEN_THE_LINK)
         nonce = secrets.token_urlsafe(16)
         policy = {"content-security-policy": POLICY.format(nonce=nonce)}
         response = HTMLResponse(self.html.replace("{nonce}", nonce), headers=HEADERS | policy)
-        response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
+        cookie = self.access.cookie(browser or secrets.token_urlsafe(16))
+        response.set_cookie(self.cookie, cookie, max_age=COOKIE, httponly=True, samesite="strict")
         return response
 
     async def act(self, request: Request) -> Response:
         """Do what a labeler asked for, and say what he has before him then."""
-        self.admit(request.cookies.get(self.cookie))
+        browser = self.access.browser(request.cookies.get(self.cookie))
+        if browser is None:
+            raise Refusal(403, OPEN_THE_LINK)
         sent = await _sent_json(request)
         labeler = _name(sent.get("labeler"))
+        sent["browser"] = digest(browser)
         action = request.path_params["action"]
         if action not in self.actions:
             raise Refusal(404, "There is no such page.")
@@ -194,17 +236,17 @@ def serve_label_page(
     if guidelines is not None and not guidelines.is_file():
         raise ValueError(f"--guidelines: there is no file {guidelines}.")
     text = guidelines.read_text(encoding="utf-8", errors="replace") if guidelines is not None else ""
-    lock, token = lock_labels(labels)
     # Without the protocol named, asyncio leaves Nagle's algorithm on: 40 ms an answer.
-    with lock, socket.socket(proto=socket.IPPROTO_TCP) as listener:
+    with held(labels), socket.socket(proto=socket.IPPROTO_TCP) as listener:
+        access = Access(path=access_file(labels))
         hosts = ("*",) if share else ("127.0.0.1", "localhost")
         app = label_app(
-            samples, labels, token=token, guidelines=text, mode=mode, overlap=overlap, seed=seed, hosts=hosts
+            samples, labels, access=access, guidelines=text, mode=mode, overlap=overlap, seed=seed, hosts=hosts
         )
         _listen(listener, port, share)
         board: Board = app.state.board
         before = len(board.labels.rows)
-        _print_welcome(board, f"{listener.getsockname()[1]}/?token={token}", share)
+        _print_welcome(board, f"{listener.getsockname()[1]}/?token={access.token}", share)
         config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
         try:
             uvicorn.Server(config).run(sockets=[listener])
@@ -238,20 +280,6 @@ def _print_welcome(board: Board, link: str, share: bool) -> None:
     print(f"Open http://127.0.0.1:{link}\nCtrl-C ends it; the same command goes on.", flush=True)
 
 
-def lock_labels(labels: Path) -> tuple[TextIO, str]:
-    """A file beside the labels, locked while it is open, and the token in it, which outlives the server.
-
-    So nobody else rewrites the labels, and after a restart open pages go on and links still work. Raises ValueError
-    where another server has the lock.
-    """
-    labels.parent.mkdir(parents=True, exist_ok=True)
-    stream = os.fdopen(os.open(labels.with_suffix(".token"), os.O_RDWR | os.O_CREAT, 0o600), "r+")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"Another server is writing to {labels}.") from error
-    token = stream.read().strip() or secrets.token_urlsafe(24)
-    stream.seek(0)
-    stream.write(token + "\n")
-    stream.flush()
-    return stream, token
+def access_file(labels: Path) -> Path:
+    """Where the `Access` to a file of labels is kept."""
+    return cache_folder() / "label" / f"{digest(str(labels.resolve()))}.json"

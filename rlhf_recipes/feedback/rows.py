@@ -12,6 +12,7 @@ Row = dict[str, Any]
 
 # What a judgement adds to a sample.
 JUDGEMENT = ("ranking", "preferences", "weight", "labeler", "seconds", "order", "time", "note", "flag", "skipped")
+JUDGEMENT += ("browser",)  # in which it was given
 
 
 def read_samples(path: Path) -> list[Row]:

@@ -28,9 +28,10 @@ from support.tiny_models import make_tokenizer
 
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.feedback.board import Board, Refusal
-from rlhf_recipes.feedback.label import lock_labels, serve_label_page
+from rlhf_recipes.feedback.label import Access, access_file, serve_label_page
 from rlhf_recipes.feedback.rows import read_labels, read_samples
 from rlhf_recipes.recipe.values import Stage
+from rlhf_recipes.records.lock import held
 
 REMARKS = {"seconds": 1.0, "note": "", "flag": False}
 
@@ -373,6 +374,33 @@ def test_the_page_may_load_nothing_and_run_nothing_but_its_own(client: Client) -
     assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(|https?://", client.page)
 
 
+def test_only_the_browser_that_gave_a_judgement_takes_it_back(client: Client) -> None:
+    """Who has the link can give any name, but has no power over what others have judged."""
+    _, state = client.post("/start", {"labeler": "Una"})
+    item = state["item"]["id"]
+    said = {"labeler": "Una", "id": item, "ranking": list(range(1, len(state["item"]["responses"]) + 1)), "seconds": 1}
+    assert client.post("/judge", {**said, "browser": "another's"})[1]["last"] == item
+    other = Client(f"http://{client.host}/?token={TOKEN}")
+    status, answer = other.post("/undo", {**said, "browser": "another's"})
+    assert status == 403 and "given in another browser" in answer["error"]
+    # The link opened again is the same browser; a cookie that somebody else has made is none.
+    _, headers, _ = client("GET", f"/?token={TOKEN}", Cookie=client.cookie)
+    assert headers["set-cookie"].partition(";")[0] == client.cookie
+    name, _, value = client.cookie.partition("=")
+    for forged in (f"{name}={TOKEN}", f"{name}=x.{value.rpartition('.')[2]}", f"{name}=.", f"{name}="):
+        assert client.post("/undo", said, Cookie=forged)[0] == 403
+    assert client.post("/undo", said)[1]["last"] is None
+
+
+def test_the_token_is_kept_where_nobody_else_writes(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+    (tmp_path / "labels.token").write_text("known to somebody else\n")
+    first, again = Access(path=access_file(labels)), Access(path=access_file(labels))
+    assert again.token == first.token != "known to somebody else" and len(again.token) > 20
+    assert access_file(labels).parent.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.token"]
+
+
 def test_nothing_that_is_sent_tells_the_origins(client: Client) -> None:
     _, answer = client.post("/start", {"labeler": "Eve"})
     assert answer["item"].keys() == {"id", "prompt", "responses", "former"} and "secret" not in json.dumps(answer)
@@ -399,13 +427,8 @@ def test_what_cannot_be_labelled_is_said_before_the_page_opens(
         port = str(taken.getsockname()[1])
         assert f"cannot listen at {port}" in error_of(capsys, ["label", samples, "--port", port])
     assert "cannot listen at 99999" in error_of(capsys, ["label", samples, "--port", "99999"])
-    lock, token = lock_labels(tmp_path / "samples.labels.jsonl")
-    assert "Another server is writing" in error_of(capsys, ["label", samples])
-    lock.close()
-    lock, again = lock_labels(tmp_path / "samples.labels.jsonl")
-    lock.close()
-    assert token == again and len(token) > 20
-    assert (tmp_path / "samples.labels.token").stat().st_mode & 0o777 == 0o600
+    with held(tmp_path / "samples.labels.jsonl"):
+        assert "samples.labels.jsonl is in use by process" in error_of(capsys, ["label", samples])
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "rlhf_recipes.feedback.label")
     assert "pip install 'rlhf_recipes[label]'" in error_of(capsys, ["label", samples])

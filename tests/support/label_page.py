@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from playwright.sync_api import Page, expect
 
-from rlhf_recipes.feedback.label import label_app
+from rlhf_recipes.feedback.label import Access, label_app
 
 TOKEN = "a-token"
 
@@ -21,7 +21,7 @@ def serving(samples: Path, **options: Any) -> Iterator[str]:
     """The page on a port of this process. Gives its link."""
     server = uvicorn.Server(
         uvicorn.Config(
-            label_app(samples, samples.with_name("labels.jsonl"), token=TOKEN, **options), log_level="warning"
+            label_app(samples, samples.with_name("labels.jsonl"), access=Access(TOKEN), **options), log_level="warning"
         )
     )
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
