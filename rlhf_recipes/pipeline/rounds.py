@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from ..model.memory import release
 from ..model.open import open_models
 from ..recipe.lookup import is_function
 from ..recipe.values import PEOPLE, Recipe
-from ..records.files import read_rows
+from ..records.files import read_rows, write_text
 from ..records.folder import adapter_folder, round_folder, write_recipe
 from ..records.manifest import Manifest
 from ..stages.inputs import prepare_extras, prepare_stage
@@ -126,9 +128,28 @@ def collect_labels(run: ActiveRun, number: int, prompts: Prepared) -> bool:
         sample_policies(run, number, prompts, samples)
     if not _have_labelled(recipe, samples, labels, recipe.seed + number):
         return False
-    if rounds.weigh_labelers:
-        agreement_report(read_judgements([labels])).write(training_file(recipe, run.run_dir, number))
+    freeze_labels(labels, rounds.weigh_labelers)
     return True
+
+
+def freeze_labels(labels: Path, weigh: bool) -> None:
+    """Keep apart what a round trains on, once: people may go on labelling, and a resumed stage must see the same rows.
+
+    Args:
+        weigh: with the labelers' weights.
+    """
+    frozen = frozen_labels(labels)
+    if not frozen.is_file():
+        now = labels.with_suffix(".now.jsonl")
+        write_text(now, "".join(json.dumps(row) + "\n" for row in read_rows(labels)))
+        if weigh:
+            agreement_report(read_judgements([now])).write(now)
+        os.replace(now, frozen)
+
+
+def frozen_labels(labels: Path) -> Path:
+    """Where `freeze_labels` puts a file of labels."""
+    return labels.with_suffix(".trained.jsonl")
 
 
 def sample_policies(run: ActiveRun, number: int, prompts: Prepared, samples: Path) -> None:
@@ -152,9 +173,12 @@ def feedback_files(run_dir: Path, number: int) -> tuple[Path, Path]:
 
 
 def training_file(recipe: Recipe, run_dir: Path, number: int) -> Path:
-    """What a round gives the reward stage: its labels, with the labelers' weights where the recipe wants them."""
-    assert recipe.rounds is not None
+    """What a round gives the reward stage: its labels as they were when it began to train."""
     _, labels = feedback_files(run_dir, number)
+    if (frozen := frozen_labels(labels)).is_file():
+        return frozen
+    # A round that version 0.4 or before has trained.
+    assert recipe.rounds is not None
     return labels.with_suffix(".weighted.jsonl") if recipe.rounds.weigh_labelers else labels
 
 

@@ -19,8 +19,10 @@ from ..plan.fit import out_of_memory, plan_for_rows
 from ..plan.plan import StagePlan
 from ..recipe.values import Recipe
 from ..records.contents import Fingerprint, StageRecord, StageResults
+from ..records.files import sync_all
 from ..records.folder import last_checkpoint, round_folder
 from ..records.manifest import Manifest
+from ..records.recorder import METRICS, SAMPLES
 from ..stages.configure import Configs, training_steps
 from ..stages.dpo import train_dpo
 from ..stages.inputs import rows_line
@@ -108,6 +110,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
         with _measured(record) as taken, job.tracked() as tracked:
             record["results"] = TRAIN[job.stage](tracked)
             tracked.conclude({**record["results"], **taken()})
+        sync_all(job.folder, job.run_dir / METRICS, job.run_dir / SAMPLES)
         record["state"] = "done"
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not should_reduce_batch_size(error):

@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(scratch, path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def read_json(path: Path) -> Any:
@@ -125,7 +125,7 @@ class Journal:
                 stream.truncate(size)
                 raise
         if new:
-            _sync_folder(self.path.parent)
+            _sync(self.path.parent)
         self.rows += rows
 
     def remove(self, unwanted: Callable[[Row], bool]) -> None:
@@ -135,10 +135,18 @@ class Journal:
         self.rows = kept
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a new name in a folder on disk, where folders can be opened for that (not on Windows)."""
+def sync_all(*paths: Path) -> None:
+    """Put files, and folders with all that is in them, on disk: what says that they are whole comes after."""
+    for path in paths:
+        for each in (*path.rglob("*"), path):
+            if each.is_dir() or each.is_file():
+                _sync(each)
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk, where they can be opened for that (not on Windows)."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -66,7 +66,7 @@ def test_from_a_policy_to_two_people_and_back(
     assert "ppo_2" in run(people, folder)["models"]
     report = json.loads((folder / "round-2" / "manifest.json").read_text())["stages"]["reward"]["data"]
     ties = sum(len(set(row["ranking"])) == 1 for row in found)
-    assert read(place / "labels.weighted.jsonl") == read(weighted)
+    assert read(place / "labels.trained.jsonl") == read(weighted)
     assert report["rows"] == 40 + len(found) and report["dropped"].get("all tied", 0) == ties
     after = safetensors.torch.load_file(folder / "round-2" / "ppo" / "policy" / "adapter_model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before)

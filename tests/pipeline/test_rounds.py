@@ -19,6 +19,7 @@ from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.feedback.rows import read_samples
 from rlhf_recipes.feedback.sample import SampleSettings, alike, prompts_to_rank, sample_responses
 from rlhf_recipes.pipeline.check import check_recipe
+from rlhf_recipes.pipeline.rounds import freeze_labels, training_file
 from rlhf_recipes.pipeline.stage import run_stage
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, to_dict
 from rlhf_recipes.records.files import Journal, read_rows
@@ -299,6 +300,24 @@ def test_a_killed_round_goes_on_to_the_same_end(
 def test_a_finished_run_loads_nothing_again(recipe: Recipe, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_recipes.pipeline.one_run.load_tokenizer", lambda base: pytest.fail("it is finished"))
     assert list(run(recipe, finished)["models"])[-1] == "ppo_3"
+
+
+@pytest.mark.parametrize("weigh", [False, True])
+def test_a_round_trains_on_the_labels_that_there_were(recipe: Recipe, tmp_path: Path, weigh: bool) -> None:
+    """People go on labelling while it trains; resumed, a stage must see the same rows."""
+    labels = tmp_path / "round-2" / "feedback" / "labels.jsonl"
+    labels.parent.mkdir(parents=True)
+    people = replace(recipe, rounds={"labeler": "people", "weigh_labelers": weigh})
+    row = {"prompt": "w4", "responses": ["w5", "w6"], "ranking": [1, 2], "labeler": "Ann"}
+    write(labels, [{**row, "id": "1"}, {**row, "id": "2"}])
+    with labels.open("a") as stream:
+        stream.write('{"id": "3", "pro')  # the page writes it right now
+    freeze_labels(labels, weigh)
+    write(labels, [{**row, "id": str(number)} for number in range(5)])
+    freeze_labels(labels, weigh)
+    frozen = training_file(people, tmp_path, 2)
+    assert [row["id"] for row in read(frozen)] == ["1", "2"] and all(("weight" in row) == weigh for row in read(frozen))
+    assert training_file(people, tmp_path, 3).parent.parent.name == "round-3"
 
 
 def test_people_are_waited_for(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
