@@ -167,7 +167,7 @@ def _read_completion(response: Any) -> Completion:
     except (AttributeError, IndexError, TypeError):
         return Completion(None, 0, 0, error=f"no completion: {one_line(str(response))}")
     usage = getattr(response, "usage", None)
-    tokens = [_count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens")]
+    tokens = (_count(getattr(usage, "prompt_tokens", None)), _count(getattr(usage, "completion_tokens", None)))
     if not isinstance(text, str):
         return Completion(None, *tokens, error="an answer without text")
     return Completion(text, *tokens, ended=reason != "length")

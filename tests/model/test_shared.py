@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -894,6 +895,14 @@ def test_a_base_that_a_function_builds_is_built_once(builder: Path) -> None:
     assert len(built_base.calls) == 1
     assert {path.name for path in builder.iterdir()} == {Path(folder).name, f"{Path(folder).name}.lock"}
     assert fingerprint(base, load_tokenizer(base)) == fingerprint(Base(folder), load_tokenizer(Base(folder)))
+
+
+def test_two_first_runs_at_once_build_one_base(builder: Path) -> None:
+    import built_base  # type: ignore[import-not-found]
+
+    with ThreadPoolExecutor(2) as threads:
+        folders = list(threads.map(model_path, [Base("built_base:build")] * 2))
+    assert folders[0] == folders[1] and len(built_base.calls) == 1
 
 
 def test_a_builder_that_fails_leaves_nothing_behind(builder: Path) -> None:

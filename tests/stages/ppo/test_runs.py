@@ -1,5 +1,6 @@
 """Whole trainings: learning, evaluation, resuming, the best policy."""
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -289,6 +290,29 @@ def test_a_resumed_run_waits_no_longer_and_remembers_the_best(make: Make, tmp_pa
     assert evaluated == list(range(0 if on_start else 1, 6)), "each once"
     assert resumed.choice() == straight.choice() == {"best_step": 2, "best_quality": 5.0, "stopped_early": True}
     assert all(torch.equal(weights(resumed, role), wanted[role]) for role in wanted)
+
+
+class Payload:
+    """What runs code as soon as it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.mark), "w")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_was_tampered_with_runs_nothing(make: Make, tmp_path: Path, name: str) -> None:
+    make(total_episodes=4, save_strategy="steps", save_steps=1).train()
+    checkpoint, mark = tmp_path / "checkpoint-1", tmp_path / "mark"
+    assert (checkpoint / name).is_file()
+    torch.save({"state": Payload(mark)}, checkpoint / name)
+    with pytest.raises(pickle.UnpicklingError):
+        make(total_episodes=8).train(resume_from_checkpoint=str(checkpoint))
+    assert not mark.exists()
+    torch.load(checkpoint / name, weights_only=False)["state"].close()
+    assert mark.exists(), "it would have"
 
 
 @pytest.mark.parametrize("chooser", [{"load_best_model_at_end": True}, {"early_stopping_patience": 2}])
