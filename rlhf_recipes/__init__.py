@@ -9,6 +9,7 @@ from .recipe.values import Base, DPOStage, Lora, PPOStage, Recipe, Rounds, Sourc
 
 if TYPE_CHECKING:
     from .cli.run import main
+    from .model.processes import join
     from .model.shared import SharedBase
     from .pipeline.run import run
     from .stages.options import PPOConfig
@@ -27,6 +28,7 @@ __all__ = [
     "SharedBase",
     "Source",
     "Stage",
+    "join",
     "load",
     "main",
     "replace",
@@ -37,6 +39,7 @@ __all__ = [
 _LAZY = {
     "main": "cli.run",
     "run": "pipeline.run",
+    "join": "model.processes",
     "SharedBase": "model.shared",
     "PPOConfig": "stages.options",
     "PPOTrainer": "stages.ppo.trainer",

@@ -1,6 +1,7 @@
 """`rlhf-recipes run`, and `main(recipe)`, which a recipe file calls."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from datetime import datetime, time, timedelta
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 from ..recipe.lookup import load
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
-from .command import Command, add_settings, exit_codes, parse_options
+from .command import Command, add_settings, exit_codes, parse_options, positive_int
+from .launch import launch
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="run it even where the plan says that it cannot fit")
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="so many variants of a sweep at once (default: 1)"
+    )
+    parser.add_argument(
+        "--processes", type=positive_int, metavar="N", help="share the work among so many, each with a GPU (default: 1)"
     )
     parser.add_argument("--wait", action="store_true", help="wait for a process that works in the run folder")
     ends = parser.add_mutually_exclusive_group()
@@ -59,7 +64,7 @@ def _hours(text: str) -> datetime:
 
 
 def _run(options: argparse.Namespace) -> None:
-    run_recipe(load(options.recipe), options)
+    run_recipe(load(options.recipe), options, ["-m", "rlhf_recipes", "run", options.recipe])
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
@@ -73,24 +78,43 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     _run_arguments(parser)
     options = parse_options(parser, argv)
     with exit_codes():
-        run_recipe(recipe, options)
+        run_recipe(recipe, options, [sys.argv[0]])
 
 
-def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Run a recipe with the changes and options of the command line."""
+def run_recipe(recipe: Recipe, options: argparse.Namespace, program: Sequence[str]) -> None:
+    """Run a recipe with the changes and options of the command line.
+
+    Args:
+        program: the words after `python` that run the same recipe, in each of several processes.
+    """
     stages = tuple(options.stages.split(",")) if options.stages is not None else None
     recipe = replace(recipe, **parse_overrides(options.settings))
-    from ..pipeline.run import run
+    if (options.processes or 1) > 1:
+        return launch(options.processes, [*program, *_words(options)])
+    from ..model.processes import join, reported
 
-    run(
-        recipe,
-        run_dir=options.run_dir,
-        stages=stages,
-        force=options.force,
-        jobs=options.jobs,
-        wait=options.wait,
-        stop_at=options.stop_at,
-    )
+    with reported():
+        join()
+        from ..pipeline.run import run
+
+        run(
+            recipe,
+            run_dir=options.run_dir,
+            stages=stages,
+            force=options.force,
+            jobs=options.jobs,
+            wait=options.wait,
+            stop_at=options.stop_at,
+        )
+
+
+def _words(options: argparse.Namespace) -> list[str]:
+    """The options of the command line again, without `--processes`."""
+    given = {"--run-dir": options.run_dir, "--stages": options.stages, "--jobs": options.jobs}
+    given["--stop-at"] = None if options.stop_at is None else options.stop_at.isoformat()
+    words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]
+    flags = [f"--{name}" for name in ("force", "wait") if getattr(options, name)]
+    return [*options.settings, *words, *flags]
 
 
 COMMAND = Command("run or resume a recipe", _arguments, _run)

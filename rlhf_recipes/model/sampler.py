@@ -18,6 +18,7 @@ from ..data.tokens import response_texts
 from .base import autocast
 from .batches import TOKENS_AT_ONCE, Batches
 from .graph import layers_refusal, room
+from .processes import all_gather, all_sum_, gather_rows, share
 from .shared import SharedBase
 
 logger = logging.getLogger(__name__)
@@ -123,12 +124,15 @@ class Sampler:
         stops = torch.isin(response, torch.tensor(self.stop_token_ids, device=device))
         ended = stops.any(1)
         length = torch.where(ended, stops.int().argmax(1) + 1, response.shape[1])  # (B,)
+        response = response[:, : int(length.max())]
         mask = torch.arange(response.shape[1], device=device) < length[:, None]  # (B, T)
         ids, kept = self.pad_left(prompts)
         return Samples(torch.cat([ids, response], 1), torch.cat([kept, mask], 1), mask, ended)
 
     def generate(self, role: str, prompts: list[list[int]], uniforms: Tensor | None = None) -> list[Tensor]:
         """The backends `native` and `eager`. How the rows are batched does not change what is drawn.
+
+        Each process samples its share of the rows.
 
         `native` replays a CUDA graph where there can be one (see `graph.decode_static`). It keeps `batch_size` rows
         under way. All else is `decode.decode`'s loop, which `decoding` says the reason for.
@@ -139,8 +143,13 @@ class Sampler:
         device = self.model.device
         if uniforms is None:
             uniforms = torch.rand(len(prompts), self.response_length, dtype=torch.float64)
-        uniforms = uniforms.to(device)
-        stops = torch.tensor(self.stop_token_ids, device=device)
+        own = share(len(prompts))
+        responses = self._generate(role, prompts[own], uniforms[own].to(device))
+        self.batches.size = min(all_gather(self.batches.size))  # halved together
+        return gather_rows(responses, len(prompts), uniforms.shape[1], device)
+
+    def _generate(self, role: str, prompts: list[list[int]], uniforms: Tensor) -> list[Tensor]:
+        stops = torch.tensor(self.stop_token_ids, device=uniforms.device)
         responses: list[Tensor | None] = [None] * len(prompts)
 
         def work(rows: Tensor) -> None:
@@ -191,11 +200,16 @@ class Sampler:
         work: Callable[[Tensor, Samples], None],
         batches: Sequence[Tensor] | None = None,
     ) -> None:
-        """Call `work` with the indices and the rows of each batch, with the role active."""
+        """Call `work` with the indices and the rows of each batch, with the role active.
+
+        Without `batches`, each process takes its share of the rows.
+        """
         with self.model.role(role), self.autocast():
             if batches is None:
-                lengths = samples.attention_mask.sum(1).cpu()
-                self.in_batches(lengths, lambda rows: work(rows, samples.rows(rows)), TOKENS_AT_ONCE)
+                own, lengths = share(len(samples.input_ids)), samples.attention_mask.sum(1).cpu()
+                self.in_batches(
+                    lengths[own], lambda rows: work(rows + own.start, samples.rows(rows + own.start)), TOKENS_AT_ONCE
+                )
             for rows in batches or ():
                 work(rows, samples.rows(rows))
 
@@ -207,8 +221,8 @@ class Sampler:
         The entropies are zero unless they are asked for.
 
         Args:
-            batches: the indices (b,) of the rows of each forward, in their order; None: as many rows as `in_batches`
-                takes. Rows in none of them stay zero.
+            batches: the indices (b,) of the rows of each forward, in their order. Rows in none of them stay zero. None:
+                all rows, of which each process takes its share, in batches as `in_batches` makes them.
         """
         log_probs, entropy = torch.zeros(2, *samples.response_mask.shape, device=self.model.device)
 
@@ -221,6 +235,8 @@ class Sampler:
                 entropy[rows, :width] = entropies
 
         self._forwards(role, samples, work, batches)
+        if batches is None:
+            all_sum_([log_probs, entropy])
         return log_probs, entropy
 
     def values(self, samples: Samples, batches: Sequence[Tensor] | None = None) -> Tensor:
@@ -234,6 +250,8 @@ class Sampler:
             values[rows, : part.response_mask.shape[1]] = state_values(self.model, part)
 
         self._forwards("critic", samples, work, batches)
+        if batches is None:
+            all_sum_([values])
         return values
 
     def reward_scores(self, samples: Samples, role: str = "reward") -> Tensor:
@@ -244,20 +262,23 @@ class Sampler:
             scores[rows] = self.model.scores(part.input_ids, part.attention_mask)
 
         self._forwards(role, samples, work)
+        all_sum_([scores])
         return scores
 
     @torch.no_grad()
     def text_loss(self, role: str, texts: list[list[int]]) -> float:
         """A role's mean negative log-likelihood in nats per token of texts (token ids), the first tokens aside."""
+        own = texts[share(len(texts))]
         losses: list[tuple[float, int]] = []  # of each batch its sum, and its tokens
 
         def work(rows: Tensor) -> None:
-            loss, tokens = text_loss(self.model, [texts[row] for row in rows.tolist()])
+            loss, tokens = text_loss(self.model, [own[row] for row in rows.tolist()])
             losses.append((loss.item(), tokens))
 
         with self.model.role(role), self.autocast():
-            self.in_batches(torch.tensor([len(text) for text in texts]), work, TOKENS_AT_ONCE)
-        return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
+            self.in_batches(torch.tensor([len(text) for text in own]), work, TOKENS_AT_ONCE)
+        every = [loss for of_one in all_gather(losses) for loss in of_one]
+        return sum(loss for loss, _ in every) / sum(tokens for _, tokens in every)
 
     def texts(self, samples: Samples, conversational: bool) -> list[str]:
         """The responses as text: see `response_texts`."""

@@ -1,6 +1,8 @@
 """A run without variants: the run folder, the stages in order, skip and resume, progress and the final table."""
 
+import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from transformers import TrainerCallback
 
 from ..data.prepare import Prepared
 from ..data.tokens import writes_date
-from ..model.base import fingerprint, load_tokenizer
+from ..model.base import fingerprint, load_tokenizer, model_path
+from ..model.processes import broadcast, is_main, on_main
 from ..model.quiet import quiet_libraries
 from ..plan.fit import check_memory
 from ..recipe.overrides import replace, to_dict
@@ -51,7 +54,10 @@ def run_one(
     configs = check_recipe(recipe, run_dir)
     with writing_in(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        with held(run_dir, wait):
+        with held(run_dir, wait) if is_main() else nullcontext():
+            # Nobody goes on before the folder is the main process's and the base is built: transformers saves a model
+            # in the first process of a group only.
+            on_main(functools.partial(model_path, recipe.base))
             return _run_stages(recipe, run_dir, wanted, configs, force, callbacks)
 
 
@@ -74,19 +80,20 @@ def _run_stages(
         ahead = {*todo, *(("reward", "ppo") if rounds else ())}
         to_run = {stage: config for stage, config in configs.items() if stage in ahead}
         is_planned = check_memory(recipe, to_run, force, console)
-        recipe = dated(recipe, run_dir)
+        same_sizes(to_run)
+        recipe = on_main(functools.partial(dated, recipe, run_dir))
         tokenizer = load_tokenizer(recipe.base)
         base = fingerprint(recipe.base, tokenizer)
         run = ActiveRun(recipe, run_dir, configs, tokenizer, base, is_planned, tuple(callbacks), console)
         inputs = prepare_inputs(run, todo)
         prompts = fresh_prompts(run) if rounds else []
         # Not before: a recipe whose data were refused may be corrected and run in the same folder.
-        write_recipe(run_dir, recipe)
+        on_main(lambda: write_recipe(run_dir, recipe))
         for stage in todo:
             run.train(run.job(stage, *inputs[stage]), manifest)
         waiting = run_rounds(run, rounds, prompts)
-    summary = write_results(recipe, run_dir, manifest)
-    if recipe.artifacts and (todo or rounds):
+    summary = on_main(lambda: write_results(recipe, run_dir, manifest))
+    if recipe.artifacts and (todo or rounds) and is_main():
         tracking.upload_report(recipe, run_dir)
     if summary["models"]:
         console.print(table(summary))
@@ -94,6 +101,13 @@ def _run_stages(
     if waiting is not None:
         console.print(Text(waiting, style="bold"))
     return summary
+
+
+def same_sizes(configs: Configs) -> None:
+    """Let the sizes that a plan has chosen be alike in all processes, whatever memory each has found free."""
+    for config in configs.values():
+        for name in getattr(config, "chosen_sizes", {}):
+            setattr(config, name, broadcast(getattr(config, name)))
 
 
 def dated(recipe: Recipe, run_dir: Path) -> Recipe:

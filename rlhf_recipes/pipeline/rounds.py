@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from ..feedback.simulate import label_by_function
 from ..model.base import longest_row
 from ..model.memory import release
 from ..model.open import open_models
+from ..model.processes import on_main
 from ..recipe.lookup import is_function
 from ..recipe.values import PEOPLE, Recipe
 from ..records.files import read_rows, write_text
@@ -73,7 +75,7 @@ def run_rounds(run: ActiveRun, numbers: Sequence[int], prompts: Sequence[Prepare
         what to tell the people who have to label before the next round can go on; None where nothing is left to do.
     """
     for number in numbers:
-        if not collect_labels(run, number, prompts[number - 2]):
+        if not on_main(functools.partial(collect_labels, run, number, prompts[number - 2])):
             return labelling_instructions(run.run_dir, number)
         train_round(run, number)
     return None
@@ -83,7 +85,7 @@ def train_round(run: ActiveRun, number: int) -> None:
     """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
     folder = round_folder(run.run_dir, number)
     manifest = Manifest.read(folder)
-    write_recipe(folder, run.recipe)
+    on_main(lambda: write_recipe(folder, run.recipe))
     for stage in ("reward", "ppo"):
         if manifest.is_done(stage):
             continue

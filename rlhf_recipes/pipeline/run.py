@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from ..model.processes import count
 from ..recipe.values import Recipe
 from ..records.contents import Summary
 from ..stages.stop import StopInOrder
@@ -43,6 +44,8 @@ def run(
             is loaded; a stage that ran out of memory.
     """
     run_dir = Path(run_dir or Path("runs") / recipe.name.replace("_", "-"))
+    if recipe.variants and count() > 1:
+        raise ValueError(f"The variants of {recipe.name!r} share stages, and run in one process each: see --jobs.")
     if jobs != 1 and not recipe.variants:
         raise ValueError(f"Recipe {recipe.name!r} has no variants to run {jobs} of at once: leave out --jobs.")
     stop = StopInOrder(stop_at)

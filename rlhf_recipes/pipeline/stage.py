@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ..data.prepare import Prepared
 from ..model.memory import peak_memory_mib, release, reset_peak_memory, resident_mib
+from ..model.processes import all_gather, is_main, on_main
 from ..plan.fit import out_of_memory, plan_for_rows
 from ..plan.plan import StagePlan
 from ..recipe.values import Recipe
@@ -97,7 +98,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
     Raises ValueError, with what to change, where it runs out of memory.
     """
     record = manifest.begin(job.stage, job.data.report)
-    manifest.write(job.run_dir)
+    on_main(lambda: manifest.write(job.run_dir))  # all processes begin together
     job.folder.mkdir(parents=True, exist_ok=True)
     if sizes := getattr(job.config, "chosen_sizes", None):
         record["chosen_sizes"] = sizes
@@ -109,6 +110,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
     try:
         with _measured(record) as taken, job.tracked() as tracked:
             record["results"] = TRAIN[job.stage](tracked)
+            record["peak_memory_mib"] = max(record["peak_memory_mib"], *all_gather(round(peak_memory_mib(), 1)))
             tracked.conclude({**record["results"], **taken()})
         sync_all(job.folder, job.run_dir / METRICS, job.run_dir / SAMPLES)
         record["state"] = "done"
@@ -117,7 +119,8 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
             raise
         raise ValueError(out_of_memory(error, job, plan)) from error
     finally:
-        manifest.write(job.run_dir)
+        if is_main():
+            manifest.write(job.run_dir)
         release()
 
 

@@ -30,17 +30,17 @@ OWNED = {  # the runner sets it
     "eval_packing": "held-out rows are never packed, so that packing leaves heldout_loss comparable",
 }
 
-ONE_PROCESS = "a run is one process with one model on one device"
+WHOLE_MODEL = "each process has the whole model, and what they find is added up here; see --processes"
 UPLOAD = "nothing is uploaded during a run; upload a finished stage's folder with `hf upload`"
 TOKENIZED = "rows are tokenized before TRL sees them; map columns with {stage}.columns"
 NO_LOGITS = "evaluations here keep no logits"
 
 REFUSED = {  # in every stage that has it
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "local_rank"), ONE_PROCESS),
-    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), ONE_PROCESS),
-    **dict.fromkeys(("ddp_static_graph", "ddp_backend", "ddp_timeout"), ONE_PROCESS),
-    **dict.fromkeys(("average_tokens_across_devices", "eval_use_gather_object"), ONE_PROCESS),
-    **dict.fromkeys(("log_level_replica", "log_on_each_node", "save_on_each_node"), ONE_PROCESS),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "local_rank"), WHOLE_MODEL),
+    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), WHOLE_MODEL),
+    **dict.fromkeys(("ddp_static_graph", "ddp_backend", "ddp_timeout"), WHOLE_MODEL),
+    **dict.fromkeys(("average_tokens_across_devices", "eval_use_gather_object"), WHOLE_MODEL),
+    **dict.fromkeys(("log_level_replica", "log_on_each_node", "save_on_each_node"), WHOLE_MODEL),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), UPLOAD),
     **dict.fromkeys(("hub_always_push", "hub_revision"), UPLOAD),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "no trainer reads it; --stages chooses what runs"),

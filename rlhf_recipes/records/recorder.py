@@ -15,14 +15,15 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 class Recorder:
     """Appends a stage's rows to the files of its run folder, and hands them to the tracker."""
 
-    def __init__(self, run_dir: Path, stage: str, tracker: Tracker, step: int = 0) -> None:
+    def __init__(self, run_dir: Path, stage: str, tracker: Tracker, step: int = 0, writes: bool = True) -> None:
         """
         Args:
             step: the one that the stage goes on from. Rows that an earlier attempt wrote after it are dropped, because
                 they come again.
+            writes: False in a process for which another one writes.
         """
-        self.run_dir, self.stage, self.tracker = run_dir, stage, tracker
-        for name in (METRICS, SAMPLES):
+        self.run_dir, self.stage, self.tracker, self.writes = run_dir, stage, tracker, writes
+        for name in (METRICS, SAMPLES) if writes else ():
             drop_rows_to_come_again(run_dir / name, stage, step)
 
     def metrics(self, step: int, logs: Mapping[str, Any]) -> None:
@@ -37,6 +38,8 @@ class Recorder:
         self.tracker.table("completions", samples, step)
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        if not self.writes:
+            return
         with (self.run_dir / name).open("a") as stream:
             stream.writelines(json.dumps({"stage": self.stage, "step": step, **row}) + "\n" for row in rows)
 

@@ -5,6 +5,7 @@ options    arguments of our trainers beside TRL's
 configure  a recipe's settings as trainer configurations, checked
 inputs     a stage's data, and what it takes beside it
 callbacks  what watches a trainer
+shares     what makes several processes train as one
 stop       what ends it in good order
 scores     what the reward of PPO is made of
 compare    the models sampled on held-out prompts and scored

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..model.backends import check_backend
 from ..model.base import device, precision
+from ..model.processes import count
 from ..recipe.overrides import check_args, suggestion
 from ..recipe.values import STAGES, Recipe
 from .options import DPOConfig, PPOConfig, RewardConfig, SFTConfig
@@ -37,6 +38,7 @@ def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
         check_args(stage, getattr(recipe, stage), CONFIGS[stage])
         configs[stage] = stage_config(recipe, stage, run_dir)
         check_order(stage, configs[stage])
+        check_shares(stage, configs[stage])
     if recipe.sft is not None and configs["sft"].packing and configs["sft"].max_length is None:
         raise ValueError("sft.packing fills rows of sft.max_length tokens: set that.")
     if recipe.ppo is not None:
@@ -51,6 +53,22 @@ def check_order(stage: str, config: TrainingArguments) -> None:
         raise ValueError(
             f"{stage}.train_sampling_strategy={strategy} orders rows by a length, which only sft's and reward's have: "
             "set random or sequential."
+        )
+
+
+def check_shares(stage: str, config: Any) -> None:
+    """Raises ValueError for settings of a stage of which several processes could not take equal shares."""
+    processes = count()
+    key = "mini_batch_size" if stage == "ppo" else "per_device_train_batch_size"
+    size = getattr(config, key)
+    if size % processes:
+        below, above = size - size % processes, size + processes - size % processes
+        sizes = f"{above} or a multiple of {processes}" if below == 0 else f"{below} or {above}"
+        raise ValueError(f"{stage}.{key}={size} is of the whole run, and {processes} processes share it: set {sizes}.")
+    backend = getattr(config, "generation_backend", "native")
+    if processes > 1 and backend not in ("native", "eager"):
+        raise ValueError(
+            f"ppo.generation_backend={backend} samples in one process only, not in {processes}: set native."
         )
 
 

@@ -11,7 +11,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel, TaskType
 
-from ..model.base import check_fingerprint, load_base, write_fingerprint
+from ..model.base import check_fingerprint, load_base
 from ..model.memory import release
 from ..model.sampler import Sampler
 from ..model.shared import SharedBase, lora_config
@@ -23,11 +23,12 @@ from .job import Job
 from .options import PPOConfig
 from .reward.adapters import PROBES, add_reward_roles, judge_folder, member_folders
 from .scores import ROLE, Rewards, resolve_rewards
+from .shares import SharesBatches
 
 MODELS = {"base": "base", "reference": "sft", "policy": "dpo"}
 
 
-class DPOTrainer(trl.DPOTrainer):
+class DPOTrainer(SharesBatches, trl.DPOTrainer):
     """TRL's trainer on rows that are tokenized already (columns prompt_ids, chosen_ids, rejected_ids)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,9 +63,7 @@ def train_dpo(job: Job) -> StageResults:
     metrics = trainer.evaluate(job.reported)
     model = trainer.model
     assert isinstance(model, PeftModel)
-    model.save_pretrained(str(job.folder), selected_adapters=["default"])
-    job.tokenizer.save_pretrained(job.folder)
-    write_fingerprint(job.folder, job.fingerprint)
+    job.save(model, selected_adapters=["default"])
     step = trainer.state.global_step
     # Whoever holds the trainer holds its base, beside the one that is loaded now.
     del trainer, model

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from ..data.prepare import Prepared
 from ..data.split import halve
+from ..model.base import write_fingerprint
+from ..model.processes import is_main, on_main
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
@@ -23,6 +26,7 @@ from ..records.tracking import Session, Tracker
 from .callbacks import Progress, RecordLogs, StartOnce
 from .float16 import CountSkippedSteps, scale_losses
 from .nonfinite import LeaveOutNonFinite
+from .shares import StopTogether
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,8 @@ class Job:
         Args:
             beside: the stage's own run stays open, as it does while a further reward adapter is trained.
         """
-        recipe = self.recipe
-        run_id, goes_on = tracking.session_id(self.folder, recipe.tracker, resumed=self.step is not None)
+        recipe, tracker = self.recipe, self.recipe.tracker if is_main() else "none"
+        run_id, goes_on = tracking.session_id(self.folder, tracker, resumed=self.step is not None)
         session = Session(
             run_dir=self.run_dir,
             group=self.root.name,
@@ -126,8 +130,8 @@ class Job:
             step=self.step if goes_on else None,
             beside=beside,
         )
-        with tracking.tracked_run(recipe.tracker, session) as tracker:
-            yield dataclasses.replace(self, tracker=tracker)
+        with tracking.tracked_run(tracker, session) as run:
+            yield dataclasses.replace(self, tracker=run)
 
     def conclude(self, results: Mapping[str, Any]) -> None:
         """Give the tracker the stage's results and, where the recipe asks for it, its adapters."""
@@ -144,7 +148,7 @@ class Job:
         Rows that an earlier attempt wrote after the checkpoint are dropped: they come again.
         """
         assert self.tracker is not None
-        recorder = Recorder(self.run_dir, self.stage, self.tracker, self.step or 0)
+        recorder = Recorder(self.run_dir, self.stage, self.tracker, self.step or 0, writes=is_main())
         trainer.remove_callback(PrinterCallback)
         if trainer.args.fp16:
             trainer.add_callback(CountSkippedSteps(trainer.accelerator))
@@ -153,13 +157,28 @@ class Job:
         trainer.add_callback(StartOnce())
         trainer.add_callback(RecordLogs(recorder))
         trainer.add_callback(Progress(self.stage))
-        for callback in self.callbacks:
+        for callback in (*self.callbacks, StopTogether()):
             trainer.add_callback(callback)
         return recorder
+
+    def save(self, model: PeftModel, **options: Any) -> None:
+        """Write a trained adapter into the stage's folder, with its tokenizer and its base's fingerprint.
+
+        `options` are of PEFT's `save_pretrained`.
+        """
+
+        def write() -> None:
+            model.save_pretrained(str(self.folder), **options)
+            self.tokenizer.save_pretrained(self.folder)
+            write_fingerprint(self.folder, self.fingerprint)
+
+        on_main(write)
 
     def train(self, trainer: Trainer) -> None:
         """Train from the stage's last checkpoint, if there is one, to the end."""
         scale_losses(trainer.accelerator)
+        if not is_main():
+            trainer.args.save_total_limit = None  # the main process deletes old checkpoints
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 # TRL makes the adapters of a quantized base bfloat16, where a step of 1e-5 on a weight is lost.

@@ -185,6 +185,11 @@ class PPOConfig(TrainingArguments):
     reward_weights: list[float] | None = _option(  # noqa: RUF009
         None, "Weights of the sources in `reward_funcs`, in their order; None: all 1. [TRL]"
     )
+    whole_rollout_rewards: bool = _option(
+        False,
+        "Of several processes, let one ask the reward functions about the whole rollout; off: each asks about its own "
+        "rows.",
+    )
     ensemble_aggregation: Literal["mean", "worst_case", "uncertainty"] = _option(
         "mean",
         "How the scores of an ensemble of reward adapters become one: their mean; their minimum (worst_case); or their "

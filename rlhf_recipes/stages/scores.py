@@ -17,6 +17,7 @@ from trl.trainer.utils import get_callable_name
 from ..data.tokens import render, set_today, spelled_out
 from ..model.base import device, precision
 from ..model.batches import TOKENS_AT_ONCE, Batches
+from ..model.processes import all_sum_, on_main, share
 from ..model.sampler import Sampler, Samples
 from ..recipe.lookup import function, is_function
 from ..recipe.values import Base
@@ -132,10 +133,16 @@ class Rewards:
         return torch.stack([self.weights[name] * of_source for name, of_source in scores.items()]).sum(0)
 
     def function_scores(self, reward_func: RewardFunc, rows: list[Row], samples: Samples) -> Tensor:
-        """A reward function's scores (B,) of the samples."""
+        """A reward function's scores (B,) of the samples. See `whole_rollout_rewards`."""
         texts = self.sampler.texts(samples, is_conversational({"prompt": rows[0]["prompt"]}))
-        scores = call_reward_func(reward_func, rows, samples.responses(), texts, self.state())
-        return scores.to(samples.input_ids.device)
+        ids, device = samples.responses(), samples.input_ids.device
+        if self.config.whole_rollout_rewards:
+            return on_main(lambda: call_reward_func(reward_func, rows, ids, texts, self.state())).to(device)
+        own, scores = share(len(rows)), torch.zeros(len(rows), device=device)
+        if rows[own]:
+            scores[own] = call_reward_func(reward_func, rows[own], ids[own], texts[own], self.state()).to(device)
+        all_sum_([scores])
+        return scores
 
     def state_dict(self) -> dict[str, Any]:
         """What normalisation has seen, as plain JSON values."""

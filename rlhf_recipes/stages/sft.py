@@ -7,14 +7,15 @@ import trl
 from datasets import Dataset
 from peft import PeftModel, TaskType, get_peft_model_state_dict
 
-from ..model.base import load_base, write_fingerprint
+from ..model.base import load_base
 from ..model.shared import lora_config, set_adapter
 from ..records.contents import StageResults
 from .job import Job
 from .options import SFTConfig
+from .shares import SharesBatches
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(SharesBatches, trl.SFTTrainer):
     """TRL's trainer on rows that are tokenized already (columns input_ids, labels).
 
     With `packing` a row holds several of them, which do not attend to each other: their positions begin anew.
@@ -50,7 +51,5 @@ def train_sft(job: Job) -> StageResults:
     job.watch(trainer)
     job.train(trainer)
     metrics = trainer.evaluate(job.reported)
-    trainer.model.save_pretrained(str(job.folder))
-    job.tokenizer.save_pretrained(job.folder)
-    write_fingerprint(job.folder, job.fingerprint)
+    job.save(trainer.model)
     return {"heldout_loss": metrics["eval_loss"], "heldout_token_accuracy": metrics["eval_mean_token_accuracy"]}

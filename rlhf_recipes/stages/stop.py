@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..model.processes import broadcast, count, is_main
+
 BY_THE_CLOCK = 128 + signal.SIGTERM  # the exit code, as if the clock had sent that signal
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was stopped
 
@@ -41,11 +43,16 @@ class StopInOrder(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """A block in which it hears signals. Python gives those to the main thread alone: elsewhere it hears none."""
+        """A block in which it hears signals. Python gives those to the main thread alone: elsewhere it hears none.
+
+        Of several processes the main one hears SIGINT for all, and SIGTERM is how the launcher ends them at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = self._hear if is_main() else signal.SIG_IGN
+        numbers = (signal.SIGINT, signal.SIGTERM) if count() == 1 else (signal.SIGINT,)
+        before = {number: signal.signal(number, heard) for number in numbers}
         try:
             yield
         finally:
@@ -59,9 +66,10 @@ class StopInOrder(TrainerCallback):
         print("\nstopping when this step is done and saved; once more stops at once", file=sys.stderr, flush=True)
 
     def _is_asked(self) -> bool:
-        """Whether it is to stop now."""
+        """Whether it is to stop now: in all processes where the main one is."""
         if self.code is None and self.at is not None and datetime.now().timestamp() >= self.at:
             self.code = BY_THE_CLOCK
+        self.code = broadcast(self.code)
         return self.code is not None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -176,7 +176,7 @@ class Config:
         ({"learning_rate": "fast"}, "sft.learning_rate must be float, not 'fast'"),
         ({"loss_weights": 3}, "sft.loss_weights must be"),
         ({"output_dir": "x"}, "sft.output_dir is set by the runner"),
-        ({"fsdp": True}, "sft.fsdp cannot be set: a run is one process"),
+        ({"fsdp": True}, "sft.fsdp cannot be set: each process has the whole model"),
         ({"packing_strategy": "wrapped"}, "sft.packing_strategy cannot be set: packing keeps rows whole"),
     ],
 )

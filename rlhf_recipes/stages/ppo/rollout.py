@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...model.processes import count, rank
 from ...model.sampler import Samples
 from ..options import PPOConfig
 
@@ -29,6 +30,7 @@ class Rollout(Samples):
     passes: tuple[MiniBatches, ...] = ()  # of each of the update's passes; none yet, or of some rows of a rollout
     micro_batch_size: int = 0  # rows of the forwards that log-probabilities and values are from
     fresh: bool = True  # no optimizer step has been taken since
+    is_scored: bool = False  # in all rows: before, in those of this process
 
     @property
     def mean_kl(self) -> float:
@@ -52,3 +54,8 @@ def draw_passes(samples: Samples, config: PPOConfig) -> tuple[MiniBatches, ...]:
     if config.num_mini_batches == 1:
         return (one_pass(),) * config.num_ppo_epochs
     return tuple(one_pass() for _ in range(config.num_ppo_epochs))
+
+
+def micro_batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """This process's share of a mini-batch (b,), of its short rows and of its long ones, in parts of up to `size`."""
+    return rows[rank() :: count()].split(size)

@@ -5,6 +5,7 @@ from typing import Any, cast
 from transformers import TrainerCallback
 
 from ...model.base import load_base
+from ...model.processes import on_main
 from ...model.shared import SharedBase
 from ...recipe.lookup import function
 from ...records.contents import Sample, StageResults
@@ -50,10 +51,14 @@ def train_ppo(job: Job) -> StageResults:
     recorder = job.watch(trainer)
     trainer.add_callback(RecordSamples(trainer, recorder))
     job.train(trainer)
-    for role in trainer.trained:
-        folder = job.folder / role
-        shared.save_role(trainer.result if role == "policy" else role, folder)
-        job.tokenizer.save_pretrained(folder)
+
+    def save() -> None:
+        for role in trainer.trained:
+            folder = job.folder / role
+            shared.save_role(trainer.result if role == "policy" else role, folder)
+            job.tokenizer.save_pretrained(folder)
+
+    on_main(save)
     models = {"base": "base", "reference": "sft", trainer.result: "ppo"}
     if trainer.choice():
         trainer.evaluator.seed += 1  # neither the prompts nor the random numbers by which the policy was chosen

@@ -4,6 +4,9 @@ One step of the Trainer is one PPO update: a rollout, then `num_ppo_epochs` pass
 over it. Logging, evaluation, checkpoints and the learning-rate schedule count updates, so a checkpoint always lies on a
 rollout boundary.
 
+Of several processes each samples, scores and trains on its share of the rows, and has the whole rollout in between. All
+draw the same random numbers and take the same steps, along the sum of their gradients.
+
 B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 """
 
@@ -23,25 +26,28 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import identity
 
 from ...data.prepare import Prepared
 from ...model.backends import make_backend
 from ...model.memory import halved, peak_memory_mib, ran_out
+from ...model.processes import all_gather, all_sum_, count, rank, same_random_numbers, take_summed
 from ...model.sampler import Sampler, state_values, text_loss
 from ...model.shared import SharedBase
 from ...records.contents import Sample
 from ..callbacks import StartOnce
 from ..compare import Evaluator, held_out_texts, quality
+from ..configure import check_shares
 from ..float16 import SKIPPED, check_scale, scale_losses
 from ..nonfinite import NonFinite
 from ..options import PPOConfig
 from ..scores import ROLE, RewardFunc, Rewards, resolve_rewards
+from ..shares import WritesOnce
 from . import objectives
 from .metrics import Metrics, rollout_metrics
 from .roles import copies
-from .rollout import Rollout, draw_passes
+from .rollout import Rollout, draw_passes, micro_batches
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +81,7 @@ def counted_in_rollouts(args: PPOConfig) -> PPOConfig:
     return counted
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(WritesOnce):
     """PPO of the `policy` role against the `reference` role, with the values of the `critic` role or without any."""
 
     model: SharedBase
@@ -176,6 +182,7 @@ class PPOTrainer(Trainer):
         """One PPO update, from the prompts in `inputs` to the last optimizer step, whose loss it returns."""
         start = time.perf_counter()
         self.model.train()
+        same_random_numbers()
         # The Trainer will take a step after the update, along no gradients, which a scaler does not forgive.
         self.optimizer.scaler = None
         # 1. Rollout: the policy answers each prompt, and every role says what it makes of the answers.
@@ -220,6 +227,7 @@ class PPOTrainer(Trainer):
         with self.phase("score"):
             raw, logs = self.rewards.raw(rows, samples)
             self.metrics.add(logs)
+            same_random_numbers()
             zeros = functools.partial(torch.zeros, samples.response_mask.shape, device=self.model.device)  # (B, T)
             rollout = Rollout(
                 **vars(samples),
@@ -231,17 +239,19 @@ class PPOTrainer(Trainer):
                 passes=draw_passes(samples, self.config),
             )
             self.with_less_memory(lambda: self.score(rollout))
+            self.share_scores(rollout)
             return rollout
 
     def score(self, rollout: Rollout) -> None:
-        """What policy, reference and critic make of a rollout, from the micro-batches of the update's first pass.
+        """What the roles make of this process's rows of a rollout, from the micro-batches of the update's first pass.
 
         In 16 bits a row's rounding depends on the rows beside it, by as much as an update moves the policy. Scored in
         the same micro-batches a row's ratio is 1 to the bit before the first step (RLinf found the same, its pull
         request 1534).
         """
         rollout.micro_batch_size = self.micro_batch_size
-        batches = [micro for rows in rollout.passes[0] for micro in rows.split(self.micro_batch_size)]
+        batches = [micro for rows in rollout.passes[0] for micro in micro_batches(rows, self.micro_batch_size)]
+        rollout.log_probs, rollout.entropy = torch.zeros(2, *rollout.response_mask.shape, device=self.model.device)
         rollout.ref_log_probs = self.sampler.log_probs("reference", rollout, batches=batches)[0]
         if self.config.has_critic:
             rollout.values = self.sampler.values(rollout, batches)
@@ -250,6 +260,12 @@ class PPOTrainer(Trainer):
             self.kept = batches[0], self.recorded_forward(rollout, batches[0])
         elif self.config.scores_policy:
             rollout.log_probs, rollout.entropy = self.sampler.log_probs("policy", rollout, True, batches)
+
+    def share_scores(self, rollout: Rollout) -> None:
+        """Add to a rollout what `score` has found of the other processes' rows."""
+        rollout.is_scored = True
+        scores = (rollout.log_probs, rollout.ref_log_probs, rollout.entropy, rollout.values)
+        all_sum_([of_all for of_all in scores if of_all is not None])
 
     def recorded_forward(self, rollout: Rollout, rows: Tensor) -> Tensor:
         """The policy's log-probabilities (b, t) of some rows, with their graph, which become those of the rollout."""
@@ -270,8 +286,9 @@ class PPOTrainer(Trainer):
 
         It is what the passes after the first see beside the policy's own moves; measured on the second's.
         """
-        batches = [micro for rows in rollout.passes[1] for micro in rows.split(self.micro_batch_size)]
+        batches = [micro for rows in rollout.passes[1] for micro in micro_batches(rows, self.micro_batch_size)]
         again, _ = self.sampler.log_probs("policy", rollout, batches=batches)
+        all_sum_([again])
         return (again - rollout.log_probs)[rollout.response_mask].std(correction=0).item()
 
     def advantages(self, rollout: Rollout) -> Rollout:
@@ -330,16 +347,15 @@ class PPOTrainer(Trainer):
         The two never share a graph, because a backward must run under the role of its forward. Returns the loss, the
         policy's and `vf_coef` times the critic's, without the language-model loss of `ptx`.
         """
-        loss, logged = 0.0, {}
+        logged: dict[str, float] = {}
         roles = self.trained[1:] if self.warming_up else self.trained
         for role in roles:
             with self.phase(f"update_{role}"), self.model.role(role):
-                averages = self.backward(role, rollout, rows)
-            policy = role == "policy"
-            loss += averages["loss/policy_avg"] if policy else self.config.vf_coef * averages["loss/value_avg"]
-            if averages.get(EXACT):
-                self.warn_inexact(averages[EXACT])
-            logged |= averages
+                logged |= self.backward(role, rollout, rows)
+        logged = self.summed(logged, roles)
+        loss = logged.get("loss/policy_avg", 0.0) + self.config.vf_coef * logged.get("loss/value_avg", 0.0)
+        if logged.get(EXACT):
+            self.warn_inexact(logged[EXACT])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
         self.scaler.unscale_(optimizer)  # once, though each role's gradients are clipped by themselves
         for role in roles:
@@ -365,6 +381,17 @@ class PPOTrainer(Trainer):
         self.metrics.add({name: value for name, value in logged.items() if math.isfinite(value)})
         return loss if math.isfinite(loss) else 0.0
 
+    def summed(self, averages: dict[str, float], roles: Sequence[str]) -> dict[str, float]:
+        """The whole mini-batch's gradients of roles, and its averages, from each process's share of them."""
+        if count() == 1:
+            return averages
+        gradients = [p.grad for role in roles for p in self.model.parameters_of(role) if p.grad is not None]
+        names = [name for name in averages if name != EXACT]
+        shares = torch.tensor([averages[name] for name in names], device=self.model.device)
+        all_sum_([*gradients, shares])
+        found = dict(zip(names, shares.tolist(), strict=True))
+        return found | ({EXACT: max(all_gather(averages[EXACT]))} if EXACT in averages else {})
+
     @property
     def warming_up(self) -> bool:
         """Whether only the critic learns in this update."""
@@ -385,7 +412,8 @@ class PPOTrainer(Trainer):
                 parameter.grad = None
             if rollout.fresh and rollout.micro_batch_size != self.micro_batch_size:
                 self.score(rollout)  # anew, from the micro-batches that there are now
-            for micro in rows.split(self.micro_batch_size):
+                rollout.is_scored = False
+            for micro in micro_batches(rows, self.micro_batch_size):
                 loss, shares = loss_of(rollout, micro, tokens)
                 self.accelerator.backward(loss)
                 for name, share in shares.items():
@@ -395,18 +423,23 @@ class PPOTrainer(Trainer):
                 averages["loss/ptx_avg"] = self.ptx_backward(texts)
 
         self.with_less_memory(work)
+        if not rollout.is_scored:
+            self.share_scores(rollout)
+        elif role == "policy" and not self.config.scores_policy:
+            all_sum_([rollout.log_probs, rollout.entropy])
         return averages
 
     def with_less_memory(self, work: Callable[[], None]) -> None:
         """Do the work; where memory runs out and a size is `auto`, again with less.
 
         Layers are checkpointed first, half of those that are not yet, for that moves no row to another micro-batch;
-        then micro-batches have half the rows.
+        then micro-batches have half the rows. All processes begin again where one has run out: nothing in the work may
+        wait for another process.
         """
         sizes = self.config.auto_sizes & {"gradient_checkpointing", "per_device_train_batch_size"}
         if not sizes:
             return work()
-        while ran_out(work):
+        while any(all_gather(ran_out(work))):
             layers, first = len(self.model.checkpointable), self.checkpointed_layers
             if "gradient_checkpointing" in sizes and first < layers:
                 self.model.checkpointed = layers - (layers - first) // 2
@@ -414,8 +447,9 @@ class PPOTrainer(Trainer):
                 kwargs = self.args.gradient_checkpointing_kwargs
                 self.model.activation_checkpointing_enable(kwargs if isinstance(kwargs, dict) else None)
             elif "per_device_train_batch_size" in sizes:
-                size = min(self.micro_batch_size, self.config.mini_batch_size or math.inf)
-                self.micro_batch_size = halved(int(size), "per_device_train_batch_size")
+                assert self.config.mini_batch_size is not None
+                size = min(self.micro_batch_size, self.config.mini_batch_size // count())
+                self.micro_batch_size = halved(size, "per_device_train_batch_size")
             else:
                 raise torch.OutOfMemoryError("out of memory, with all layers checkpointed.")
 
@@ -473,9 +507,10 @@ class PPOTrainer(Trainer):
     def ptx_backward(self, texts: list[list[int]]) -> float:
         """Backward of `ptx_coef` times the mean loss per token of texts (InstructGPT, equation 2).
 
-        Returns that mean, in nats.
+        Returns that mean, in nats, or this process's share of it.
         """
         tokens, total = sum(len(text) - 1 for text in texts), 0.0
+        texts = texts[rank() :: count()]
         for start in range(0, len(texts), self.micro_batch_size):
             with self.accelerator.autocast():
                 loss, _ = text_loss(self.model, texts[start : start + self.micro_batch_size])
@@ -532,7 +567,9 @@ class PPOTrainer(Trainer):
         if "loss" in logs:  # the log of a training step; evaluation and the end of training log what they were given
             logs |= self.metrics.flush()
             logs["episode"] = self.state.global_step * self.config.rollout_size
-            logs["memory/peak_mib"] = peak_memory_mib()
+            logs["memory/peak_mib"] = max(all_gather(peak_memory_mib()))
+            if count() > 1:
+                logs["processes/summed_mib"] = take_summed() / 2**20
             if self.scaler.is_enabled() or self.config.on_nonfinite == "skip":
                 logs[SKIPPED], self.skipped = self.skipped, 0
             if self.config.auto_sizes:
@@ -603,9 +640,11 @@ def check_fit(config: PPOConfig, prompts: int, has_texts: bool) -> None:
     """Raises ValueError where the configuration does not fit the processes, the number of prompts or the texts."""
     if config.world_size > 1 or config.n_gpu > 1:
         raise ValueError(
-            f"PPOTrainer runs in one process on one GPU, not {max(config.world_size, config.n_gpu)}. "
-            "Start it without torchrun or accelerate launch, with CUDA_VISIBLE_DEVICES=0."
+            f"PPOTrainer wants a process for each GPU, and none of accelerate's: there are "
+            f"{max(config.world_size, config.n_gpu)}. Set CUDA_VISIBLE_DEVICES=0 for one process. For several, start "
+            "`rlhf-recipes run --processes`, or call rlhf_recipes.join() before PPOConfig(...) in what torchrun starts."
         )
+    check_shares("ppo", config)
     if prompts < config.rollout_prompts:
         raise ValueError(
             f"ppo.data has {prompts} prompts to train on, fewer than one rollout's {config.rollout_prompts} "

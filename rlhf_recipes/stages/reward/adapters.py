@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...data.prepare import Prepared
 from ...model.batches import TOKENS_AT_ONCE, Batches
+from ...model.processes import on_main
 from ...model.sampler import autocast_of, pad_right
 from ...model.shared import BIAS, SharedBase
 from ...records.files import write_json
@@ -62,7 +63,8 @@ def set_bias(shared: SharedBase, folder: Path, role: str, demonstrations: Prepar
     shared.biases[role] = 0.0  # a stage that was killed here has written one, and must find the same again
     scores = score_rows(shared, whole, role).tolist()
     shared.biases[role] = -sum(scores) / len(scores)
-    (folder / BIAS).write_text(json.dumps({"bias": shared.biases[role], "demonstrations": len(scores)}) + "\n")
+    found = {"bias": shared.biases[role], "demonstrations": len(scores)}
+    on_main(lambda: (folder / BIAS).write_text(json.dumps(found) + "\n"))
     return scores
 
 

@@ -9,6 +9,7 @@ N held-out rows; K responses to each, or to the row that has most; R responses i
 import dataclasses
 import json
 from contextlib import nullcontext
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from ...data.split import set_aside
-from ...model.base import check_fingerprint, load_base, write_fingerprint
+from ...model.base import check_fingerprint, load_base
 from ...model.memory import release
+from ...model.processes import on_main
 from ...model.shared import HEAD, SharedBase, lora_config, set_adapter
 from ...records.contents import Fingerprint, StageResults
 from ...records.files import Row
@@ -91,10 +93,8 @@ def train_member(job: Job) -> None:
     job.watch(trainer)
     job.train(trainer)
     trainer.evaluate()
-    model.save_pretrained(str(job.folder))
-    job.tokenizer.save_pretrained(job.folder)
-    write_fingerprint(job.folder, job.fingerprint)
-    write_scores(trainer, job)
+    job.save(model)
+    on_main(lambda: write_scores(trainer, job))
 
 
 def start_from_sft(model: PeftModel, folder: Path, fingerprint: Fingerprint) -> None:
@@ -137,7 +137,8 @@ def evaluate_adapters(job: Job) -> StageResults:
             # A score must not depend on what it is computed beside: in training its row's other responses, here others.
             swapped = fold(score_rows(shared, sample[::-1], role).flip(0), ranking[:SWAPPED])
             pairs = comparisons(heldout, ranking, scores, swapped, token_scores(job.data.train, heldout))
-            results["card"] = write_card(folder, pairs, demonstrations, count_pairs(job.data.train))
+            train_pairs = count_pairs(job.data.train)
+            results["card"] = on_main(partial(write_card, folder, pairs, demonstrations, train_pairs))
     if JUDGE in accuracies:
         results["judge_accuracy"] = accuracies.pop(JUDGE)
     return {"heldout_accuracy": accuracies["reward"], "members_accuracy": list(accuracies.values()), **results}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from trl.trainer.utils import pad
 
+from ..shares import SHARE, SharesBatches
 from .loss import fold, ranking_loss, stack_preferences, stack_rankings, untied
 
 
@@ -47,7 +48,7 @@ class RankingCollator:
         }
 
 
-class RewardTrainer(trl.RewardTrainer):
+class RewardTrainer(SharesBatches, trl.RewardTrainer):
     """TRL's RewardTrainer for rows that `prepare` made: `responses_ids` and `ranking`, perhaps ties and weights."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -90,16 +91,17 @@ class RewardTrainer(trl.RewardTrainer):
         center = self.args.center_rewards_coefficient or 0.0
         soft = inputs.get("preferences")
         losses = ranking_loss(scores, ranking, inputs.get("margin"), self.args.label_smoothing, center, soft)  # (B,)
-        loss = (losses * inputs.get("weight", 1.0)).mean()
-        self._record(outputs.logits.detach(), scores.detach(), ranking, int(mask.sum()))
+        loss = (losses * inputs.get("weight", 1.0)).mean() * inputs.get(SHARE, 1.0)
+        self._record(outputs.logits.detach(), scores.detach(), ranking, mask.sum())
         return (loss, outputs) if return_outputs else loss
 
-    def _record(self, logits: Tensor, scores: Tensor, ranking: Tensor, tokens: int) -> None:
+    def _record(self, logits: Tensor, scores: Tensor, ranking: Tensor, tokens: Tensor) -> None:
         """TRL's metrics, with accuracy and margin over the untied pairs. `logits` (R, 1), the others (B, K)."""
         mode = "train" if self.model.training else "eval"
-        self._total_train_tokens += tokens if mode == "train" else 0
+        gather: Any = self.accelerator.gather
+        self._total_train_tokens += int(gather(tokens).sum()) if mode == "train" else 0
         row, better, worse = untied(ranking)
-        differences = scores[row, better] - scores[row, worse]  # (M,)
+        differences, logits = gather(scores[row, better] - scores[row, worse]), gather(logits)  # (M,), (R, 1)
         values = {"min_reward": logits.min(), "mean_reward": logits.mean(), "max_reward": logits.max()}
         values |= {"accuracy": (differences > 0).float().mean(), "margin": differences.mean()}
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]

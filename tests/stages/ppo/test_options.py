@@ -218,9 +218,9 @@ def test_fewer_prompts_than_one_rollout_are_refused(make: Make) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("processes", "gpus"), [(2, 1), (1, 2)])
-def test_more_than_one_process_or_gpu_is_refused(processes: int, gpus: int) -> None:
+def test_processes_of_accelerate_and_a_second_gpu_are_refused(processes: int, gpus: int) -> None:
     config: Any = SimpleNamespace(world_size=processes, n_gpu=gpus)
-    with pytest.raises(ValueError, match="PPOTrainer runs in one process on one GPU, not 2"):
+    with pytest.raises(ValueError, match="a process for each GPU, and none of accelerate's: there are 2"):
         check_fit(config, prompts=8, has_texts=False)
 
 
@@ -236,4 +236,4 @@ def test_two_processes_are_refused(tmp_path: Path) -> None:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "ValueError: PPOTrainer runs in one process on one GPU, not 2." in done.stderr
+    assert "ValueError: PPOTrainer wants a process for each GPU, and none of accelerate's: there are 2." in done.stderr

@@ -1,0 +1,107 @@
+"""What the stages' trainers need so that several processes train as one does.
+
+transformers' and TRL's trainers believe that they are alone (see `model.processes`): every process goes through the
+whole run's batches in one order, and its optimizer takes the same steps.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from ..model.processes import all_gather, all_sum_, broadcast, count, is_main, rank
+
+SHARE = "share"  # in a batch: which part of the whole batch's rows it has
+
+
+class WritesOnce(Trainer):
+    """A Trainer whose main process writes the checkpoints; any number of processes can go on from one."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if is_main():
+            super()._save_checkpoint(model, trial)
+        self.state.best_model_checkpoint = broadcast(self.state.best_model_checkpoint)
+
+
+class SharesBatches(WritesOnce):
+    """A Trainer of which each process trains on its share of a batch's rows, and steps along the sum of all gradients.
+
+    Held-out rows are few, and each process evaluates all of them.
+    """
+
+    def get_train_dataloader(self) -> DataLoader:
+        whole = self.data_collator
+        self.data_collator = functools.partial(collate_share, whole)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """The tokens of all processes: by them a share's loss is divided, so that the shares add up to the mean."""
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if torch.is_tensor(items):
+            all_sum_([items])
+        return items
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss of a share of a batch, which is a sum over tokens, or a mean over rows that counts for less."""
+        share = inputs.pop(SHARE, 1.0)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss * share if num_items_in_batch is None and not return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        with gathering(self.accelerator, has_rows=bool(inputs.get(SHARE, 1.0))):
+            loss = super().training_step(model, inputs, num_items_in_batch).clone()
+        if self.accelerator.sync_gradients:
+            all_sum_([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        all_sum_([loss])
+        return loss
+
+
+def collate_share(collate: Callable[[list], dict[str, Any]], rows: list) -> dict[str, Any]:
+    """A batch of this process's share of the rows; where it has none, of a row that weighs nothing."""
+    if count() == 1:
+        return collate(rows)
+    own = rows[rank() :: count()]
+    batch = collate(own or rows[:1])
+    if not own and "labels" in batch:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    return {**batch, SHARE: torch.tensor(len(own) / len(rows))}
+
+
+@contextmanager
+def gathering(accelerator: Any, has_rows: bool) -> Iterator[None]:
+    """A block in which TRL, where it gathers its metrics, finds those of all processes that have rows."""
+
+    def gather(value: Tensor) -> Tensor:
+        own = value.detach().cpu().reshape(-1, *value.shape[1:])
+        return torch.cat(all_gather(own if has_rows else own[:0])).to(value.device)
+
+    if count() > 1:
+        accelerator.gather = accelerator.gather_for_metrics = gather
+    try:
+        yield
+    finally:
+        if count() > 1:
+            del accelerator.gather, accelerator.gather_for_metrics
+
+
+class StopTogether(TrainerCallback):
+    """Lets all processes stop, log, evaluate and save where the main one does, whatever a clock or a card has said."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        vars(control).update(broadcast(vars(control)))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)
