@@ -161,7 +161,9 @@ def test_rows_of_like_length_are_trained_together_and_evaluated_in_their_order(f
     batches = [batch["attention_mask"].sum(1) for batch in trainer.get_train_dataloader()]
     spread = sum(int(lengths[0::2].max() - lengths[0::2].min()) for lengths in batches)  # of the chosen ones
     assert spread <= 30, "of 16 batches in a random order it is about 70"
-    evaluated = torch.cat([batch["attention_mask"].sum(1)[0::2] for batch in trainer.get_eval_dataloader(trainer.train_dataset)])
+    evaluated = torch.cat(
+        [batch["attention_mask"].sum(1)[0::2] for batch in trainer.get_eval_dataloader(trainer.train_dataset)]
+    )
     assert evaluated.tolist() == [len(row["responses_ids"][0]) for row in rows]
 
 
