@@ -357,8 +357,8 @@ def _table(stage: str, source: Source, rows: list[Row], seed: int, loss_on: Loss
         except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
             row = _first_alone(rows, column)
             where = source.data if row is None else f"{source.data}, row {row}"
-            what = f"the column {column!r} mixes types, or holds what no table can"
-            raise ValueError(f"{stage}.data: {where}: {what}: {error}") from error
+            what = "mixes types, or holds what no table can"
+            raise ValueError(f"{stage}.data: the column {column!r} of {where} {what}: {error}") from error
     return datasets.concatenate_datasets(tables, axis=1)
 
 

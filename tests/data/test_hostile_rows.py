@@ -66,7 +66,7 @@ def test_a_margin_that_is_no_number_is_a_bad_row(tmp_path: Path, margin: str) ->
 def test_a_cell_that_no_table_can_hold_is_named_with_its_row(tmp_path: Path, cell: Any) -> None:
     rows = [{"prompt": "a", "id": None}, {"prompt": "b", "id": cell}]
     data = written(tmp_path / "rows.jsonl", *map(json.dumps, rows))
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: the column 'id'"):
+    with pytest.raises(ValueError, match=r"the column 'id' of .*rows\.jsonl, row 2 mixes types"):
         prepared("ppo", data)
 
 

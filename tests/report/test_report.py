@@ -50,7 +50,13 @@ def write_run(
     recipe = recipe or replace(load("tiny"), tracker="none")
     (folder / "recipe.json").write_text(json.dumps(to_dict(recipe)))
     pairs = [
-        {"chosen_score": 1.0, "rejected_score": n % 4 - 1.5, "chosen_length": 5 + n % 3, "rejected_length": 5, "token_difference": 0.0}
+        {
+            "chosen_score": 1.0,
+            "rejected_score": n % 4 - 1.5,
+            "chosen_length": 5 + n % 3,
+            "rejected_length": 5,
+            "token_difference": 0.0,
+        }
         for n in range(40)
     ]
     card = measure(
