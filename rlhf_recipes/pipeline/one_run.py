@@ -16,15 +16,16 @@ from ..data.tokens import writes_date
 from ..model.base import fingerprint, load_tokenizer
 from ..model.quiet import quiet_libraries
 from ..plan.fit import check_memory
-from ..recipe.overrides import replace
+from ..recipe.overrides import replace, to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
 from ..records.contents import Summary
 from ..records.files import read_json, write_json, writing_in
-from ..records.folder import round_folder, write_recipe
+from ..records.folder import recipe_to_show, round_folder, write_recipe
 from ..records.lock import held
 from ..records.manifest import Manifest, open_run
 from ..records.summary import footnote, summarize, table
+from ..records.trust import remember_own
 from ..report.write import write_report
 from ..stages.configure import Configs, stages_of
 from ..stages.inputs import check_same_format, prepare_extras, prepare_stage
@@ -64,6 +65,8 @@ def _run_stages(
 ) -> Summary:
     """What `run_one` does in a folder that is its own."""
     manifest = open_run(recipe, run_dir, wanted)
+    if (run_dir / "recipe.json").is_file():  # it says what the user has just said himself
+        remember_own(run_dir, to_dict(recipe_to_show(run_dir)))
     todo = [stage for stage in wanted if not manifest.is_done(stage)]
     rounds = unfinished_rounds(recipe, run_dir) if "ppo" in wanted else []
     console, waiting = Console(), None

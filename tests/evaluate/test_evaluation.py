@@ -27,7 +27,7 @@ from rlhf_recipes.evaluate.plan import EvaluationSettings, plan_evaluation, unse
 from rlhf_recipes.evaluate.tables import evaluation_tables
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import SharedBase
-from rlhf_recipes.records.folder import model_names, recipe_to_show, write_recipe
+from rlhf_recipes.records.folder import model_names, read_recipe, recipe_to_show, write_recipe
 
 # --- Win rates by hand ------------------------------------------------------------------------------------------------
 
@@ -293,6 +293,16 @@ def test_a_second_judge_samples_nothing_and_the_first_stays(
     assert found["models"]["ppo"]["perplexity"] == evaluated["models"]["ppo"]["perplexity"]
     rows = [row for row in answers_of(copied) if row["model"] == "ppo"]
     assert [row["scores"][other] for row in rows] == ends_low([row["completion"] for row in rows])
+
+
+def test_a_moved_run_is_the_users_again_once_he_has_run_its_recipe_there(
+    recipe: Recipe, finished: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"names code or servers: gold="):
+        evaluate(moved)
+    run(recipe, moved)
+    assert read_recipe(moved) == read_recipe(finished)
 
 
 def test_a_judge_of_an_evaluation_json_is_neither_run_nor_asked(copied: Path, tmp_path: Path) -> None:
