@@ -126,7 +126,7 @@ def collect_labels(run: ActiveRun, number: int, prompts: Prepared) -> bool:
     sampled = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in read_rows(path)}
     if not sampled.issuperset(map(prompt_id, prompts.train["prompt"])):
         sample_policies(run, number, prompts, samples)
-    if not _have_labelled(recipe, samples, labels, recipe.seed + number):
+    if not have_labelled(recipe, samples, labels, recipe.seed + number):
         return False
     freeze_labels(labels, rounds.weigh_labelers)
     return True
@@ -182,7 +182,7 @@ def training_file(recipe: Recipe, run_dir: Path, number: int) -> Path:
     return labels.with_suffix(".weighted.jsonl") if recipe.rounds.weigh_labelers else labels
 
 
-def _have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bool:
+def have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bool:
     """Have the samples ranked by the recipe's labeler. Returns whether they are."""
     rounds = recipe.rounds
     assert rounds is not None

@@ -19,7 +19,7 @@ from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.feedback.rows import read_samples
 from rlhf_recipes.feedback.sample import SampleSettings, alike, prompts_to_rank, sample_responses
 from rlhf_recipes.pipeline.check import check_recipe
-from rlhf_recipes.pipeline.rounds import freeze_labels, training_file
+from rlhf_recipes.pipeline.rounds import freeze_labels, have_labelled, training_file
 from rlhf_recipes.pipeline.stage import run_stage
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, to_dict
 from rlhf_recipes.records.files import Journal, read_rows
@@ -318,6 +318,20 @@ def test_a_round_trains_on_the_labels_that_there_were(recipe: Recipe, tmp_path: 
     frozen = training_file(people, tmp_path, 2)
     assert [row["id"] for row in read(frozen)] == ["1", "2"] and all(("weight" in row) == weigh for row in read(frozen))
     assert training_file(people, tmp_path, 3).parent.parent.name == "round-3"
+
+
+def test_a_round_of_a_judge_stops_at_its_cost_and_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    samples, labels = tmp_path / "samples.jsonl", tmp_path / "labels.jsonl"
+    write(samples, [{"id": str(n), "prompt": "w4", "responses": ["w5", "w5 w6"]} for n in range(3)])
+    with Endpoint(longer) as endpoint:
+        judged = replace(recipe, rounds={"labeler": endpoint.url, "price_out": 1e6, "max_cost": 13.0})  # 3 an answer
+        with pytest.raises(ValueError, match=r"rounds\.max_cost=13\.0: 2 of the 3 labels of this round have cost 12"):
+            have_labelled(judged, samples, labels, 0)
+        assert len(endpoint.bodies) == 4
+        assert have_labelled(replace(judged, rounds={"max_cost": 18.0}), samples, labels, 0)
+    assert len(endpoint.bodies) == 6 and len(read(labels)) == 3
+    with pytest.raises(ValueError, match=r"rounds\.price_in"):
+        check_recipe(replace(judged, rounds={"price_out": 0.0}))
 
 
 def test_people_are_waited_for(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
