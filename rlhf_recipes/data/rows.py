@@ -398,7 +398,7 @@ def check_number(row: Row, column: str) -> None:
     except (TypeError, ValueError, OverflowError):
         row.columns[column] = math.nan
     if not math.isfinite(row.columns[column]):
-        raise BadRow("wrong type", column, f"{str(cell)[:200]!r} is no finite number")
+        raise BadRow("wrong type", column, f"{repr(cell)[:200]} is no finite number")
     if column == "weight" and row.columns[column] <= 0:
         raise BadRow("not above 0", column, f"{cell!r}")
 
