@@ -45,14 +45,15 @@ def _run(options: argparse.Namespace) -> None:
     with notes_to_stderr():
         from accelerate.utils import convert_file_size_to_int
 
-        from ..ship.export import ExportSettings, export_merged
         from ..ship.measure import table
+        from ..ship.merged import export_merged
+        from ..ship.trained import ExportSettings
 
         try:
             shard_size = convert_file_size_to_int(options.shard_size)
         except ValueError as error:
             raise ValueError(f"--shard-size must be a size like 5GB, not {options.shard_size!r}.") from error
-        settings = ExportSettings(options.model, options.onto, options.dtype, shard_size, options.force)
+        settings = ExportSettings(options.model, options.onto, options.dtype, shard_size, None, options.force)
         measured = export_merged(options.run, options.to, settings)
     print(f"{options.to}: {table(measured)}")
 

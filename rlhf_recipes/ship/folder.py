@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..model.backends import generation_config
 from ..model.base import base_config
-from ..model.sampler import Sampler
 from ..recipe.values import Base
 
 
@@ -45,28 +43,16 @@ def check_room(path: Path, base: Base, dtype: torch.dtype, copies: float = 1.0) 
         raise ValueError(f"{there} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written.")
 
 
-def sampling_of(sampler: Sampler) -> GenerationConfig:
-    """How the policy was sampled in training: by temperature alone, until one of the tokens that end a response.
+def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype, **tokens: Any) -> None:
+    """Write the configuration of a model whose weights are no longer quantized.
 
-    Its response length is left out: a server would take it for the most that may be asked for.
+    Args:
+        tokens: `eos_token_id` and `pad_token_id`, which a base may have left open or set otherwise.
     """
-    config = generation_config(sampler)
-    eos = sampler.stop_token_ids
-    config.update(
-        max_new_tokens=None,
-        bos_token_id=sampler.tokenizer.bos_token_id,
-        eos_token_id=eos[0] if len(eos) == 1 else eos,  # some tools take no list of one
-        pad_token_id=sampler.tokenizer.pad_token_id,
-    )
-    return config
-
-
-def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype, sampling: GenerationConfig) -> None:
-    """Write the configuration of a model whose weights are no longer quantized, with the tokens of its generation."""
     config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures, config.dtype = [type(model).__name__], dtype
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        part.eos_token_id, part.pad_token_id = sampling.eos_token_id, sampling.pad_token_id
+        part.update(tokens)
     config.save_pretrained(folder)

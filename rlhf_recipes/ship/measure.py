@@ -10,10 +10,16 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from ..data.prepare import Prepared
+from ..model.backends import generation_config
 from ..model.sampler import Sampler, autocast_of
 from ..model.shared import SharedBase
+from .trained import Trained
 
+ROLE = "exported"
+BATCH = 8  # prompts that are answered at once
 PROMPTS, TOKENS = 32, 32  # are measured at most; a vocabulary of 152k takes 0.6 GB for them
 # Nats a token between what was trained and what was written. An answer of fifty tokens is then a nat away, which is as
 # far as PPO takes `tiny` from its SFT model.
@@ -44,16 +50,43 @@ class Reference:
 
 @torch.no_grad()
 def take_reference(
-    shared: SharedBase, role: str, sampler: Sampler, prompts: Sequence[list[int]], seed: int
-) -> Reference:
-    """Let a role answer some prompts (token ids), as it was trained to, and ask it about its answers."""
-    asked = list(prompts[:PROMPTS])
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(len(asked), sampler.response_length, dtype=torch.float64, generator=generator)
-    answers = sampler.sample(role, asked, uniforms).responses()
-    ours = list(_of_role(shared, role, asked, answers))
-    kl = [_kl(mine, base).sum() for mine, base in zip(ours, _of_role(shared, "base", asked, answers), strict=True)]
-    return Reference(asked, answers, ours, float(sum(kl)) / sum(map(len, answers)))
+    shared: SharedBase, trained: Trained, config: Any, held_out: dict[str, Prepared]
+) -> tuple[Reference, GenerationConfig]:
+    """Let the policy answer some held-out prompts as it was sampled in training, and ask it about its answers.
+
+    Args:
+        shared: its base, with the role `ROLE`.
+        config, held_out: of `prepare_comparison`.
+    Returns:
+        that, and the settings of sampling.
+    """
+    stop, temperature = getattr(config, "stop_token_id", None), getattr(config, "temperature", 1.0)
+    stops = [held_out["prompts"].stop_token_id, *([] if stop is None else [stop])]
+    length = min(TOKENS, getattr(config, "response_length", TOKENS))
+    sampler = Sampler(shared, trained.tokenizer, length, temperature, BATCH, stops)
+    prompts = held_out["prompts"].heldout[:PROMPTS]["prompt_ids"]
+    generator = torch.Generator().manual_seed(trained.recipe.seed)
+    uniforms = torch.rand(len(prompts), length, dtype=torch.float64, generator=generator)
+    answers = sampler.sample(ROLE, prompts, uniforms).responses()
+    ours = list(_of_role(shared, ROLE, prompts, answers))
+    kl = [_kl(mine, base).sum() for mine, base in zip(ours, _of_role(shared, "base", prompts, answers), strict=True)]
+    return Reference(prompts, answers, ours, float(sum(kl)) / sum(map(len, answers))), sampling_of(sampler)
+
+
+def sampling_of(sampler: Sampler) -> GenerationConfig:
+    """How the policy was sampled in training: by temperature alone, until one of the tokens that end a response.
+
+    Its response length is left out: a server would take it for the most that may be asked for.
+    """
+    config = generation_config(sampler)
+    eos = sampler.stop_token_ids
+    config.update(
+        max_new_tokens=None,
+        bos_token_id=sampler.tokenizer.bos_token_id,
+        eos_token_id=eos[0] if len(eos) == 1 else eos,  # some tools take no list of one
+        pad_token_id=sampler.tokenizer.pad_token_id,
+    )
+    return config
 
 
 def _of_role(
@@ -96,6 +129,29 @@ def compare(reference: Reference, model: Any) -> Measured:
 def _kl(ours: Tensor, theirs: Tensor) -> Tensor:
     """KL(ours || theirs) (T,) of log-probabilities (T, V)."""
     return (ours.exp() * (ours - theirs)).sum(-1)
+
+
+def check_close(measured: Measured, trained: Trained, onto: str, dtype: torch.dtype) -> None:
+    """Raises ValueError for an export that is too far from what was trained, with what would help.
+
+    Args:
+        onto: the weights that the adapter was added to: see `ExportSettings`.
+        dtype: of the export.
+    """
+    if measured["kl"] <= LARGEST_KL:
+        return
+    quantization, remedies = trained.base.quantization, []
+    if onto == "original" and quantization is not None:
+        remedies.append(f"--onto dequantized, the weights of the {quantization} base that it was trained on")
+    if dtype != torch.float32:
+        remedies.append("--dtype float32" if dtype == torch.float16 else "--dtype float16 or float32")
+    if quantization == "int8":
+        remedies.append("--format adapter, because int8 rounds activations too, which no plain weights do")
+    raise ValueError(
+        f"What was written is {measured['kl']:.2g} nats a token away from what was trained (mean |difference| of a "
+        f"token's log-probability {measured['mean_difference']:.2g}), and {LARGEST_KL} are let through. What may help: "
+        f"{'; '.join(remedies) or 'nothing that is known'}. With --force it is kept all the same."
+    )
 
 
 def table(measured: Measured) -> str:

@@ -123,7 +123,7 @@ def test_what_is_too_far_is_refused_unless_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, to = make(tmp_path, "nf4"), tmp_path / "out"
-    monkeypatch.setattr("rlhf_recipes.ship.export.LARGEST_KL", 1e-9)
+    monkeypatch.setattr("rlhf_recipes.ship.measure.LARGEST_KL", 1e-9)
     words = ["export", str(run), "--to", str(to), "--onto", "original"]
     error = failed(capsys, words)
     for part in ("nats a token away", "--onto dequantized", "nf4", "float32", "--force"):
@@ -158,7 +158,7 @@ def test_stopped_it_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert next(tmp_path.glob(".out-unfinished-*/out/model.safetensors")).is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf_recipes.ship.export.compare", stop)
+    monkeypatch.setattr("rlhf_recipes.ship.merged.compare", stop)
     with pytest.raises(SystemExit):
         main_cli(["export", str(run), "--to", str(tmp_path / "out")])
     assert sorted(tmp_path.iterdir()) == before
