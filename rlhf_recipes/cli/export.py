@@ -5,18 +5,21 @@ from pathlib import Path
 
 from .command import Command, notes_to_stderr
 
+FORMATS = ("merged", "adapter", "reward")
+
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
     parser.add_argument(
-        "--model", metavar="NAME", help="sft, ppo, ppo/checkpoint-40, dpo (default: the last that the run has)"
+        "--model", metavar="NAME", help="sft, ppo, ppo/checkpoint-40, dpo, reward (default: the last of its kind)"
     )
     parser.add_argument(
         "--format",
-        choices=("merged",),
+        choices=FORMATS,
         default="merged",
-        help="merged: weights and adapter in one, as any tool takes them (default: merged)",
+        help="merged: weights and adapter in one, as any tool takes them; adapter: as PEFT takes it, on a base of your "
+        "own; reward: a reward model as a sequence classifier (default: merged)",
     )
     parser.add_argument(
         "--onto",
@@ -31,6 +34,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="of a file of weights, which are in memory (default: 5GB)"
     )
+    parser.add_argument(
+        "--base-id", metavar="ID", help="of an adapter: what others load the base by (default: as the recipe has it)"
+    )
     parser.add_argument("--force", action="store_true", help="keep what is too far from what was trained")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
@@ -38,24 +44,35 @@ What was written is loaded by plain transformers and compared with what was trai
 held-out prompts of the run. Stopped, it leaves no folder.
 
   rlhf-recipes export runs/mine --to exports/mine
-  rlhf-recipes export runs/mine --model sft --to exports/sft --dtype float16"""
+  rlhf-recipes export runs/mine --model sft --to exports/sft --dtype float16
+  rlhf-recipes export runs/mine --format reward --to exports/reward
+  rlhf-recipes export runs/mine --format adapter --base-id ORG/NAME --to exports/adapter"""
 
 
 def _run(options: argparse.Namespace) -> None:
     with notes_to_stderr():
         from accelerate.utils import convert_file_size_to_int
 
+        from ..ship.adapter import adapter_table, export_adapter
         from ..ship.measure import table
         from ..ship.merged import export_merged
+        from ..ship.reward import export_reward, score_table
         from ..ship.trained import ExportSettings
 
         try:
             shard_size = convert_file_size_to_int(options.shard_size)
         except ValueError as error:
             raise ValueError(f"--shard-size must be a size like 5GB, not {options.shard_size!r}.") from error
-        settings = ExportSettings(options.model, options.onto, options.dtype, shard_size, None, options.force)
-        measured = export_merged(options.run, options.to, settings)
-    print(f"{options.to}: {table(measured)}")
+        settings = ExportSettings(
+            options.model, options.onto, options.dtype, shard_size, options.base_id, options.force
+        )
+        if options.format == "adapter":
+            found = adapter_table(export_adapter(options.run, options.to, settings))
+        elif options.format == "reward":
+            found = score_table(export_reward(options.run, options.to, settings))
+        else:
+            found = table(export_merged(options.run, options.to, settings))
+    print(f"{options.to}: {found}")
 
 
 COMMAND = Command("write a model of a run as a folder for other tools, and measure it", _arguments, _run)

@@ -1,6 +1,5 @@
 """A policy of a run as a plain folder of transformers, its adapter added to the base's weights."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..stages.inputs import prepare_comparison
 from .folder import check_room, new_folder, write_config
 from .measure import ROLE, Measured, check_close, compare, take_reference
 from .merge import merged_layers, write_shards
-from .trained import ExportSettings, Trained, find_trained
+from .trained import ExportSettings, Trained, find_trained, unquantized
 
 
 def export_merged(run_dir: Path, to: Path, settings: ExportSettings) -> Measured:
@@ -62,11 +61,6 @@ def open_trained(trained: Trained, base: Base) -> SharedBase:
     shared = SharedBase(load_base(base), trained.recipe.lora)
     shared.add_role(ROLE, trained.folder, exact=True)
     return shared
-
-
-def unquantized(base: Base, dtype: torch.dtype) -> Base:
-    """The base as its files have it."""
-    return dataclasses.replace(base, quantization=None, dtype=str(dtype).removeprefix("torch."))
 
 
 def load_merged(folder: Path, trained: Trained) -> Any:

@@ -88,6 +88,11 @@ def find_trained(run_dir: Path, name: str | None, scores: bool | None = None) ->
     return trained
 
 
+def unquantized(base: Base, dtype: torch.dtype) -> Base:
+    """The base as its files have it."""
+    return dataclasses.replace(base, quantization=None, dtype=str(dtype).removeprefix("torch."))
+
+
 def _last_reward_model(run_dir: Path) -> str:
     """The name of a run's newest reward model. Raises ValueError where it has none."""
     for folder in newest_round_first(run_dir):
