@@ -1,10 +1,11 @@
 """A policy of a run as a plain folder of transformers, its adapter added to the base's weights."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..model.base import load_base
 from ..model.memory import release
@@ -12,7 +13,7 @@ from ..model.shared import SharedBase
 from ..recipe.values import Base
 from ..stages.inputs import prepare_comparison
 from .folder import check_room, new_folder, write_config
-from .measure import ROLE, Measured, check_close, compare, take_reference
+from .measure import ROLE, Measured, Reference, check_close, compare, take_reference
 from .merge import merged_layers, write_shards
 from .trained import ExportSettings, Trained, find_trained, unquantized
 
@@ -26,11 +27,21 @@ def export_merged(run_dir: Path, to: Path, settings: ExportSettings) -> Measured
     """
     trained = find_trained(run_dir, settings.model, scores=False)
     with new_folder(to) as folder:
-        measured = write_merged(run_dir, trained, folder, settings)
-    return measured
+        written = write_merged(run_dir, trained, folder, settings)
+    return written.measured
 
 
-def write_merged(run_dir: Path, trained: Trained, folder: Path, settings: ExportSettings) -> Measured:
+@dataclass(frozen=True)
+class Written:
+    """What is known of a policy that was written."""
+
+    measured: Measured
+    reference: Reference
+    sampling: GenerationConfig
+    conversational: bool  # whether its prompts are messages
+
+
+def write_merged(run_dir: Path, trained: Trained, folder: Path, settings: ExportSettings) -> Written:
     """The same, into a folder that is there and empty."""
     dtype = trained.dtype if settings.dtype is None else getattr(torch, settings.dtype)
     check_room(folder, trained.base, dtype)
@@ -53,7 +64,7 @@ def write_merged(run_dir: Path, trained: Trained, folder: Path, settings: Export
         check_close(measured, trained, settings.onto, dtype)
     name = str(dtype).removeprefix("torch.")
     trained.write_record(folder, format="merged", onto=settings.onto, dtype=name, measured=measured)
-    return measured
+    return Written(measured, reference, sampling, inputs[1]["prompts"].conversational)
 
 
 def open_trained(trained: Trained, base: Base) -> SharedBase:

@@ -29,6 +29,9 @@ class ExportSettings:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: as in training
     shard_size: int = 5 * 10**9  # bytes of a file of weights at most
     base_id: str | None = None  # what others load the base by; None: as the recipe has it
+    llama_cpp: Path | None = None  # a checkout of llama.cpp
+    gguf_type: str = "q8_0"  # how a GGUF file is quantized
+    ollama: bool = False  # write a Modelfile beside the GGUF file
     force: bool = False  # keep what is too far from what was trained
 
 
