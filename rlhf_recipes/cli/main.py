@@ -9,7 +9,22 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..records.trust import trusting
-from . import agreement, chat, check, critique, evaluate, judge, label, options, plan, recipes, report, run, sample
+from . import (
+    agreement,
+    chat,
+    check,
+    critique,
+    evaluate,
+    export,
+    judge,
+    label,
+    options,
+    plan,
+    recipes,
+    report,
+    run,
+    sample,
+)
 from .command import exit_codes, parse_options
 
 COMMANDS = {
@@ -27,6 +42,7 @@ COMMANDS = {
     "critique": critique.COMMAND,
     "evaluate": evaluate.COMMAND,
     "report": report.COMMAND,
+    "export": export.COMMAND,
 }
 
 

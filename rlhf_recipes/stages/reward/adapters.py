@@ -86,14 +86,18 @@ def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None
     probes = json.loads((folder / PROBES).read_text())
     scores = score_rows(shared, probes["input_ids"], role) - shared.biases.get(role, 0.0)  # (N,)
     trained = torch.tensor(probes["scores"])  # (N,)
-    error, scale = (scores - trained).abs().max().item(), 1 + trained.abs().max().item()
-    # bfloat16 keeps 8 bits, float16 11, and the classifier rounds its score to them.
-    rounding = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(shared.causal.dtype, 1e-3)
-    if not error < rounding * scale:
+    if not (scores - trained).abs().max().item() < rounding(trained, shared.causal.dtype):
         raise RuntimeError(
             f"The reward model in {folder} scores its probe rows differently after loading: {scores.tolist()}, "
             f"in training {trained.tolist()}. Its adapter, its head or its base is not the one that was trained."
         )
+
+
+def rounding(scores: Tensor, dtype: torch.dtype) -> float:
+    """How far scores (N,) may be from those of training because a model in a dtype rounds."""
+    # bfloat16 keeps 8 bits, float16 11, and the classifier rounds its score to them.
+    share = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(dtype, 1e-3)
+    return share * (1 + scores.abs().max().item())
 
 
 @torch.no_grad()
