@@ -26,6 +26,9 @@ from .log_probs import float32_linear
 # How the names of linear layers end that give more, or something else, than an adapter can be added to.
 SPECIAL = ("Router", "GroupedLinear")
 
+# Linear layers of a Mamba mixer whose weights are taken without calling them.
+MIXER_LAYERS = ("x_proj", "dt_proj", "out_proj")
+
 
 def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that makes final hidden states of token ids, without its head and what sees or hears.
@@ -118,8 +121,8 @@ def excluded_modules(model: PreTrainedModel, all_linear: bool) -> str | None:
     """A pattern of the modules that no adapter belongs on, for PEFT; None where there are none.
 
     Outside the text decoder an adapter would get no gradient; routers and linear layers of several groups cannot take
-    one (see `SPECIAL`). Mamba's kernels take the weights of `out_proj` past an adapter on it; who names that layer
-    himself is told so by PEFT.
+    one (see `SPECIAL`). Mamba takes the weights of `dt_proj` past an adapter on it, and its kernels those of `x_proj`
+    and `out_proj` too; who names such a layer himself gets what PEFT makes of it.
 
     Args:
         model: a causal model or a sequence classifier.
@@ -135,8 +138,9 @@ def excluded_modules(model: PreTrainedModel, all_linear: bool) -> str | None:
         modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
         special = {name for name, m in modules if isinstance(m, nn.Linear) and type(m).__name__.endswith(SPECIAL)}
         patterns += sorted(rf".*\.{name}" for name in special)
-        mixers = {name for name, module in modules if hasattr(module, "A_log") and hasattr(module, "D")}
-        patterns += sorted(rf".*\.{name}\.out_proj" for name in mixers)
+        mixers = [(name, module) for name, module in modules if hasattr(module, "A_log") and hasattr(module, "D")]
+        past = {rf".*\.{name}\.{layer}" for name, mixer in mixers for layer in MIXER_LAYERS if hasattr(mixer, layer)}
+        patterns += sorted(past)
     return "|".join(patterns) or None
 
 

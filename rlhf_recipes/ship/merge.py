@@ -40,7 +40,7 @@ def merged_layers(model: PreTrainedModel, adapter: str, dtype: torch.dtype) -> I
     places = _places(model)
     tensors = {name: getattr(module, own) for name, (module, own, _) in places.items()}
     untied = remove_tied_weights_from_state_dict(dict(tensors), model)
-    adapted = {name for name, (_, own, layer) in places.items() if own == "weight" and layer is not None}
+    adapted = [name for name, (_, _, wrapper) in places.items() if wrapper is not None]
     tied = {id(tensors[name]) for name in tensors.keys() - untied.keys()}
     if both := sorted(name for name in adapted if id(tensors[name]) in tied):
         raise ValueError(
@@ -61,12 +61,15 @@ def _places(model: PreTrainedModel) -> dict[str, tuple[nn.Module, str, LoraLayer
     for path, module in modules.items():
         if isinstance(module, LoraLayer) or ".lora_" in path:
             continue
-        parent = modules[path.removesuffix(".base_layer")]
-        wrapper = parent if isinstance(parent, LoraLayer) else None
-        lasting = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        outer, wrappers = path, {}
+        while outer.endswith(".base_layer"):  # PEFT wraps a module once for each of its parameters that it adapts
+            outer = outer.removesuffix(".base_layer")
+            wrappers[getattr(modules[outer], "parameter_name", "weight")] = modules[outer]
+        name = re.sub(r"\.base_layer(?=\.|$)", "", path)
+        lasting = [buffer for buffer in module._buffers if buffer not in module._non_persistent_buffers_set]
         for own in [*module._parameters, *lasting]:
             if getattr(module, own) is not None:
-                places[f"{path}.{own}".replace(".base_layer.", ".").removeprefix(".")] = module, own, wrapper
+                places[f"{name}.{own}".removeprefix(".")] = module, own, wrappers.get(own)
     return places
 
 
@@ -75,12 +78,9 @@ def _merged(
     module: nn.Module, own: str, wrapper: LoraLayer | None, adapter: str, dtype: torch.dtype, in_16_bits: bool
 ) -> Tensor:
     """One weight, dequantized, with the adapter's product where it has one."""
-    tensor: Tensor = getattr(module, own)
-    if own == "weight":
-        tensor = dequantize_module_weight(module)
-        if wrapper is not None and (adapter in wrapper.lora_A or adapter in wrapper.lora_embedding_A):
-            tensor = tensor.float() + wrapper.get_delta_weight(adapter).float()
-            in_16_bits = False
+    tensor: Tensor = dequantize_module_weight(module) if own == "weight" else getattr(module, own)
+    if wrapper is not None and (adapter in wrapper.lora_A or adapter in wrapper.lora_embedding_A):
+        tensor = tensor.float() + wrapper.get_delta_weight(adapter).float()
     # Of a quantized weight it is what dequantizing makes, and no wish of the architecture's.
     kept = not tensor.is_floating_point() or (
         in_16_bits and tensor.dtype == torch.float32 and tensor is getattr(module, own)
