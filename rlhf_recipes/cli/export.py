@@ -8,6 +8,9 @@ from typing import Any
 from .command import Command, add_trust, notes_to_stderr
 
 FORMATS = ("merged", "adapter", "reward", "gguf", "ollama")
+# Options that are not of every format.
+WHOLE, FILES = ("merged", "reward", "gguf", "ollama"), ("gguf", "ollama")
+OPTIONS = {"onto": WHOLE, "dtype": WHOLE, "shard_size": WHOLE, "base_id": ("adapter",), "gguf_type": FILES}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,16 +30,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onto",
         choices=("dequantized", "original"),
-        default="dequantized",
         help="of a quantized base: the weights that the adapter was trained on, or those of the base's files "
         "(default: dequantized)",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (default: as in training)"
     )
-    parser.add_argument(
-        "--shard-size", default="5GB", metavar="SIZE", help="of a file of weights, which are in memory (default: 5GB)"
-    )
+    parser.add_argument("--shard-size", metavar="SIZE", help="of a file of weights, which are in memory (default: 5GB)")
     parser.add_argument(
         "--base-id", metavar="ID", help="of an adapter: what others load the base by (default: as the recipe has it)"
     )
@@ -47,9 +47,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a checkout of llama.cpp (default: $LLAMA_CPP)",
     )
-    parser.add_argument(
-        "--gguf-type", default="q8_0", metavar="TYPE", help="f16, bf16, q8_0, q4_k_m, ... (default: q8_0)"
-    )
+    parser.add_argument("--gguf-type", metavar="TYPE", help="f16, bf16, q8_0, q4_k_m, ... (default: q8_0)")
     add_trust(parser)
     parser.add_argument("--force", action="store_true", help="keep what is too far from what was trained")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -65,6 +63,10 @@ held-out prompts of the run. Stopped, it leaves no folder.
 
 
 def _run(options: argparse.Namespace) -> None:
+    for name, formats in OPTIONS.items():
+        if getattr(options, name) is not None and options.format not in formats:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is of --format {' and '.join(formats)}, not of {options.format}.")
     with notes_to_stderr():
         from accelerate.utils import convert_file_size_to_int
 
@@ -76,17 +78,17 @@ def _run(options: argparse.Namespace) -> None:
         from ..ship.trained import ExportSettings
 
         try:
-            shard_size = convert_file_size_to_int(options.shard_size)
+            shard_size = convert_file_size_to_int(options.shard_size or "5GB")
         except ValueError as error:
             raise ValueError(f"--shard-size must be a size like 5GB, not {options.shard_size!r}.") from error
         settings = ExportSettings(
             model=options.model,
-            onto=options.onto,
+            onto=options.onto or "dequantized",
             dtype=options.dtype,
             shard_size=shard_size,
             base_id=options.base_id,
             llama_cpp=options.llama_cpp,
-            gguf_type=options.gguf_type,
+            gguf_type=options.gguf_type or "q8_0",
             ollama=options.format == "ollama",
             force=options.force,
         )

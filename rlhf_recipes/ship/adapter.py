@@ -40,7 +40,7 @@ def export_adapter(run_dir: Path, to: Path, settings: ExportSettings) -> dict[st
         config.revision = trained.fingerprint["revision"] if settings.base_id is None else None
         config.save_pretrained(str(folder))
         shutil.copy(trained.folder / WEIGHTS, folder / WEIGHTS)
-        trained.tokenizer.save_pretrained(folder)
+        trained.save_tokenizer(folder)
         measured = _measure_scores(trained, folder) if trained.scores else _measure(run_dir, trained, folder)
         if not settings.force and not trained.scores:
             check_close(measured["trained_base"], trained, "dequantized", trained.dtype)

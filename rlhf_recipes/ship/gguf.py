@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_gguf_available
 
-from .folder import new_folder
+from .folder import check_room, new_folder
 from .measure import Measured, Reference, compare
 from .merged import write_merged
 from .modelfile import modelfile
@@ -39,6 +39,7 @@ def export_gguf(run_dir: Path, to: Path, settings: ExportSettings) -> dict[str, 
     trained = find_trained(run_dir, settings.model, scores=False)
     converter, quantizer = find_llama_cpp(settings.llama_cpp, settings.gguf_type)
     with new_folder(to) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        check_room(folder, trained.base, trained.dtype, copies=2.0)
         merged = Path(scratch) / to.name  # the name goes into the file
         merged.mkdir()
         written = write_merged(run_dir, trained, merged, settings)

@@ -120,15 +120,15 @@ def compare(reference: Reference, model: Any) -> Measured:
         tokens=len(difference),
         mean_difference=difference.mean().item(),
         largest_difference=difference.max().item(),
-        kl=max(0.0, torch.cat(kl).mean().item()),  # rounding may take it below
+        kl=torch.cat(kl).mean().clamp(min=0).item(),  # rounding may take it below
         same_greedy=torch.cat(same).float().mean().item(),
         trained_kl=reference.trained_kl,
     )
 
 
 def _kl(ours: Tensor, theirs: Tensor) -> Tensor:
-    """KL(ours || theirs) (T,) of log-probabilities (T, V)."""
-    return (ours.exp() * (ours - theirs)).sum(-1)
+    """KL(ours || theirs) (T,) of log-probabilities (T, V). What a model rules out by -inf adds nothing."""
+    return (ours.exp() * (ours - theirs)).masked_fill(ours == -torch.inf, 0.0).sum(-1)
 
 
 def check_close(measured: Measured, trained: Trained, onto: str, dtype: torch.dtype) -> None:

@@ -58,7 +58,7 @@ def write_merged(run_dir: Path, trained: Trained, folder: Path, settings: Export
     del shared
     release()
     sampling.save_pretrained(folder)
-    trained.tokenizer.save_pretrained(folder)
+    trained.save_tokenizer(folder)
     measured = compare(reference, load_merged(folder, trained))
     if not settings.force:
         check_close(measured, trained, settings.onto, dtype)

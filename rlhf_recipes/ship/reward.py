@@ -51,7 +51,7 @@ def export_reward(run_dir: Path, to: Path, settings: ExportSettings) -> Measured
         write_config(model, folder, dtype, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         del model
         release()
-        tokenizer.save_pretrained(folder)
+        trained.save_tokenizer(folder)
         written = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype="auto", device_map="auto", trust_remote_code=trained.base.trust_remote_code
         )

@@ -61,6 +61,15 @@ class Trained:
         """Whether it is a reward model."""
         return PeftConfig.from_pretrained(str(self.folder)).task_type == TaskType.SEQ_CLS
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer with its chat template.
+
+        A policy continues its prompts, so that they are padded at the left; of a reward model's rows the last token is
+        read, and their positions begin with the first.
+        """
+        self.tokenizer.padding_side = "right" if self.scores else "left"
+        self.tokenizer.save_pretrained(folder)
+
     def write_record(self, folder: Path, **entries: Any) -> None:
         """Write what an exported folder was made of, and how close it is. No path of this machine is in it."""
         record = {"run": self.run, "model": self.name, "base": self.fingerprint, **entries, "rlhf_recipes": __version__}

@@ -40,6 +40,7 @@ def test_a_reward_model_scores_as_in_training(
     assert config["problem_type"] == "regression" and config["pad_token_id"] not in (None, config["eos_token_id"])
     # In a batch, whose shorter rows are padded, and without a sigmoid.
     classify: Any = pipeline("text-classification", str(tmp_path / "out"), batch_size=3)
+    assert classify.tokenizer.padding_side == "right"
     texts = classify.tokenizer.batch_decode(probes["input_ids"])
     found = classify(texts, add_special_tokens=False)
     assert [row["label"] for row in found] == ["reward"] * 3

@@ -1,6 +1,7 @@
 """Merged exports: what plain transformers says of them in a process without this package, and what is refused."""
 
 import json
+from math import isnan, log
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rlhf_recipes.model.open import open_models
 from rlhf_recipes.model.sampler import autocast_of
 from rlhf_recipes.records.folder import read_recipe
 from rlhf_recipes.ship import folder as shipped_folder
+from rlhf_recipes.ship import measure
 from rlhf_recipes.ship.merge import merged_layers
 
 ROWS = [[4, 5, 6, 7, 8], [9, 4, 30]]
@@ -133,6 +135,31 @@ def test_what_is_too_far_is_refused_unless_told(
     assert "nats a token" in capsys.readouterr().out and (to / "config.json").is_file()
 
 
+class Uneven:
+    """A model of two tokens, the second three times as likely as the first; or one that has broken."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, first: float = 0.25) -> None:
+        self.probabilities = torch.tensor([first, 0.75])
+
+    def eval(self) -> None: ...
+
+    def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        logits = self.probabilities.log().expand(1, input_ids.shape[1], 2)
+        return type("Output", (), {"logits": logits})
+
+
+def test_what_is_measured_by_hand() -> None:
+    even = torch.full((2, 2), 0.5).log()
+    reference = measure.Reference([[1]], [[0, 0]], [even], trained_kl=1.0)
+    found = measure.compare(reference, Uneven())
+    assert found["mean_difference"] == pytest.approx(log(2)) == found["largest_difference"]
+    assert found["kl"] == pytest.approx(0.5 * log(2) + 0.5 * log(2 / 3))
+    assert found["same_greedy"] == 0 and found["tokens"] == 2, "the first of equals is the likeliest"
+    assert isnan(measure.compare(reference, Uneven(float("nan")))["kl"])
+
+
 def test_what_cannot_be_exported_is_said_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +168,7 @@ def test_what_cannot_be_exported_is_said_first(
     words = ["export", str(run), "--to", str(to)]
     assert "is the bare base" in error_of(capsys, [*words, "--model", "base"])
     assert "Did you mean ppo?" in error_of(capsys, [*words, "--model", "ppp"])
+    assert "--base-id is of --format adapter" in error_of(capsys, [*words, "--base-id", "org/name"])
     assert "--shard-size must be a size like 5GB" in error_of(capsys, [*words, "--shard-size", "many"])
     usage: Any = type("usage", (), {"free": 1000})
     with monkeypatch.context() as patched:
