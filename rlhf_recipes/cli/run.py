@@ -54,13 +54,14 @@ def _time(text: str) -> datetime:
 
 def _hours(text: str) -> datetime:
     """So many hours from now."""
+    now = datetime.now().astimezone()
     try:
-        hours = float(text)
-    except ValueError:
-        hours = 0.0
-    if not hours > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return datetime.now().astimezone() + timedelta(hours=hours)
+        end = now + timedelta(hours=float(text))
+    except (ValueError, OverflowError):  # no number, or one that no calendar holds
+        end = now
+    if not end > now:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of hours above 0")
+    return end
 
 
 def _run(options: argparse.Namespace) -> None:

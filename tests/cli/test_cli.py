@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,31 @@ def test_an_installed_wheel_has_the_command_and_the_recipes(tmp_path: Path) -> N
         path=site,
     )
     assert Path(where.stdout.strip()) == site / "rlhf_recipes" / "recipes" / "mistral_7b_hh.py"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--stop-at", "noon"], "argument --stop-at: 'noon' is neither like 07:30 nor like 2026-03-31T07:30"),
+        (["--max-hours", "inf"], "argument --max-hours: 'inf' is no number of hours above 0"),
+        (["--max-hours", "-1"], "argument --max-hours: '-1' is no number of hours above 0"),
+        (["--max-hours", "many"], "argument --max-hours: 'many' is no number of hours above 0"),
+        (["--max-hours", "1", "--stop-at", "07:30"], "not allowed with argument"),
+        (["--processes", "0"], "argument --processes"),
+    ],
+)
+def test_a_wrong_end_of_a_run_is_named(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main_cli(["run", "tiny", *words])
+    assert ended.value.code == 2 and part in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_end_of_a_run_is_a_time_of_the_day_a_day_or_so_many_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[datetime] = []
+    monkeypatch.setattr("rlhf_recipes.pipeline.run.run", lambda *args, stop_at, **options: asked.append(stop_at))
+    for words in (["--stop-at", "07:30"], ["--stop-at", "2126-03-31T07:30"], ["--max-hours", "0.5"]):
+        main_cli(["run", "tiny", *words])
+    now = datetime.now().astimezone()
+    assert now < asked[0] <= now + timedelta(days=1) and (asked[0].hour, asked[0].minute) == (7, 30)
+    assert (asked[1].year, asked[1].month, asked[1].day, asked[1].hour) == (2126, 3, 31, 7)
+    assert timedelta(minutes=29) < asked[2] - now <= timedelta(minutes=30)
