@@ -72,7 +72,7 @@ def summary(place: Path, name: str) -> dict[str, Any]:
 
 
 def test_every_notebook_is_tested_and_starts_with_its_installation() -> None:
-    assert [*NOTEBOOKS] == ["1_run_a_recipe", "2_adapt_a_recipe", "3_inside_ppo", "4_read_a_run"]
+    assert [*NOTEBOOKS] == ["1_run_a_recipe", "2_adapt_a_recipe", "3_inside_ppo", "4_read_a_run", "5_ship_it"]
     for path in NOTEBOOKS.values():
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
@@ -122,6 +122,19 @@ def test_read_a_run(executed: dict[str, tuple[list[Any], str]], place: Path) -> 
     evaluation = json.loads((place / "runs/notebook-4/evaluation/evaluation.json").read_text())
     assert {"sft", "ppo/checkpoint-1"} <= evaluation["models"].keys(), "checkpoints are compared"
     assert any("notebook-1" in name for name in evaluation["models"]), "and another run's policy"
+
+
+def test_ship_it(executed: dict[str, tuple[list[Any], str]], place: Path) -> None:
+    cells, text = executed["5_ship_it"]
+    measured = {
+        name: json.loads((place / "runs/notebook-5" / name / "export.json").read_text())["measured"]
+        for name in ("float32", "bfloat16")
+    }
+    assert measured["float32"]["mean_difference"] < 1e-5 < measured["bfloat16"]["mean_difference"]
+    assert "held-out prompts" in text and text_of(cells[-2:-1]).strip(), "what it says elsewhere"
+    rows = [line.split() for line in cells[-1].outputs[-1]["data"]["text/plain"].splitlines()[1:]]
+    differences = [float(row[-1]) - float(row[-2]) for row in rows]
+    assert max(differences) - min(differences) < 1e-3, "the same but for a constant"
 
 
 @pytest.mark.long

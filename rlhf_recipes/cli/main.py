@@ -24,6 +24,7 @@ from . import (
     report,
     run,
     sample,
+    serve,
 )
 from .command import exit_codes, parse_options
 
@@ -43,6 +44,7 @@ COMMANDS = {
     "evaluate": evaluate.COMMAND,
     "report": report.COMMAND,
     "export": export.COMMAND,
+    "serve": serve.COMMAND,
 }
 
 

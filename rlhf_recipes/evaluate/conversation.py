@@ -1,10 +1,10 @@
-"""`rlhf-recipes chat`: talk to the models of a run in a terminal, with the reward of each answer beside it."""
+"""`rlhf-recipes chat`: talk to the models of a run, and to exports, with the run's reward of each answer beside it."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,12 +17,15 @@ from ..model.backends import generation_config, sampling
 from ..model.base import load_tokenizer, longest_row
 from ..model.open import open_models
 from ..model.sampler import Sampler, autocast_of
-from ..records.folder import adapter_folder, newest_round_first, read_recipe
+from ..model.shared import SharedBase
+from ..recipe.values import Recipe
+from ..records.folder import adapter_folder, last_model, newest_round_first, read_export, read_recipe
 from ..records.terminal import printable
 from ..stages.reward.adapters import PROBES, add_reward_roles, member_folders, score_rows
+from .exports import open_export
 
 HELP = """\
-/compare NAME  another model of the run answers beside the first; /compare alone: no longer
+/compare NAME  another model of the run, or an export, answers beside the first; /compare alone: no longer
 /retry         another answer to the last message
 /reset         forget the conversation
 /quit          end, as Ctrl-D does"""
@@ -58,37 +61,61 @@ class Streamer(TextStreamer):
         print(printable(text, keep="\n\t"), end="\n" if stream_end else "", flush=True)
 
 
-class Conversation:
-    """A conversation with the models of a run: adapters on the one base, among which it switches.
+class Voice(NamedTuple):
+    """A model that answers: a role on a base."""
 
-    An answer's reward is that of the run's newest reward model.
+    shared: SharedBase
+    role: str
+
+
+class Conversation:
+    """A conversation with the models of a run, adapters on the one base among which it switches, and with exports.
+
+    An answer's reward is that of the run's newest reward model. In a conversation with exports alone there is none.
     """
 
     def __init__(
-        self, run_dir: Path, models: Iterable[str], temperature: float, response_length: int, system: str | None = None
+        self,
+        folder: Path,
+        models: Sequence[str | None],
+        temperature: float | None,
+        response_length: int,
+        system: str | None = None,
     ) -> None:
         """
         Args:
-            models: the first answers; others can, by `answer`. base, sft, ppo, dpo, or a folder inside the run.
-            temperature: 0 takes the likeliest token.
+            folder: a run's, or an export's, which then answers first.
+            models: who answers, the first of them first; others can, by `answer`. Of a run base, sft, ppo, dpo, or a
+                folder inside it, None for the last that it has; folders of exports.
+            temperature: 0 takes the likeliest token. None: as the run's ppo stage or the export, else 0.7.
             response_length: tokens of an answer at most.
             system: a system message.
         Raises:
-            ValueError: no run folder, or no such model in it.
+            ValueError: neither a run nor an export, or no such model in it.
         """
-        self.recipe, self.run_dir = read_recipe(run_dir), run_dir
-        if temperature < 0 or response_length < 1:
+        if (temperature or 0) < 0 or response_length < 1:
             raise ValueError(f"--temperature must not be below 0 ({temperature}), --max-tokens not below 1.")
-        folders = {name: adapter_folder(run_dir, self.recipe, name) for name in models}
-        self.tokenizer = load_tokenizer(self.recipe.base)
-        self.longest = longest_row(self.recipe.base, None, response_length, "--max-tokens")
-        self.shared = open_models(self.recipe, folders)
-        self.names = list(folders)
-        rewarded = next(
-            (folder for folder in newest_round_first(run_dir) if (folder / "reward" / PROBES).is_file()), None
-        )
-        if rewarded is not None:
-            add_reward_roles(self.shared, member_folders(rewarded))
+        self.folder, self.voices = folder, dict[str, Voice]()
+        self.recipe: Recipe | None = None
+        if read_export(folder) is None:
+            self.recipe = read_recipe(folder)
+            names = [name or last_model(folder, self.recipe) for name in models]
+            for name in names:
+                _ = _is_export(name) or adapter_folder(folder, self.recipe, name)  # raises before the base is loaded
+            base, self.tokenizer = self.recipe.base, load_tokenizer(self.recipe.base)
+            self.longest = longest_row(base, None, response_length, "--max-tokens")
+            self.shared = open_models(self.recipe, {})
+            assert self.shared.fingerprint is not None
+            self.fingerprint = self.shared.fingerprint
+            sampled = 0.7 if self.recipe.ppo is None else self.recipe.ppo.args.get("temperature", 0.7)
+            self._add_reward_models(folder)
+        else:
+            self.shared, role, base, self.tokenizer, self.fingerprint, sampled = open_export(folder)
+            self.longest = longest_row(base, None, response_length, "--max-tokens")
+            self.voices, names = {str(folder): Voice(self.shared, role)}, list(filter(None, models))
+        for name in names:
+            self.add_model(name)
+        temperature = sampled if temperature is None else temperature
         stops = [stop_token_id(self.tokenizer, conversational=True)]
         self.sampler = Sampler(self.shared, self.tokenizer, response_length, temperature or 1.0, 1, stops)
         self.config = generation_config(self.sampler)
@@ -97,22 +124,44 @@ class Conversation:
         self.start: Messages = [] if system is None else [{"role": "system", "content": system}]
         self.messages: Messages = list(self.start)
 
+    @property
+    def names(self) -> list[str]:
+        """Who can answer, the first of them first."""
+        return list(self.voices)
+
+    def _add_reward_models(self, run_dir: Path) -> None:
+        """Give the newest reward model of a run, or the members of an ensemble, a role, where there is one."""
+        rewarded = next((f for f in newest_round_first(run_dir) if (f / "reward" / PROBES).is_file()), None)
+        if rewarded is not None:
+            add_reward_roles(self.shared, member_folders(rewarded))
+
     def add_model(self, name: str) -> None:
-        """Give a model a role on the base, if it has none. Raises ValueError where the run has no such model."""
-        if name and name not in self.names:
-            folder = adapter_folder(self.run_dir, self.recipe, name)
+        """Let a model answer too. Raises ValueError where there is none by that name, or it reads other tokens."""
+        if not name or name in self.voices:
+            return
+        record = read_export(Path(name))
+        if record is not None:
+            if any(record["base"][key] != self.fingerprint[key] for key in ("tokenizer", "chat_template")):
+                raise ValueError(f"{name} has another tokenizer or chat template than {self.names[0]}.")
+            added = open_export(Path(name))
+            self.voices[name] = Voice(added.shared, added.role)
+        elif self.recipe is None:
+            raise ValueError(f"{name} is no export. What is compared with {self.folder} is the folder of another.")
+        else:
+            folder = adapter_folder(self.folder, self.recipe, name)
             if name != "base":
                 self.shared.add_role(name, folder)
-            self.names.append(name)
+            self.voices[name] = Voice(self.shared, name)
 
     def answer(self, name: str, streamer: TextStreamer | None = None) -> Reply:
         """What a model says next. The conversation stays as it is. Raises ValueError where it has grown too long."""
         prompt = tokenize_prompt(self.tokenizer, self.messages)
         if self.longest is not None and len(prompt) > self.longest:
             raise ValueError(f"The conversation has {len(prompt)} tokens, and room for {self.longest}: /reset it.")
-        ids = torch.tensor([prompt], device=self.shared.device)
-        with sampling(self.shared, name), autocast_of(self.shared):
-            output: Any = self.shared.causal.generate(
+        shared, role = self.voices[name]
+        ids = torch.tensor([prompt], device=shared.device)
+        with sampling(shared, role), autocast_of(shared):
+            output: Any = shared.causal.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=self.config,
@@ -128,6 +177,11 @@ class Conversation:
         roles = [role for role in self.shared.heads if role.startswith("reward")]
         scores = [score_rows(self.shared, [row], role).item() for role in roles]
         return sum(scores) / len(scores) if scores else None
+
+
+def _is_export(name: str) -> bool:
+    """Whether this is the folder of an export, and no model of a run."""
+    return read_export(Path(name)) is not None
 
 
 def converse(talk: Conversation, compare: str | None = None) -> None:

@@ -29,7 +29,7 @@ from ..records.lock import held
 from ..records.manifest import Manifest, open_run
 from ..records.summary import footnote, summarize, table
 from ..records.trust import remember_own
-from ..report.write import write_report
+from ..report.write import write_readme, write_report
 from ..stages.configure import Configs, stages_of
 from ..stages.inputs import check_same_format, prepare_extras, prepare_stage
 from ..stages.scores import is_external, reward_tokenizer
@@ -150,4 +150,5 @@ def write_results(recipe: Recipe, run_dir: Path, manifest: Manifest) -> Summary:
     summary = summarize(manifest, [later for later in rounds if later.stages])
     write_json(run_dir / "summary.json", summary)
     write_report([run_dir], run_dir / "report.html")
+    write_readme(run_dir)
     return summary

@@ -4,11 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ..recipe.overrides import from_dict, suggestion, to_dict
 from ..recipe.values import Recipe
 from .files import read_json, write_json
 from .trust import check_trust, remember_own
+
+EXPORT = "export.json"  # in the folder of an export: what it was made of, and how close it is
 
 
 def read_recipe(run_dir: Path) -> Recipe:
@@ -123,3 +126,8 @@ def last_checkpoint(folder: Path) -> str | None:
 def round_folder(run_dir: Path, number: int) -> Path:
     """The run folder of a round; of the first the run's own."""
     return run_dir if number == 1 else run_dir / f"round-{number}"
+
+
+def read_export(folder: Path) -> dict[str, Any] | None:
+    """What the folder of an export says of itself; None where it is none."""
+    return read_json(folder / EXPORT)

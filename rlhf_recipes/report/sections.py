@@ -7,6 +7,7 @@ from .blocks import Section
 from .curves import dpo_curves, over_optimisation, ppo_curves, resources, reward_curves, sft_curves
 from .gather import RunContents
 from .results import answers, results
+from .what_now import what_now
 from .what_was_run import what_was_run
 
 # Of each its id in the page, its title, and what yields its blocks for one run, or for several side by side.
@@ -20,6 +21,7 @@ ORDER: list[tuple[str, str, Callable[[Sequence[RunContents]], Iterator[Any]]]] =
     ("dpo", "DPO", dpo_curves),
     ("overoptimisation", "Reward, quality and KL", over_optimisation),
     ("resources", "Time and memory", resources),
+    ("now", "What now", what_now),
 ]
 
 

@@ -26,7 +26,7 @@ def what_was_run(runs: Sequence[RunContents]) -> Iterator[Any]:
         rows = [TableRow(key, [value]) for key, _, value in lines]
         yield Table(["setting", "value"], rows, f"All {len(rows)} settings", folded=True)
         return
-    rows = [TableRow(run.name, [_command(run), _where(run)], index) for index, run in enumerate(runs)]
+    rows = [TableRow(run.name, [_command(run), where(run)], index) for index, run in enumerate(runs)]
     yield Table(["run", "command", "folder"], rows)
     columns = _settings(runs)
     keys = dict.fromkeys(chain.from_iterable(columns))
@@ -53,29 +53,41 @@ def _settings(runs: Sequence[RunContents]) -> list[dict[str, str]]:
 
 
 def _how(run: RunContents) -> Iterator[Any]:
-    yield Words(f"To run it again, in a folder of its own (in {_where(run)} it would skip what is finished):")
+    yield Words(f"To run it again, in a folder of its own (in {where(run)} it would skip what is finished):")
     yield Code(_command(run))
 
 
 def _command(run: RunContents) -> str:
-    """The command that runs it again: a shipped recipe with what was changed of it, else the run's `recipe.json`."""
-    where = _where(run)
-    again = f"{where}-again"
+    """The command that runs it again, in a folder of its own."""
+    return run_command(run, f"{where(run)}-again")
+
+
+def run_command(run: RunContents, into: str, rounds: int | None = None) -> str:
+    """The command that runs it in a folder: a shipped recipe with what was changed of it, else the run's `recipe.json`.
+
+    Args:
+        rounds: so many rounds in all, ranked by people; None: as it was.
+    """
     name = run.recipe.name.replace("_", "-")
     changed = _changes(run.recipe, load(name)) if name in recipe_names() else None
     if changed is not None:
-        return " ".join(["rlhf-recipes run", name, *map(_quoted, changed), "--run-dir", _quoted(again)])
-    code = "from pathlib import Path; from rlhf_recipes import run; "
+        kept = [word for word in changed if rounds is None or not word.startswith(("rounds.count=", "rounds.labeler="))]
+        more = [] if rounds is None else [f"rounds.count={rounds}", "rounds.labeler=people"]
+        return " ".join(["rlhf-recipes run", name, *map(quoted, [*kept, *more]), "--run-dir", quoted(into)])
+    code = f"from pathlib import Path; from rlhf_recipes import {'run' if rounds is None else 'replace, run'}; "
     code += "from rlhf_recipes.records.folder import read_recipe; "
-    return f"python -c {_quoted(f'{code}run(read_recipe(Path({where!r})), Path({again!r}))')}"
+    again = f"read_recipe(Path({where(run)!r}))"
+    if rounds is not None:
+        again = f"replace({again}, rounds=dict(count={rounds}, labeler='people'))"
+    return f"python -c {quoted(f'{code}run({again}, Path({into!r}))')}"
 
 
-def _where(run: RunContents) -> str:
+def where(run: RunContents) -> str:
     """The run's folder as one would type it here."""
     return str(run.folder.relative_to(Path.cwd()) if run.folder.is_relative_to(Path.cwd()) else run.folder)
 
 
-def _quoted(word: str) -> str:
+def quoted(word: str) -> str:
     """The word for a shell, with double quotes around single ones where that is simpler to read."""
     return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
 

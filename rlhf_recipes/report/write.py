@@ -6,6 +6,7 @@ from pathlib import Path
 from ..records.files import write_text
 from .gather import gather
 from .page import render
+from .what_now import readme
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -24,3 +25,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     # A name of a file may hold bytes that are no text, which UTF-8 has no place for.
     write_text(out, page.encode(errors="backslashreplace").decode())
     return out
+
+
+def write_readme(run_dir: Path) -> None:
+    """Write the README.md of a run folder: what it is, and what can be done with it now."""
+    (run,) = gather([run_dir])
+    write_text(run_dir / "README.md", readme(run))

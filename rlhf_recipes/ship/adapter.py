@@ -15,9 +15,7 @@ from .folder import new_folder
 from .measure import check_close, compare, table, take_reference
 from .merged import open_trained
 from .reward import compare_scores, score_table
-from .trained import ExportSettings, Trained, find_trained, unquantized
-
-WEIGHTS = "adapter_model.safetensors"
+from .trained import WEIGHTS, ExportSettings, Trained, find_trained, unquantized
 
 
 def export_adapter(run_dir: Path, to: Path, settings: ExportSettings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is exported: a model of a run, found by its name, and what the exported folder says of it."""
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,10 @@ from ..model.base import FINGERPRINT, check_fingerprint, fingerprint, load_token
 from ..recipe.values import Base, Recipe
 from ..records.contents import Fingerprint
 from ..records.files import read_json, write_json
-from ..records.folder import adapter_folder, last_model, newest_round_first, read_recipe
+from ..records.folder import EXPORT, adapter_folder, last_model, newest_round_first, read_recipe
 from ..stages.reward.adapters import PROBES
 
-RECORD = "export.json"  # in the exported folder: what it was made of, and how close it is
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Trained:
         """Whether it is a reward model."""
         return PeftConfig.from_pretrained(str(self.folder)).task_type == TaskType.SEQ_CLS
 
+    @property
+    def digest(self) -> str:
+        """The adapter's weights, by which a later training is told apart: `sha256:` and a hash of their file."""
+        with (self.folder / WEIGHTS).open("rb") as weights:
+            return f"sha256:{hashlib.file_digest(weights, 'sha256').hexdigest()}"
+
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer with its chat template.
 
@@ -72,8 +79,8 @@ class Trained:
 
     def write_record(self, folder: Path, **entries: Any) -> None:
         """Write what an exported folder was made of, and how close it is. No path of this machine is in it."""
-        record = {"run": self.run, "model": self.name, "base": self.fingerprint, **entries, "rlhf_recipes": __version__}
-        write_json(folder / RECORD, record)
+        record = {"run": self.run, "model": self.name, "adapter": self.digest, "base": self.fingerprint}
+        write_json(folder / EXPORT, {**record, **entries, "rlhf_recipes": __version__})
 
 
 def find_trained(run_dir: Path, name: str | None, scores: bool | None = None) -> Trained:

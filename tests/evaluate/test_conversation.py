@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.chat_templates import BY_NAME
-from support.command_line import error_of
+from support.command_line import error_of, failed
 from support.worded import make_recipe
 
 from rlhf_recipes import Recipe, replace, run
@@ -101,6 +101,38 @@ def test_models_side_by_side_and_commands(
         assert part in printed
     assert printed.rstrip().endswith("tokens, cut off" if not ppo.ended else "tokens")
     assert printed.splitlines()[-2] == ppo.text
+
+
+def test_an_export_says_what_the_run_says(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged, adapter, reward = (str(tmp_path / name) for name in ("merged", "adapter", "reward"))
+    main_cli(["export", str(finished), "--to", merged])
+    main_cli(["export", str(finished), "--to", reward, "--format", "reward"])
+    base_id = json.loads((finished / "recipe.json").read_text())["base"]["model"]
+    main_cli(["export", str(finished), "--to", adapter, "--format", "adapter", "--base-id", base_id])
+    words = ["--temperature", "0", "--max-tokens", "6"]
+    of_run = said(Conversation(finished, ["ppo"], 0.0, 6), "w5 w6 w7").answer("ppo")
+    ended = "" if of_run.ended else ", cut off"
+    for folder in (merged, adapter):
+        lines = chat(monkeypatch, capsys, folder, *words, lines="w5 w6 w7\n").splitlines()
+        assert lines[-2:] == [of_run.text, f"{of_run.tokens} tokens{ended}"], "no reward model comes with it"
+    beside_run = said(Conversation(finished, [None, merged], 0.0, 6), "w5 w6 w7")
+    assert beside_run.names == ["ppo", merged]
+    assert beside_run.answer(merged).text == of_run.text
+    assert beside_run.answer(merged).reward == pytest.approx(of_run.reward, abs=1e-5), "of the run's reward model"
+    assert chat(monkeypatch, capsys, merged, *words, "--compare", adapter, lines="w5 w6\n").count("tokens") == 2
+    assert Conversation(Path(merged), [], None, 6).config.temperature == 0.7, "as it was sampled in training"
+    assert "is no policy that was exported" in failed(capsys, ["chat", reward])
+    assert "ppo is no export." in failed(capsys, ["chat", merged, "--compare", "ppo"])
+    record = json.loads((Path(adapter) / "export.json").read_text())
+    (Path(adapter) / "export.json").write_text(json.dumps({**record, "base_id": "os:abort"}))
+    assert "must be a Hub id or a folder, and is 'os:abort'" in failed(capsys, ["chat", adapter])
+    record["base"]["chat_template"] = "another"
+    (Path(adapter) / "export.json").write_text(json.dumps(record))
+    assert "has another tokenizer or chat template than ppo" in failed(
+        capsys, ["chat", str(finished), "--compare", adapter]
+    )
 
 
 def test_a_model_can_do_nothing_to_the_terminal(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The report: its warnings worked by hand, what it reads of run folders, and the page itself in a real Chromium."""
 
+import argparse
 import base64
 import hashlib
 import json
@@ -17,7 +18,8 @@ from support.command_line import error_of
 from support.hostile import HOSTILE, ODD
 
 from rlhf_recipes import Recipe, load, replace
-from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.cli.command import parse_options
+from rlhf_recipes.cli.main import COMMANDS, main_cli
 from rlhf_recipes.recipe.overrides import parse_overrides, to_dict
 from rlhf_recipes.records.files import read_rows
 from rlhf_recipes.records.rates import mean_rate
@@ -27,7 +29,9 @@ from rlhf_recipes.report.gather import gather, title_of
 from rlhf_recipes.report.results import headline
 from rlhf_recipes.report.sections import report_sections
 from rlhf_recipes.report.shared import shared_by_runs
-from rlhf_recipes.report.write import write_report
+from rlhf_recipes.report.what_now import next_steps
+from rlhf_recipes.report.what_was_run import run_command
+from rlhf_recipes.report.write import write_readme, write_report
 from rlhf_recipes.stages.reward.card import measure
 
 UPDATES = 40
@@ -271,6 +275,42 @@ def test_a_recipe_of_ones_own_runs_again_from_its_folder(tmp_path: Path) -> None
     said: list[Any] = []
     exec(program.replace("from rlhf_recipes import run;", ""), {"run": lambda *words: said.extend(words)})
     assert said == [own, tmp_path / "run-again"]
+
+
+def test_what_can_be_done_next_is_said_in_this_runs_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "runs" / "my run", replace(load("tiny"), tracker="none", seed=3))
+    assert "now" not in {section.id for section in report_sections(gather([folder]))}, "nothing is trained yet"
+    for name in ("sft", "ppo/policy", "ppo/checkpoint-10/policy"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "adapter_config.json").touch()
+    commands = [shlex.split(command) for _, command in next_steps(gather([folder])[0])]
+    there = "runs/my run"
+    assert ["rlhf-recipes", "chat", there, "--compare", "sft"] in commands
+    assert ["rlhf-recipes", "export", there, "--to", "exports/my run"] in commands
+    (again,) = [words[2:] for words in commands if words[1] == "run"]
+    assert again[-2:] == ["--run-dir", there] and again[0] == "tiny"
+    rounds = replace(load("tiny"), **parse_overrides(again[1:-2]))
+    assert (rounds.rounds.count, rounds.rounds.labeler, rounds.seed) == (2, "people", 3)
+    for words in commands:
+        parser = argparse.ArgumentParser()
+        COMMANDS[words[1]].arguments(parser)
+        parse_options(parser, words[2:])
+    write_evaluation(folder)
+    (run,) = gather([folder])
+    assert not any("evaluate" in command for _, command in next_steps(run)), "that has been done"
+    write_readme(folder)
+    written = (folder / "README.md").read_text()
+    assert written.startswith("# my run") and all(command in written for _, command in next_steps(run))
+
+
+def test_another_round_of_a_recipe_of_ones_own_begins_from_its_folder(tmp_path: Path) -> None:
+    own = replace(load("tiny"), name="own", tracker="none")
+    (run,) = gather([write_run(tmp_path / "run", own)])
+    program = shlex.split(run_command(run, str(tmp_path / "run"), rounds=3))[2]
+    said: list[Any] = []
+    exec(program.replace("import replace, run;", "import replace;"), {"run": lambda *words: said.extend(words)})
+    assert said == [replace(own, rounds={"count": 3, "labeler": "people"}), tmp_path / "run"]
 
 
 @pytest.mark.parametrize("there", [[], ["sft"], ["sft", "reward"], ["ppo"]])

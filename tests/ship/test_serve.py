@@ -1,0 +1,152 @@
+"""Serving: OpenAI's client gets the models' own answers, and what cannot be served is said before an engine starts."""
+
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from support.command_line import error_of, failed, start
+from support.shipped import make_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.ship.serve import Served, command, find_served, how_to_ask, warnings
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def served(folder: Path, name: str, format: str = "adapter", kl: float = 0.0, **entries: Any) -> Served:
+    """An export that is not there but for what `command` reads of it."""
+    (folder / name).mkdir()
+    (folder / name / "adapter_config.json").write_text(json.dumps({"r": entries.pop("r", 8), **entries}))
+    record = {"format": format, "base_id": entries.get("base", "org/base"), "measured": {"original": {"kl": kl}}}
+    return Served(name, folder / name, record)
+
+
+def words_after(words: list[str], option: str, count: int = 1) -> list[str]:
+    place = words.index(option) + 1
+    return words[place : place + count]
+
+
+def test_transformers_serves_runs_and_exports_side_by_side(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    main_cli(["export", str(run), "--to", str(tmp_path / "mine")])
+    port = free_port()
+    words = [sys.executable, "-m", "rlhf_recipes", "serve", str(run), str(tmp_path / "mine"), "--port", str(port)]
+    process = start([*words, "--engine", "transformers"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        lines = [process.stdout.readline() for _ in range(7)]
+        assert lines[0] == "Served by transformers; Ctrl-C ends it.\n"
+        assert (run / "exports" / "ppo" / "export.json").is_file()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+        messages: list[Any] = [{"role": "user", "content": "w5 w6"}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = model.generate(**prompt, do_sample=False, max_new_tokens=5)[0, prompt["input_ids"].shape[1] :]
+        for name in ("ppo", "mine"):
+            answer = client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=5)
+            said = answer.choices[0].message.content
+            assert said == tokenizer.decode(expected, skip_special_tokens=True)
+        curl, python = (shlex.split(line) for line in lines[2:4])
+        assert lines[1] == "ppo:\n" and curl[0] == "curl" and json.loads(curl[-1])["model"] == "ppo"
+        printed = subprocess.run([sys.executable, *python[1:]], capture_output=True, text=True)
+        assert printed.returncode == 0 and printed.stdout.strip(), printed.stderr
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    with socket.socket() as listener:
+        assert listener.connect_ex(("127.0.0.1", port)) != 0, "the engine has ended with it"
+
+
+def test_the_words_for_vllm(tmp_path: Path) -> None:
+    """vLLM is not run here: these are its options as its documentation has them."""
+    merged = served(tmp_path, "merged", "merged")
+    assert command("vllm", [merged], 8000, ["--max-model-len", "512"]) == [
+        *("vllm", "serve", "merged", "--served-model-name", "merged"),
+        *("--host", "127.0.0.1", "--port", "8000", "--max-model-len", "512"),
+    ]
+    sft, ppo = served(tmp_path, "sft"), served(tmp_path, "ppo", r=16, revision="abc")
+    words = command("vllm", [ppo, sft], 8001)
+    assert words[:5] == ["vllm", "serve", "org/base", "--revision", "abc"]
+    assert words_after(words, "--lora-modules", 2) == ["ppo=ppo", "sft=sft"]
+    assert words_after(words, "--max-lora-rank") == ["16"] and words_after(words, "--max-loras") == ["2"]
+    assert words_after(words, "--tokenizer") == words_after(words, "--generation-config") == ["ppo"]
+    assert words_after(words, "--host") == ["127.0.0.1"]
+
+
+def test_what_is_known_to_be_off_is_said(tmp_path: Path) -> None:
+    models = [served(tmp_path, "near", kl=0.01), served(tmp_path, "far", kl=0.3)]
+    (said,) = warnings("vllm", models)
+    assert said.startswith("far:") and "0.3 nats" in said
+    assert not list(warnings("transformers", models))
+
+
+def test_a_name_cannot_leave_its_quotes() -> None:
+    odd = """a 'quoted" $(name)"""
+    said = how_to_ask([Served(odd, Path("nowhere"), {})], 8000)
+    _, curl, python = said.splitlines()
+    assert json.loads(shlex.split(curl)[-1]) == {"model": odd, "prompt": "Once upon a time"}
+    compile(shlex.split(python)[-1], "printed", "exec")
+    assert json.dumps(odd) in shlex.split(python)[-1]
+
+
+def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft, ppo, merged = (served(tmp_path, *words) for words in (("sft",), ("ppo",), ("merged", "merged")))
+    with pytest.raises(ValueError, match="transformers serves no adapter"):
+        command("transformers", [sft], 8000)
+    with pytest.raises(ValueError, match="one merged model, or adapters of one base"):
+        command("vllm", [sft, merged], 8000)
+    with pytest.raises(ValueError, match="one merged model, or adapters of one base"):
+        command("vllm", [merged, Served("other", merged.folder, merged.record)], 8000)
+    with pytest.raises(ValueError, match="one merged model, or adapters of one base"):
+        command("vllm", [sft, Served("other", ppo.folder, {**ppo.record, "base_id": "org/other"})], 8000)
+    with pytest.raises(ValueError, match=r"Two models have one name \(sft, sft\)"):
+        command("vllm", [sft, sft], 8000)
+    for name, format, said in (("file", "gguf", "llama-server"), ("scores", "reward", "is a reward model")):
+        folder = served(tmp_path, name, format).folder
+        (folder / "export.json").write_text(json.dumps({"format": format}))
+        with pytest.raises(ValueError, match=said):
+            find_served(folder)
+    with pytest.raises(ValueError, match="--models is for a run folder"):
+        find_served(tmp_path / "file", ["sft"])
+    assert "is no run folder" in failed(capsys, ["serve", str(tmp_path), "--engine", "transformers"])
+    assert "--port must be at most 65535" in error_of(capsys, ["serve", str(tmp_path), "--port", "70000"])
+    assert "--engine vllm is not installed: pip install" in failed(capsys, ["serve", str(tmp_path), "--engine", "vllm"])
+
+
+def test_a_run_that_was_trained_on_is_not_served_from_an_old_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    main_cli(["export", str(run), "--to", str(run / "exports" / "ppo")])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        words = ["serve", str(run), "--engine", "transformers", "--port", str(listener.getsockname()[1])]
+        assert "choose another --port" in failed(capsys, words), "the export is used as it is"
+        weights = run / "ppo" / "policy" / "adapter_model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        assert f"is not of the ppo that {run} holds now: delete it" in failed(capsys, words)
+
+
+def test_an_engine_that_ends_at_once_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    main_cli(["export", str(run), "--to", str(tmp_path / "mine")])
+    words = ["serve", str(tmp_path / "mine"), "--engine", "transformers", "--port", str(free_port())]
+    assert "The engine ended with code 2" in failed(capfd, [*words, "--engine-options=--no-such-option"])
