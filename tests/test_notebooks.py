@@ -132,9 +132,8 @@ def test_ship_it(executed: dict[str, tuple[list[Any], str]], place: Path) -> Non
     }
     assert measured["float32"]["mean_difference"] < 1e-5 < measured["bfloat16"]["mean_difference"]
     assert "held-out prompts" in text and text_of(cells[-2:-1]).strip(), "what it says elsewhere"
-    rows = [line.split() for line in cells[-1].outputs[-1]["data"]["text/plain"].splitlines()[1:]]
-    differences = [float(row[-1]) - float(row[-2]) for row in rows]
-    assert max(differences) - min(differences) < 1e-3, "the same but for a constant"
+    rows = cells[-1].outputs[-1]["data"]["text/plain"].splitlines()[1:]
+    assert len({float(row.split()[-1]) for row in rows}) == 3, "three answers, three scores"
 
 
 @pytest.mark.long
