@@ -28,7 +28,7 @@ from ..stages.reward.baseline import token_scores
 from ..stages.reward.card import measure_pairs
 from ..stages.reward.loss import fold, stack_rankings
 from ..stages.reward.stage import comparisons
-from ..stages.scores import call_reward_func
+from ..stages.reward_functions import call_reward_func
 from .judges import Judge, cut_rows, find_scorers, score_responses
 from .models import Bench, Cache
 from .plan import EvaluationSettings, trained_dialogues

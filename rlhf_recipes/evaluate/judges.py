@@ -22,7 +22,8 @@ from ..records.digest import digest
 from ..records.files import read_rows
 from ..records.folder import adapter_folder, last_model, newest_round_first, read_recipe
 from ..stages.reward.adapters import JUDGE, PROBES, judge_folder, member_folders
-from ..stages.scores import ExternalRewardModel, RewardFunc, aggregate_ensemble, call_reward_func
+from ..stages.reward_functions import RewardFunc, call_reward_func
+from ..stages.scores import ExternalRewardModel, aggregate_ensemble
 from .models import Answer, Bench, adapter_digest
 
 PROXY = "reward"  # what PPO was trained against, so that it says nothing of quality

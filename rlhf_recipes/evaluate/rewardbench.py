@@ -28,7 +28,8 @@ from ..records.folder import read_recipe
 from ..records.lock import held
 from ..records.rates import effective_number, interval
 from ..stages.configure import stage_config
-from ..stages.scores import call_reward_func, reward_tokenizer
+from ..stages.reward_functions import call_reward_func
+from ..stages.scores import reward_tokenizer
 from .judges import Judge, cut_rows, find_scorers, score_responses
 from .models import Bench, Cache
 from .plan import EvaluationSettings

@@ -65,10 +65,10 @@ def find_engine(engine: Engine | None) -> Engine:
     }
     if engine is not None and not there[engine]:
         raise ValueError(f"--engine {engine} is not installed: {INSTALL[engine]}")
-    found = engine or next((name for name, is_there in there.items() if is_there), None)
-    if found is None:
+    installed: list[Engine] = [name for name in there if there[name]]
+    if not installed:
         raise ValueError(f"No engine is installed that serves: {INSTALL['transformers']}, or {INSTALL['vllm']}")
-    return found
+    return engine or installed[0]
 
 
 def find_served(folder: Path, models: Sequence[str] = ()) -> list[Served]:

@@ -65,7 +65,7 @@ class Evaluator:
         if "judge" in model.heads:
             columns["judge"] = self.sampler.reward_scores(samples, "judge").tolist()
         if self.gold is not None:
-            columns["gold"] = self.rewards.function_scores(self.gold, rows, samples).tolist()
+            columns["gold"] = self.rewards.function_scores({"gold": self.gold}, rows, samples)["gold"].tolist()
         samples_rows = zip(*columns.values(), strict=True)
         return [cast(Sample, dict(zip(columns, row, strict=True))) for row in samples_rows]
 

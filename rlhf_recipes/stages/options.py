@@ -190,6 +190,9 @@ class PPOConfig(TrainingArguments):
         "Of several processes, let one ask the reward functions about the whole rollout; off: each asks about its own "
         "rows.",
     )
+    reward_timeout: float | None = _option(
+        None, "Seconds after which a reward function that has not answered ends the run; None: it may take any time."
+    )
     ensemble_aggregation: Literal["mean", "worst_case", "uncertainty"] = _option(
         "mean",
         "How the scores of an ensemble of reward adapters become one: their mean; their minimum (worst_case); or their "
@@ -292,7 +295,7 @@ class PPOConfig(TrainingArguments):
         )
         positive += ("cliprange", "cliprange_value", "total_episodes", "max_prompt_length", "num_generations")
         positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size", "mini_batch_size")
-        positive += ("early_stopping_patience",)
+        positive += ("early_stopping_patience", "reward_timeout")
         _check_range("ppo", self, positive, least, infinity, "above 0")
         others = ("kl_coef", "vf_coef", "critic_learning_rate", "missing_eos_penalty", "length_penalty", "ptx_coef")
         _check_range("ppo", self, (*others, "uncertainty_coef", "critic_warmup_steps"), 0, infinity, "0 or more")

@@ -1,9 +1,6 @@
 """What the reward of PPO is made of: its sources, their normalisation and their weighted sum. B rows."""
 
-import asyncio
-import inspect
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,7 @@ from ..recipe.lookup import function, is_function
 from ..recipe.values import Base
 from ..records.files import Row
 from .options import PPOConfig
-
-RewardFunc = Callable[..., Any]
+from .reward_functions import RewardFunc, call_reward_funcs
 
 ROLE = "reward"  # in `reward_funcs`: the shared reward role, or the ensemble of reward, reward_1, reward_2, ...
 
@@ -90,7 +86,8 @@ class Rewards:
 
     def _ask(self, rows: list[Row], samples: Samples) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What each source says (B,) and, of an ensemble, the standard deviation of its members (B,)."""
-        scores, spreads = {}, {}
+        functions = {name: source for name, source in self.sources.items() if not isinstance(source, str)}
+        scores, spreads = self.function_scores(functions, rows, samples) if functions else {}, {}
         for name, source in self.sources.items():
             if isinstance(source, str):
                 members = torch.stack([self.sampler.reward_scores(samples, role) for role in self.members])  # (M, B)
@@ -99,9 +96,7 @@ class Rewards:
                 )
                 if len(members) > 1:
                     spreads[name] = members.std(0, correction=0)
-            else:
-                scores[name] = self.function_scores(source, rows, samples)
-        return scores, spreads
+        return {name: scores[name] for name in self.sources}, spreads
 
     def plain(self, rows: list[Row], samples: Samples) -> dict[str, Tensor]:
         """What evaluation reports, alike at every step: `score` (B,), the weighted sum of the sources as they are.
@@ -132,16 +127,24 @@ class Rewards:
     def _sum(self, scores: dict[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * of_source for name, of_source in scores.items()]).sum(0)
 
-    def function_scores(self, reward_func: RewardFunc, rows: list[Row], samples: Samples) -> Tensor:
-        """A reward function's scores (B,) of the samples. See `whole_rollout_rewards`."""
+    def function_scores(
+        self, functions: Mapping[str, RewardFunc], rows: list[Row], samples: Samples
+    ) -> dict[str, Tensor]:
+        """The scores (B,) that reward functions give the samples. See `whole_rollout_rewards`."""
         texts = self.sampler.texts(samples, is_conversational({"prompt": rows[0]["prompt"]}))
         ids, device = samples.responses(), samples.input_ids.device
+
+        def ask(rows: list[Row], ids: list[list[int]], texts: list[str]) -> dict[str, Tensor]:
+            return call_reward_funcs(functions, rows, ids, texts, self.state(), self.config.reward_timeout)
+
         if self.config.whole_rollout_rewards:
-            return on_main(lambda: call_reward_func(reward_func, rows, ids, texts, self.state())).to(device)
-        own, scores = share(len(rows)), torch.zeros(len(rows), device=device)
+            found = on_main(lambda: ask(rows, ids, texts))
+            return {name: scores.to(device) for name, scores in found.items()}
+        own, scores = share(len(rows)), {name: torch.zeros(len(rows), device=device) for name in functions}
         if rows[own]:
-            scores[own] = call_reward_func(reward_func, rows[own], ids[own], texts[own], self.state()).to(device)
-        all_sum_([scores])
+            for name, of_own in ask(rows[own], ids[own], texts[own]).items():
+                scores[name][own] = of_own.to(device)
+        all_sum_(list(scores.values()))
         return scores
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,40 +264,3 @@ class ExternalRewardModel:
 
         self.batches.run(torch.tensor([len(ids) for ids in rows["input_ids"]]), work, TOKENS_AT_ONCE)
         return scores.tolist()
-
-
-def call_reward_func(
-    reward_func: RewardFunc, rows: list[Row], completion_ids: list[list[int]], texts: list[str], state: Any
-) -> Tensor:
-    """Call a function of TRL's `reward_funcs` signature, synchronous or not.
-
-    Args:
-        rows: the data rows; `prompt` goes as `prompts`, every other column but `prompt_ids` under its own name.
-        texts: the responses; to conversational prompts they go as messages.
-        state: the TrainerState, as `trainer_state`.
-    Returns:
-        (B,), with 0 where the function returned None, as in TRL.
-    Raises:
-        ValueError: naming the function, if it does not return one finite number (or None) a row.
-    """
-    prompts = [row["prompt"] for row in rows]
-    conversational = is_conversational({"prompt": prompts[0]})
-    result = reward_func(
-        prompts=prompts,
-        completions=[[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
-        completion_ids=completion_ids,
-        trainer_state=state,
-        **{key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "prompt_ids")},
-    )
-    if inspect.iscoroutine(result):
-        with ThreadPoolExecutor(1) as thread:  # in a notebook this thread has an event loop already
-            result = thread.submit(asyncio.run, result).result()
-    name = get_callable_name(reward_func)
-    if result is None or len(result) != len(rows):
-        count = "nothing" if result is None else f"{len(result)} rewards"
-        raise ValueError(f"The reward function {name!r} returned {count} for {len(rows)} responses.")
-    scores = torch.tensor([0.0 if value is None else float(value) for value in result])
-    if not scores.isfinite().all():
-        row = int((~scores.isfinite()).nonzero()[0])
-        raise ValueError(f"The reward function {name!r} returned {result[row]} for the response {texts[row]!r}.")
-    return scores

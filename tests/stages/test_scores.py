@@ -167,7 +167,7 @@ def test_what_a_chat_template_writes_around_an_answer_reaches_no_reward_function
 
     model = Spoken().model
     scores = Rewards(Sampler(model, tokenizer, 8, 1.0, 1, []), PPOConfig(str(tmp_path), use_cpu=True), [judge])
-    scores.function_scores(judge, [{"prompt": [user("2 + 2?")], "prompt_ids": prompt}], samples)
+    scores.function_scores({"judge": judge}, [{"prompt": [user("2 + 2?")], "prompt_ids": prompt}], samples)
     assert seen == {"completions": [[assistant("four")]], "completion_ids": [ids]}
 
 

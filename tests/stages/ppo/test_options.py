@@ -81,6 +81,7 @@ SHOWN_BY = {
     "vllm_gpu_memory_utilization": "test_vllm_samples_as_the_model_does",
     "vllm_enable_sleep_mode": "test_vllm_samples_as_the_model_does",
     "whole_rollout_rewards": "test_every_estimator_and_critic_is_the_same_in_several_processes",
+    "reward_timeout": "test_a_reward_function_that_hangs_ends_the_run_in_time",
     "on_nonfinite": "test_steps_that_are_not_finite_can_be_left_out",
     "max_prompt_length": "test_longer_prompts_than_max_prompt_length_are_bad_rows",
     "ensemble_aggregation": "test_an_ensemble_changes_the_score",

@@ -1,9 +1,11 @@
 """Reward functions: what they are given, and what they may return."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from support.ppo import (
     PROMPTS,
@@ -12,6 +14,8 @@ from support.ppo import (
     share_of_w7,
 )
 from torch import Tensor
+
+from rlhf_recipes.stages.reward_functions import call_reward_funcs
 
 
 def test_reward_functions_get_the_rows_and_their_sum_is_the_score(make: Make) -> None:
@@ -78,6 +82,65 @@ def test_an_async_reward_function_works_inside_a_running_event_loop(make: Make) 
     trainer, rows = make(reward_funcs=ones), rows_of(PROMPTS[:4])
 
     async def notebook_cell() -> Tensor:
-        return trainer.rewards.function_scores(ones, rows, trainer.sampler.sample("policy", PROMPTS[:4]))
+        return trainer.rewards.function_scores({"ones": ones}, rows, trainer.sampler.sample("policy", PROMPTS[:4]))[
+            "ones"
+        ]
 
     assert asyncio.run(notebook_cell()).tolist() == [1.0] * 4
+
+
+def test_async_reward_functions_are_asked_at_once() -> None:
+    """Each waits for the other, so that one after another they would never end."""
+    came: dict[str, asyncio.Event] = {}
+
+    def waits_for(own: str, other: str) -> Any:
+        async def rewards(prompts: list[str], **kwargs: Any) -> list[float]:
+            for name in (own, other):
+                came.setdefault(name, asyncio.Event())
+            came[own].set()
+            await came[other].wait()
+            return [float(len(own))] * len(prompts)
+
+        return rewards
+
+    functions = {"one": waits_for("one", "three"), "three": waits_for("three", "one")}
+    found = call_reward_funcs(functions, [{"prompt": "w5"}], [[5]], ["w6"], None, timeout=30)
+    assert {name: scores.tolist() for name, scores in found.items()} == {"one": [3.0], "three": [5.0]}
+
+
+def test_a_reward_function_that_hangs_ends_the_run_in_time(make: Make) -> None:
+    let_go = threading.Event()
+
+    def hangs(**kwargs: Any) -> list[float]:
+        let_go.wait(60)
+        return [0.0] * 4
+
+    async def sleeps(**kwargs: Any) -> list[float]:
+        await asyncio.sleep(60)
+        return [0.0] * 4
+
+    def is_late_itself(**kwargs: Any) -> list[float]:
+        raise TimeoutError("the server's")
+
+    async def is_late_too(**kwargs: Any) -> list[float]:
+        raise TimeoutError("the server's")
+
+    for function in (hangs, sleeps):
+        trainer = make(reward_funcs=function, reward_timeout=0.05)
+        late = rf"'{function.__name__}' has not answered within 0.05 seconds \(ppo.reward_timeout\)"
+        with pytest.raises(ValueError, match=late):
+            trainer.train()
+    let_go.set()
+    for function in (is_late_itself, is_late_too):
+        with pytest.raises(TimeoutError, match="the server's") as raised:
+            call_reward_funcs({"mine": function}, [{"prompt": "w5"}], [[5]], ["w6"], None, timeout=30)
+        assert raised.value.__notes__ == ["In the reward function 'mine', asked about 1 responses, the first to 'w5'"]
+
+
+def test_a_function_with_a_limit_keeps_the_gradients_off() -> None:
+    def asks_torch(prompts: list[str], **kwargs: Any) -> list[bool]:
+        return [torch.is_grad_enabled()] * len(prompts)
+
+    with torch.no_grad():
+        found = call_reward_funcs({"mine": asks_torch}, [{"prompt": "w5"}], [[5]], ["w6"], None, timeout=30)
+    assert found["mine"].tolist() == [0.0]
