@@ -14,6 +14,7 @@ from . import (
     chat,
     check,
     critique,
+    doctor,
     evaluate,
     export,
     judge,
@@ -31,6 +32,7 @@ from .command import exit_codes, parse_options
 COMMANDS = {
     "list": recipes.LIST,
     "show": recipes.SHOW,
+    "doctor": doctor.COMMAND,
     "plan": plan.COMMAND,
     "run": run.COMMAND,
     "options": options.COMMAND,

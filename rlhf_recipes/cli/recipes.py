@@ -2,10 +2,13 @@
 
 import argparse
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 from ..recipe.lookup import load, load_module, recipe_file, recipe_names
-from ..recipe.overrides import parse_overrides, replace, settings, to_dict
-from ..recipe.values import STAGES
+from ..recipe.overrides import differing_settings, parse_overrides, replace, settings, to_dict
+from ..recipe.values import STAGES, Recipe
+from ..records.folder import recipe_to_show
 from .command import Command, add_settings, notes_to_stderr
 
 
@@ -20,27 +23,45 @@ def recipe_table() -> str:
         module = load_module(recipe_file(name))
         stages = ",".join(stage for stage in STAGES if getattr(module.recipe, stage))
         rows.append((name, module.recipe.base.model, stages, (module.__doc__ or "").strip().partition("\n")[0]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="NAME", help="a shipped recipe, or path/to/your_own.py")
+    parser.add_argument("recipe", metavar="NAME", help="a shipped recipe, path/to/your_own.py, or a run folder")
     add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--diff", metavar="OTHER", help="print only the settings in which another one differs")
 
 
 def _show(options: argparse.Namespace) -> None:
-    recipe = replace(load(options.recipe), **parse_overrides(options.settings))
+    if options.diff is not None and options.json:
+        raise ValueError("--diff prints no JSON: leave out --json.")
+    recipe = replace(_load(options.recipe), **parse_overrides(options.settings))
     if options.settings:
         # Whether a key of a stage's arguments exists is known only to trl, which takes seconds to import.
         with notes_to_stderr():
             from ..pipeline.variants import checked_variants
 
             checked_variants(recipe)
-    print(json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe)))
+    if options.diff is not None:
+        differ = differing_settings([recipe, _load(options.diff)])
+        rows = [(key, *values) for key, values in differ.items()]
+        print(aligned([("", options.recipe, options.diff), *rows]) if rows else "They are the same.")
+    else:
+        print(json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe)))
+
+
+def _load(name: str) -> Recipe:
+    """A recipe by name or file, or that of a run folder, which is shown and not run."""
+    return recipe_to_show(Path(name)) if (Path(name) / "recipe.json").is_file() else load(name)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 LIST = Command("name the shipped recipes", lambda parser: None, _list)

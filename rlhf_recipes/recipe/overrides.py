@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -147,6 +147,23 @@ def settings(recipe: Recipe) -> list[str]:
         else:
             lines += _lines("", {name: value})
     return lines
+
+
+def differing_settings(recipes: Sequence[Recipe]) -> dict[str, list[str]]:
+    """The settings in which recipes differ, with the value of each; "" where one has no such setting.
+
+    Of a section that not all have it is only said who has it.
+    """
+    columns = [dict(line.split("=", 1) for line in settings(recipe)) for recipe in recipes]
+    for section in SECTIONS:
+        if any(section in values for values in columns):  # `ppo=None`: this recipe has no such section
+            for values in columns:
+                for key in [key for key in values if key.startswith(f"{section}.")]:
+                    del values[key]
+                values.setdefault(section, "set")
+    keys = dict.fromkeys(key for values in columns for key in values)
+    rows = {key: [values.get(key, "") for values in columns] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
 def _lines(prefix: str, values: Mapping[str, Any]) -> Iterator[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe.lookup import load, recipe_names
-from ..recipe.overrides import parse_overrides, replace, settings
-from ..recipe.values import SECTIONS, Recipe
+from ..recipe.overrides import differing_settings, parse_overrides, replace, settings
+from ..recipe.values import Recipe
 from .blocks import Code, Table, TableRow, Words
 from .gather import RunContents
 from .shared import shared_by_runs
@@ -28,28 +28,15 @@ def what_was_run(runs: Sequence[RunContents]) -> Iterator[Any]:
         return
     rows = [TableRow(run.name, [_command(run), where(run)], index) for index, run in enumerate(runs)]
     yield Table(["run", "command", "folder"], rows)
-    columns = _settings(runs)
-    keys = dict.fromkeys(chain.from_iterable(columns))
-    differ = [key for key in keys if len({values.get(key) for values in columns}) > 1 and key != "name"]
+    differ = differing_settings([run.recipe for run in runs])
+    differ.pop("name", None)
     if differ:
-        rows = [TableRow(key, [values.get(key, "") for values in columns]) for key in differ]
+        rows = [TableRow(key, values) for key, values in differ.items()]
         yield Table(["setting", *(run.name for run in runs)], rows, "Where their settings differ")
     else:
         yield Words("Their settings are the same.")
     yield _data(runs)
     yield _versions(runs)
-
-
-def _settings(runs: Sequence[RunContents]) -> list[dict[str, str]]:
-    """The settings of each run; of a section that not all have, only whether it is there."""
-    columns = [dict(line.split("=", 1) for line in settings(run.recipe)) for run in runs]
-    for section in SECTIONS:
-        if any(section in values for values in columns):  # `ppo=none`: this run has no such section
-            for values in columns:
-                for key in [key for key in values if key.startswith(f"{section}.")]:
-                    del values[key]
-                values.setdefault(section, "set")
-    return columns
 
 
 def _how(run: RunContents) -> Iterator[Any]:

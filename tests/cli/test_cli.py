@@ -16,7 +16,7 @@ from support.command_line import error_of
 from support.paths import ROOT
 from support.tiny_models import save_model
 
-from rlhf_recipes import __version__, load
+from rlhf_recipes import __version__, load, replace
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.cli.run import main
 from rlhf_recipes.recipe.arguments import objection
@@ -72,6 +72,22 @@ def test_show_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
 def test_show_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     main_cli(["show", "mistral_7b_hh", "--json"])
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(to_dict(load("mistral-7b-hh"))))
+
+
+def test_show_tells_where_two_recipes_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main_cli(["show", "smollm2-hh", "--diff", "smollm2-sentiment"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["smollm2-hh", "smollm2-sentiment"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows["reward.max_length"] == ["1100", "104"] and rows["sft"] == ["None", "set"]
+    assert "ppo.kl_coef" not in rows and "sft.data" not in rows, "one has no such section"
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(replace(load("tiny"), seed=7, gold="os:abort"))))
+    main_cli(["show", str(tmp_path), "--diff", "tiny"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["gold", "os:abort"], ["seed", "7"]], "a run folder's, whoever made it"
+    main_cli(["show", "tiny", "--diff", "tiny"])
+    assert capsys.readouterr().out == "They are the same.\n"
+    assert "leave out --json" in error_of(capsys, ["show", "tiny", "--diff", "tiny", "--json"])
 
 
 def test_show_applies_and_checks_settings(capsys: pytest.CaptureFixture[str]) -> None:
