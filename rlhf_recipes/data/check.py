@@ -25,7 +25,7 @@ from .sources import SOURCES, resolve_source
 from .split import prompt_hash
 
 PURPOSES = ("reward", "dpo", "rank", "sft", "ppo", "ptx")  # those that say more about a row first
-QUANTILES = {"10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99}
+QUANTILES = {"10 %": 0.1, "median": 0.5, "90 %": 0.9, "95 %": 0.95, "99 %": 0.99}
 CHUNK = 1000  # rows that are in memory at a time
 MOST_PARTS = 10  # of a source that are named
 LARGE_JSON = 100 * 2**20  # bytes

@@ -20,6 +20,7 @@ from trl.data_utils import extract_prompt
 from ..recipe.overrides import suggestion
 from ..recipe.values import Source
 from ..records.contents import DroppedRows
+from .guess import guess_columns
 from .read import file_kind
 from .sources import MOST_RESPONSES
 from .tokens import Ids, Messages, Text
@@ -149,10 +150,10 @@ class Survey:
         counts = self.counts(stage)
         if not any(counts.values()):
             there = ", ".join(self.ours) or "none"
-            example = f"{stage}.columns={{'{FORMATS[stage][-1][0]}': 'its name in the source'}}"
+            guessed = guess_columns(self.theirs, FORMATS[stage]) or {FORMATS[stage][-1][0]: "its name in the source"}
             raise ValueError(
                 f"{stage}.data: {self.source.data} has the columns: {there}. This stage takes {accepted(stage)}. If "
-                f"they have other names there, map them: {example}."
+                f"they have other names there, map them: {stage}.columns={guessed}."
             )
         return next(columns for columns in FORMATS[stage] if 2 * counts[columns] >= max(counts.values()))
 

@@ -57,6 +57,7 @@ def conversion(key: str, name: str) -> Conversion:
     if is_function(name):
         return function(name)
     known = {name: named.convert for name, named in SOURCES.items() if named.convert}
+    known |= {name: convert for name, (_, convert) in FILES.items()}
     if name not in known:
         raise ValueError(
             f"{key}: {name!r} is neither module:function nor a named source with a conversion.{suggestion(name, known)}"
@@ -65,9 +66,13 @@ def conversion(key: str, name: str) -> Conversion:
 
 
 def recognized(row: Any) -> str | None:
-    """The named source whose conversion a row of a file is for, by its columns; None where it is for none."""
-    names = (name for name, named in SOURCES.items() if named.columns and isinstance(row, dict))
-    return next((name for name in names if set(SOURCES[name].columns) <= row.keys()), None)
+    """The conversion that a row of a file is for, a named source's or of FILES, by its columns; None: it is for none."""
+    if not isinstance(row, dict):
+        return None
+    columns = {name: named.columns for name, named in SOURCES.items() if named.columns}
+    if not {"prompt", "messages"} & row.keys():  # which are read as they are
+        columns |= {name: columns for name, (columns, _) in FILES.items()}
+    return next((name for name, needed in columns.items() if set(needed) <= row.keys()), None)
 
 
 def _each(convert: Callable[[Row], Row]) -> Conversion:
@@ -316,4 +321,38 @@ SOURCES: dict[str, Named] = {
         citation="Lambert et al. 2024, arXiv:2411.15124",
         about="271k comparisons by GPT-4o of answers by many models, mixed for DPO",
     ),
+}
+
+
+def _alpaca(row: Row) -> Row:
+    """An instruction, perhaps with an input, and an output; in files of comparisons a chosen and a rejected one."""
+    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    before = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    converted: Row = {"prompt": [*before, {"role": "user", "content": asked}]}
+    for theirs, ours in (("output", "completion"), ("chosen", "chosen"), ("rejected", "rejected")):
+        if row.get(theirs) is not None:
+            converted[ours] = [{"role": "assistant", "content": row[theirs]}]
+    return converted
+
+
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def _sharegpt(row: Row) -> Row:
+    """Turns of `from` and `value`; in files of comparisons they are the prompt of a chosen and a rejected turn."""
+
+    def message(turn: Row) -> dict[str, str]:
+        return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+
+    messages = [message(turn) for turn in row["conversations"]]
+    if "chosen" not in row:
+        return {"messages": messages}
+    return {"prompt": messages, **{name: [message(row[name])] for name in ("chosen", "rejected")}}
+
+
+# Formats in which many files are that have no name: the columns by which each is known, and what converts it.
+FILES: dict[str, tuple[tuple[str, ...], Conversion]] = {
+    "alpaca": (("instruction", "output"), _each(_alpaca)),
+    "alpaca-pairs": (("instruction", "chosen", "rejected"), _each(_alpaca)),
+    "sharegpt": (("conversations",), _each(_sharegpt)),
 }

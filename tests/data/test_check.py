@@ -143,7 +143,7 @@ def test_findings_in_a_file_made_by_hand(tmp_path: Path) -> None:
     assert report["contradictions"] == {"repeated_pairs": 2, "pairs": 1, "judgements": 3, "examples": [[1, 3]]}
     assert report["pairs"] == {"longer": 3, "shorter": 2, "same": 3}
     assert report["lengths"]["chosen"] == {
-        "shortest": 3, "10 %": 3, "median": 5, "90 %": 6, "99 %": 6, "longest": 6, "mean": 4.8,
+        "shortest": 3, "10 %": 3, "median": 5, "90 %": 6, "95 %": 6, "99 %": 6, "longest": 6, "mean": 4.8,
     }  # fmt: skip
     assert report["unit"] == "characters" and report["max_length"] is None
     assert report["stages"] == ["reward", "dpo", "sft", "ppo"] and report["problems"] == []
@@ -184,8 +184,8 @@ def test_tokens_lengths_and_what_is_too_long(tmp_path: Path) -> None:
     report = report_of("sft", path, tokenizer, 30)
     whole = sorted(sum(map(len, tokenize_pair(tokenizer, row["prompt"], row["completion"]))) for row in rows)
     assert report["lengths"]["whole"] == {
-        "shortest": whole[0], "10 %": whole[3], "median": whole[19], "90 %": whole[35], "99 %": whole[39],
-        "longest": whole[39], "mean": sum(whole) / 40,
+        "shortest": whole[0], "10 %": whole[3], "median": whole[19], "90 %": whole[35],
+        "95 %": whole[37], "99 %": whole[39], "longest": whole[39], "mean": sum(whole) / 40,
     }  # fmt: skip
     assert report["dropped"] == {"too long": sum(length > 30 for length in whole)} and report["max_length"] == 30
     assert report["special_tokens"] == {"rows": 1, "examples": [4], "shown": ["</s>", "<s>"]}

@@ -1,6 +1,7 @@
 """Named sources: small files in exactly the formats of the public ones, through the conversions and the stages."""
 
 import json
+from ast import literal_eval
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ from support.repository import TREE, alpacaeval, helpsteer3, hh, pandalm, tldr, 
 from support.rows import assistant, make_tokenizer, user, write
 
 from rlhf_recipes.data.check import examine, survey_source
+from rlhf_recipes.data.guess import guess_columns
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.data.read import conversion_of, read
-from rlhf_recipes.data.sources import SOURCES, conversion, resolve_source
+from rlhf_recipes.data.rows import FORMATS
+from rlhf_recipes.data.sources import SOURCES, conversion, recognized, resolve_source
 from rlhf_recipes.recipe.values import Stage
 
 CASES = [(name, stage) for name, named in SOURCES.items() for stage in named.stages if stage != "dpo"]
@@ -199,3 +202,90 @@ def test_own_conversion(tmp_path: Path) -> None:
     assert result.report["rows"] == len(result.train) == 5
     with pytest.raises(ValueError, match=r"sft\.convert: 'helpster3' is neither .* Did you mean helpsteer3\?"):
         prepare("sft", Stage(data=path, convert="helpster3"), make_tokenizer(), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "converted"),
+    [
+        (
+            "alpaca",
+            {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "Be brief."},
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, user("Add.\n\n1 + 1")],
+                "completion": [assistant("2")],
+            },
+        ),
+        (
+            "alpaca",
+            {"instruction": "Hi", "input": "", "output": "Ho"},
+            {"prompt": [user("Hi")], "completion": [assistant("Ho")]},
+        ),
+        (
+            "alpaca-pairs",
+            {"instruction": "Hi", "chosen": "Ho", "rejected": "No"},
+            {"prompt": [user("Hi")], "chosen": [assistant("Ho")], "rejected": [assistant("No")]},
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+            {"messages": [user("Hi"), assistant("Ho")]},
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [{"from": "human", "value": "Hi"}],
+                "chosen": {"from": "gpt", "value": "Ho"},
+                "rejected": {"from": "gpt", "value": "No"},
+            },
+            {"prompt": [user("Hi")], "chosen": [assistant("Ho")], "rejected": [assistant("No")]},
+        ),
+    ],
+)
+def test_formats_without_a_name_are_known_by_their_columns(
+    name: str, row: dict[str, Any], converted: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [row])
+    assert conversion_of("sft", Stage(data=path)) == name
+    assert list(read("sft", Stage(data=path))) == [(1, converted)]
+    assert recognized({**row, "prompt": "What TRL calls so is read as it is."}) is None
+
+
+def test_a_row_that_is_not_as_its_format_has_it_is_refused_by_its_number(tmp_path: Path) -> None:
+    rows = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}] * 3
+    rows[1] = {"conversations": [{"from": "tool", "value": "Hi"}]}
+    path = write(tmp_path / "rows.jsonl", rows)
+    report = prepare("sft", Stage(data=path, heldout=0.0), make_tokenizer(), None).report
+    assert report["used"] == 2 and " 2, field" in report["examples"][0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "stage", "found"),
+    [
+        (["id", "question", "reply"], "sft", {"prompt": "question", "completion": "reply"}),
+        (
+            ["Question", "goodAnswer", "bad_answer"],
+            "reward",
+            {"prompt": "Question", "chosen": "goodAnswer", "rejected": "bad_answer"},
+        ),
+        (
+            ["user_prompt", "response_chosen", "response_rejected"],
+            "reward",
+            {"prompt": "user_prompt", "chosen": "response_chosen", "rejected": "response_rejected"},
+        ),
+        (["dialogue"], "ppo", {"messages": "dialogue"}),
+        (["request", "n"], "ppo", {"prompt": "request"}),
+        (["answer", "score"], "sft", None),
+        (["prompt", "prompt_text"], "sft", None),
+    ],
+)
+def test_columns_are_guessed_from_their_names(columns: list[str], stage: str, found: dict[str, str] | None) -> None:
+    assert guess_columns(columns, FORMATS[stage]) == found
+
+
+def test_an_unknown_format_is_refused_with_the_mapping_that_would_fit(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"question": "Hi", "reply": "Ho"}])
+    with pytest.raises(ValueError) as refused:
+        prepare("sft", Stage(data=path), make_tokenizer(), None)
+    mapping = str(refused.value).rpartition("sft.columns=")[2].rstrip(".")
+    mapped = Stage(data=path, columns=literal_eval(mapping), heldout=0.0)
+    assert prepare("sft", mapped, make_tokenizer(), None).report["used"] == 1
