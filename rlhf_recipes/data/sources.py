@@ -66,7 +66,7 @@ def conversion(key: str, name: str) -> Conversion:
 
 
 def recognized(row: Any) -> str | None:
-    """The conversion that a row of a file is for, a named source's or of FILES, by its columns; None: it is for none."""
+    """The conversion that a row of a file is for, a named source's or of FILES, by its columns; None: there is none."""
     if not isinstance(row, dict):
         return None
     columns = {name: named.columns for name, named in SOURCES.items() if named.columns}
