@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,6 +42,13 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 def device() -> torch.device:
     """The device of this run: the first GPU, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """The hardware of this run: the GPU, as CUDA calls it, or the CPU's kind and cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def precision(base: Base) -> torch.dtype:

@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ..data.prepare import Prepared
+from ..model.base import device_name
 from ..model.memory import peak_memory_mib, release, reset_peak_memory, resident_mib
 from ..model.processes import all_gather, is_main, on_main
 from ..plan.fit import out_of_memory, plan_for_rows
@@ -98,6 +99,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
     Raises ValueError, with what to change, where it runs out of memory.
     """
     record = manifest.begin(job.stage, job.data.report)
+    record["device"] = device_name()
     on_main(lambda: manifest.write(job.run_dir))  # all processes begin together
     job.folder.mkdir(parents=True, exist_ok=True)
     if sizes := getattr(job.config, "chosen_sizes", None):

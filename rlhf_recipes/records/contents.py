@@ -181,6 +181,7 @@ class StageRecord(TypedDict):
     seconds: float  # of all attempts
     peak_memory_mib: float  # the highest of all attempts
     data: DataReport
+    device: NotRequired[str]  # the hardware of the last attempt; a version before 0.5 wrote none
     planned_peak_mib: NotRequired[float]
     chosen_sizes: NotRequired[dict[str, int | None]]  # of those that are `auto`, when the stage began; None: all layers
     results: NotRequired[StageResults]  # once it is done

@@ -174,6 +174,7 @@ def test_a_run_writes_its_recipe_and_manifest(recipe: Recipe, finished: tuple[Pa
     for record in manifest["stages"].values():
         assert record["state"] == "done"
         assert record["seconds"] > 0 and record["peak_memory_mib"] > 0
+        assert record["device"].endswith(f"CPU, {os.cpu_count()} cores") or torch.cuda.is_available()
         report = record["data"]
         assert report["rows"] == report["used"] == report["train"] + report["heldout"] == 120
         assert report["heldout"] > 0 and report["dropped"] == {}
