@@ -22,6 +22,7 @@ from . import (
     new,
     options,
     plan,
+    push,
     recipes,
     report,
     run,
@@ -48,6 +49,7 @@ COMMANDS = {
     "evaluate": evaluate.COMMAND,
     "report": report.COMMAND,
     "export": export.COMMAND,
+    "push": push.COMMAND,
     "serve": serve.COMMAND,
 }
 

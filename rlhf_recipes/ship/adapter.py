@@ -27,11 +27,7 @@ def export_adapter(run_dir: Path, to: Path, settings: ExportSettings) -> dict[st
     Raises ValueError where the folder is there, or others could not load the base by its name.
     """
     trained = find_trained(run_dir, settings.model)
-    base_id = settings.base_id or trained.base.model
-    if settings.base_id is None and (is_function(base_id) or Path(base_id).exists()):
-        raise ValueError(
-            f"Nobody else can load the base by its name {base_id}: set --base-id to the Hub id of that very model."
-        )
+    base_id = check_base_id(trained, settings.base_id)
     with new_folder(to) as folder:
         config = PeftConfig.from_pretrained(str(trained.folder))
         config.base_model_name_or_path = base_id
@@ -44,6 +40,23 @@ def export_adapter(run_dir: Path, to: Path, settings: ExportSettings) -> dict[st
             check_close(measured["trained_base"], trained, "dequantized", trained.dtype)
         trained.write_record(folder, format="adapter", base_id=base_id, measured=measured)
     return measured
+
+
+def public_base(trained: Trained, base_id: str | None) -> str | None:
+    """What others load the base by: `base_id`, or the recipe's name of it; None where that is of this machine alone."""
+    name = trained.base.model
+    return base_id or (None if is_function(name) or Path(name).exists() else name)
+
+
+def check_base_id(trained: Trained, base_id: str | None) -> str:
+    """The same. Raises ValueError where others could not load the base by its name."""
+    public = public_base(trained, base_id)
+    if public is None:
+        raise ValueError(
+            f"Nobody else can load the base by its name {trained.base.model}: set --base-id to the Hub id of that very "
+            "model."
+        )
+    return public
 
 
 def _bases(trained: Trained) -> dict[str, Any]:
@@ -85,6 +98,5 @@ def adapter_table(measured: dict[str, Any]) -> str:
         return words["trained_base"]
     return (
         f"by PEFT on the quantized base that it was trained on, {words['trained_base']}\n"
-        f"on the base without quantization, as vLLM and others load it, {words['original']}\n"
-        "Say to others which quantization it was trained on: export.json does."
+        f"on the base without quantization, as vLLM and others load it, {words['original']}"
     )
