@@ -144,7 +144,9 @@ def choose_ppo(reports: Mapping[str, Mapping[str, Any]], context: int) -> Iterat
     )
     batches = {"mini_batch_size": rollout // 2, "num_mini_batches": 2, "num_ppo_epochs": 1}
     yield Choice(batches, f"{rollout} episodes a rollout, two steps, one pass (InstructGPT)")
-    auto = dict.fromkeys(("per_device_train_batch_size", "rollout_micro_batch_size", "gradient_checkpointing"), "auto")
+    auto: dict[str, Any] = dict.fromkeys(
+        ("per_device_train_batch_size", "rollout_micro_batch_size", "gradient_checkpointing"), "auto"
+    )
     yield Choice(auto, "what fits")
     yield Choice({"max_prompt_length": prompt}, why_prompt)
     yield Choice(

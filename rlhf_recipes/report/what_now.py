@@ -35,6 +35,7 @@ def next_steps(run: RunContents) -> Iterator[tuple[str, str]]:
         f"rlhf-recipes export {there} --to {exported}",
     )
     yield "Serve it to OpenAI's clients:", f"rlhf-recipes serve {there}"
+    yield "Put it on the Hugging Face Hub, with a card of what was measured:", f"rlhf-recipes push {there} ORG/NAME"
 
 
 def readme(run: RunContents) -> str:
