@@ -166,7 +166,8 @@ def test_optimizer_state(optim: str, size: float) -> None:
 
 
 # Under autocast each layer's adapter is there in 16 bits too.
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_depth_goes_on_in_a_straight_line(tmp_path: Path, dtype: str) -> None:
     shape = {"num_hidden_layers": 5, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
     config = AutoConfig.for_model("qwen3", **ARCHITECTURES["qwen3"] | shape)
@@ -232,6 +233,7 @@ def test_a_run_plans_for_the_longest_rows_of_its_data(
     assert all(peak < plan_memory(allowed).stages[stage].peak_mib for stage, peak in peaks.items())
 
 
+@pytest.mark.long
 def test_changes_are_what_a_new_plan_says(recipe: Recipe) -> None:
     before = plan_memory(recipe, only=["ppo"]).stages["ppo"].peak_mib
     changes = helpful_changes(recipe, "ppo", check_recipe(recipe))
