@@ -650,7 +650,13 @@ def test_the_judge_is_an_adapter_like_the_others_and_no_member(
     assert not torch.allclose(score_rows(shared, rows, "reward"), score_rows(shared, rows, "judge"), atol=1e-2)
     assert recipe.reward is not None
     train = prepare("reward", recipe.reward, load_tokenizer(recipe.base), 1024).train
-    assert results["card"]["train_pairs"] == count_pairs(set_aside(train, 0.4, 0)[0]), "less what the judge has"
+    sides = dict(zip(("reward", "reward-judge"), set_aside(train, 0.4, 0), strict=True))
+    assert results["card"]["train_pairs"] == count_pairs(sides["reward"]), "less what the judge has"
+    args = recipe.reward.args
+    batch = args["per_device_train_batch_size"] * args.get("gradient_accumulation_steps", 1)
+    for stage, side in sides.items():
+        last = [row for row in rows_of(folder) if row["stage"] == stage and "loss" in row][-1]
+        assert last["step"] / last["epoch"] == pytest.approx(math.ceil(len(side) / batch)), "of its own rows alone"
     summary = run(recipe, folder)
     assert summary["judge_accuracy"] == results["judge_accuracy"]
     assert f"(judge {results['judge_accuracy']:.1%})" in " ".join(capsys.readouterr().out.split())

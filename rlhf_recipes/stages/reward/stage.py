@@ -58,7 +58,7 @@ def train_reward(job: Job) -> StageResults:
     jobs = adapter_jobs(job)
     for index, member in enumerate(jobs):
         if not (member.folder / PROBES).is_file():
-            with nullcontext(job) if index == 0 else member.tracked(beside=True) as tracked:
+            with nullcontext(member) if index == 0 else member.tracked(beside=True) as tracked:
                 train_member(tracked)
             release()
     return evaluate_adapters(jobs[0])
