@@ -45,6 +45,11 @@ def conversion_of(stage: str, source: Source) -> str | None:
     return _with_conversion(source, _read_source(stage, source))[1]
 
 
+def first_row(stage: str, source: Source) -> Any:
+    """The first row of a source as it stands there, before any conversion; None where there is none."""
+    return next(_read_source(stage, resolve_source(source)), (0, None))[1]
+
+
 def _with_conversion(
     source: Source, numbered: Iterator[tuple[int, Any]]
 ) -> tuple[Iterator[tuple[int, Any]], str | None]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prepare import Prepared, prepare, trained_on
-from ..data.read import read
+from ..data.read import first_row
 from ..data.rows import StageName
 from ..data.split import dialogue_hash, halve, prompt_hash
 from ..feedback.judge import JudgeSettings
@@ -172,7 +172,7 @@ def _read_all(
     source = Source(name, heldout=0.0)
     try:
         if kind == "ppo" and not is_function(name):
-            first = next(read(kind, source), (0, None))[1]
+            first = first_row(kind, source)
             source = replace(source, convert=conversion_of_benchmark(first, conversational))
         return prepare(kind, source, tokenizer, longest, seed)
     except ValueError as error:  # `data` names the section that such rows are for

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..data.check import examine, survey_source
 from ..data.guess import guess_columns
 from ..data.rows import FORMATS
+from ..data.tokens import CHAT_TEMPLATES
 from ..model.base import load_tokenizer
 from ..plan.cards import Card, on_card
 from ..plan.plan import plan_memory
@@ -84,8 +85,8 @@ def choose_base(wanted: Wanted) -> tuple[Base, str]:
         base = replace(base, quantization="nf4")
         why.append(f"NF4 leaves room on {wanted.card.gib:.0f} GiB")
     tokenizer = load_tokenizer(base)
-    if tokenizer.chat_template is None:
-        template = "chatml" if "<|im_start|>" in tokenizer.get_vocab() else "transcript"
+    if tokenizer.chat_template == CHAT_TEMPLATES["transcript"]:  # which one without a template of its own gets
+        template = "chatml" if {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys() else "transcript"
         base = replace(base, chat_template=template)
         why.append("it has no chat template of its own")
     return base, "; ".join(why)
@@ -136,6 +137,8 @@ def choose_ppo(reports: Mapping[str, Mapping[str, Any]], context: int) -> Iterat
     prompt, why_prompt = choose_length([reports["ppo"]["lengths"]["prompt"]], 16, context - response)
     prompts = reports["ppo"]["train"]
     rollout = 256 if prompts >= 5_000 else 64
+    while rollout > max(prompts, 8):  # a rollout has each prompt once at most
+        rollout //= 2
     episodes = max(40 * rollout, min(2 * prompts, 100 * rollout) // rollout * rollout)
     times = episodes / max(prompts, 1)
     yield Choice({"learning_rate": 3e-5, "critic_learning_rate": 9e-5}, "arXiv:2403.17031 and InstructGPT, times ten")

@@ -11,8 +11,8 @@ and, for the first recipe, vaderSentiment. It runs on a CPU or a GPU.
 
 The hours set the length of PPO alone. What comes before takes half an hour on two cores for the first recipe. The
 second trains the reward model on all comparisons, to be measured, and then two on parts of them, one for PPO and one to
-judge it: an estimated two hours. Once the first part is done, the machine's pace is known, and PPO gets
-as many episodes as the rest of the hours hold.
+judge it: an estimated two and a half hours. Once the first part is done, the machine's pace is known, and PPO gets as
+many episodes as the rest of the hours hold.
 """
 
 import argparse
@@ -41,7 +41,7 @@ FEWEST, MOST = 640, 12_800  # episodes: with fewer PPO shows little
 
 # Estimated seconds on two cores of an AMD EPYC in bfloat16: what the parts cost against each other. An episode has its
 # share of the evaluations during PPO, a DEMONSTRATION counts prompts of which three in four have one.
-SAMPLE, DEMONSTRATION, RANKING, COMPARISON, SCORED, SAMPLED = 0.11, 0.6, 0.68, 0.85, 0.2, 0.5
+SAMPLE, DEMONSTRATION, RANKING, COMPARISON, SCORED, SAMPLED = 0.11, 0.6, 0.68, 1.1, 0.4, 0.5
 
 
 @dataclass(frozen=True)

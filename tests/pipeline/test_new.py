@@ -60,8 +60,9 @@ def test_from_three_files_to_a_run(files: dict[str, str], capsys: pytest.Capture
     assert len(lines) <= 40
     assert all("  # " in line for line in lines if line.startswith("        ")), "each choice has its reason"
     recipe = load("./mine.py")
-    assert recipe.base.quantization is None and recipe.base.chat_template is None, "it has one of its own"
     assert recipe.reward is not None and recipe.ppo is not None and recipe.sft is not None
+    assert recipe.base.quantization is None and recipe.base.chat_template == "transcript", "it has none of its own"
+    assert recipe.ppo.args["mini_batch_size"] * recipe.ppo.args["num_mini_batches"] == 32, "of 44 prompts"
     assert recipe.reward.columns == {"prompt": "question", "chosen": "better", "rejected": "worse"}
     assert recipe.reward.args["per_device_train_batch_size"] * recipe.reward.args["gradient_accumulation_steps"] == 8
     commands = [line.split() for line in printed.splitlines() if line.startswith("  rlhf-recipes")]
@@ -69,6 +70,7 @@ def test_from_three_files_to_a_run(files: dict[str, str], capsys: pytest.Capture
     main_cli(commands[0][1:])
     main_cli([*commands[-1][1:], "ppo.total_episodes=64", "ppo.save_steps=1", "ppo.eval_strategy=no"])
     assert Path("runs/mine/summary.json").is_file()
+    capsys.readouterr()
     assert "is there already, and is not written over" in error_of(capsys, words_of(files))
 
 
@@ -126,7 +128,6 @@ def test_few_rows_are_seen_more_often(stage: str, rows: int, epochs: int) -> Non
 
 def test_the_base_is_quantized_where_it_must_be_and_has_a_template(tmp_path: Path) -> None:
     save_model(tmp_path / "base")
-    (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
     wanted = Wanted("mine", str(tmp_path / "base"), {}, card=Card("tiny", 1e-6))
     base, why = choose_base(wanted)
     assert (base.quantization, base.chat_template) == ("nf4", "transcript") and "no chat template of its own" in why

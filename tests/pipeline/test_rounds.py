@@ -256,7 +256,7 @@ def test_a_run_writes_its_report_with_all_rounds(finished: Path, capsys: pytest.
     assert (finished / "again.html").read_text(encoding="utf-8") == page, "the same run gives the same page"
     (of_run,) = gather([finished])
     found = {section.id: section.blocks for section in report_sections([of_run])}
-    assert [*found] == ["what", "results", "answers", "sft", "reward", "ppo", "overoptimisation", "resources"]
+    assert [*found] == ["what", "results", "answers", "sft", "reward", "ppo", "overoptimisation", "resources", "now"]
     assert found["answers"][0].data["models"] == ["base", "SFT", "PPO", "round-2/PPO", "round-3/PPO"]
     assert found["resources"][1].rows[0].label == "sampling responses"
     steps, kl = of_run.ppo("objective/kl")
