@@ -63,7 +63,11 @@ def test_an_adapter_is_loaded_by_peft_on_the_base_that_it_names(
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "ppo"))
     shared = open_models(read_recipe(run), {"ppo": run / "ppo" / "policy"})
     with torch.no_grad(), shared.role("ppo"):
-        torch.testing.assert_close(plain(rows).logits, shared.causal(rows).logits, atol=1e-5, rtol=0)
+        trained = shared.causal(rows).logits
+        torch.testing.assert_close(plain(rows).logits, trained, atol=1e-5, rtol=0)
+    main_cli(["export", str(run), "--format", "adapter", "--base-id", base, "--to", str(tmp_path / "beside")])
+    (alone,) = in_a_fresh_process({tmp_path / "beside": rows.tolist()})[tmp_path / "beside"]
+    torch.testing.assert_close(alone, trained[0].log_softmax(-1), atol=1e-5, rtol=0)
     classifier: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     classifier = PeftModel.from_pretrained(classifier, str(tmp_path / "reward"))
     scores = [classifier(torch.tensor([row])).logits.item() for row in probes["input_ids"]]

@@ -19,22 +19,26 @@ from rlhf_recipes.recipe.overrides import to_dict
 from rlhf_recipes.records.files import write_json
 from rlhf_recipes.stages.reward.adapters import PROBES, score_rows
 
-# Reads from standard input, and writes for each folder what plain transformers says of rows of token ids.
+# Reads from standard input, and writes for each folder what plain transformers or PEFT says of rows of token ids.
 FRESH = """
-import json, sys
+import json, os, sys
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 assert "rlhf_recipes" not in sys.modules
 asked = json.load(sys.stdin)
 answers = {}
 for folder, rows in asked.items():
-    config = json.load(open(folder + "/config.json"))
-    scores = config["architectures"][0].endswith("ForSequenceClassification")
-    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    lost = [name for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]]
-    assert not lost, (folder, info)
+    if os.path.isfile(folder + "/adapter_config.json"):
+        model, scores = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto"), False
+    else:
+        config = json.load(open(folder + "/config.json"))
+        scores = config["architectures"][0].endswith("ForSequenceClassification")
+        kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        lost = [name for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]]
+        assert not lost, (folder, info)
     AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         logits = [model(torch.tensor([row])).logits[0].float() for row in rows]
@@ -81,7 +85,7 @@ def make_run(folder: Path, recipe: Recipe | None = None, size: float = 0.1, **ba
 
 
 def in_a_fresh_process(asked: dict[Path, list[list[int]]]) -> dict[Path, list[torch.Tensor]]:
-    """What exported folders say of rows of token ids, loaded by plain transformers without this package.
+    """What exported folders say of rows of token ids, loaded by plain transformers or PEFT without this package.
 
     Returns for each row log-probabilities (L, V), or the score (1,) of a reward model.
     """
