@@ -98,21 +98,9 @@ class Conversation:
         self.folder, self.voices = folder, dict[str, Voice]()
         self.recipe: Recipe | None = None
         if read_export(folder) is None:
-            self.recipe = read_recipe(folder)
-            names = [name or last_model(folder, self.recipe) for name in models]
-            for name in names:
-                _ = _is_export(name) or adapter_folder(folder, self.recipe, name)  # raises before the base is loaded
-            base, self.tokenizer = self.recipe.base, load_tokenizer(self.recipe.base)
-            self.longest = longest_row(base, None, response_length, "--max-tokens")
-            self.shared = open_models(self.recipe, {})
-            assert self.shared.fingerprint is not None
-            self.fingerprint = self.shared.fingerprint
-            sampled = 0.7 if self.recipe.ppo is None else self.recipe.ppo.args.get("temperature", 0.7)
-            self._add_reward_models(folder)
+            names, sampled = self._open_run(models, response_length)
         else:
-            self.shared, role, base, self.tokenizer, self.fingerprint, sampled = open_export(folder)
-            self.longest = longest_row(base, None, response_length, "--max-tokens")
-            self.voices, names = {str(folder): Voice(self.shared, role)}, list(filter(None, models))
+            names, sampled = self._open_export(models, response_length)
         for name in names:
             self.add_model(name)
         temperature = sampled if temperature is None else temperature
@@ -124,16 +112,34 @@ class Conversation:
         self.start: Messages = [] if system is None else [{"role": "system", "content": system}]
         self.messages: Messages = list(self.start)
 
+    def _open_run(self, models: Sequence[str | None], response_length: int) -> tuple[list[str], float]:
+        """Open the run's base and its newest reward model. Returns who is to answer, and PPO's temperature."""
+        self.recipe = read_recipe(self.folder)
+        names = [name or last_model(self.folder, self.recipe) for name in models]
+        for name in names:
+            if not _is_export(name):
+                adapter_folder(self.folder, self.recipe, name)  # raises before the base is loaded
+        self.tokenizer = load_tokenizer(self.recipe.base)
+        self.longest = longest_row(self.recipe.base, None, response_length, "--max-tokens")
+        self.shared = open_models(self.recipe, {})
+        assert self.shared.fingerprint is not None
+        self.fingerprint = self.shared.fingerprint
+        rewarded = next((f for f in newest_round_first(self.folder) if (f / "reward" / PROBES).is_file()), None)
+        if rewarded is not None:
+            add_reward_roles(self.shared, member_folders(rewarded))
+        return names, 0.7 if self.recipe.ppo is None else self.recipe.ppo.args.get("temperature", 0.7)
+
+    def _open_export(self, models: Sequence[str | None], response_length: int) -> tuple[list[str], float]:
+        """Open the export, which answers first. Returns who is to answer beside it, and its temperature."""
+        self.shared, role, base, self.tokenizer, self.fingerprint, sampled = open_export(self.folder)
+        self.longest = longest_row(base, None, response_length, "--max-tokens")
+        self.voices = {str(self.folder): Voice(self.shared, role)}
+        return list(filter(None, models)), sampled
+
     @property
     def names(self) -> list[str]:
         """Who can answer, the first of them first."""
         return list(self.voices)
-
-    def _add_reward_models(self, run_dir: Path) -> None:
-        """Give the newest reward model of a run, or the members of an ensemble, a role, where there is one."""
-        rewarded = next((f for f in newest_round_first(run_dir) if (f / "reward" / PROBES).is_file()), None)
-        if rewarded is not None:
-            add_reward_roles(self.shared, member_folders(rewarded))
 
     def add_model(self, name: str) -> None:
         """Let a model answer too. Raises ValueError where there is none by that name, or it reads other tokens."""
