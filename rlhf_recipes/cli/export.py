@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> None:
     with notes_to_stderr():
         from accelerate.utils import convert_file_size_to_int
 
-        from ..ship.adapter import adapter_table, export_adapter
+        from ..ship.adapter import export_adapter, exported_words
         from ..ship.gguf import export_gguf, gguf_table
         from ..ship.measure import table
         from ..ship.merged import export_merged
@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> None:
         )
         export, words = {
             "merged": (export_merged, table),
-            "adapter": (export_adapter, adapter_table),
+            "adapter": (export_adapter, exported_words),
             "reward": (export_reward, score_table),
             "gguf": (export_gguf, gguf_table),
             "ollama": (export_gguf, gguf_table),

@@ -58,8 +58,11 @@ def _run(options: argparse.Namespace) -> None:
 
         card = this_card() if options.gpu is None else card_of(options.gpu)
         made = new_recipe(Wanted(options.name, options.base, data, columns, card))
-    for stage, guess in made.guessed.items():
-        print(f"{data[stage]}: {', '.join(f'{theirs!r} is the {ours}' for ours, theirs in guess.items())}.")
+    guesses = [
+        f"{data[stage]}: {', '.join(f'{theirs!r} is the {ours}' for ours, theirs in guess.items())}."
+        for stage, guess in made.guessed.items()
+    ]
+    print("\n".join(dict.fromkeys(guesses)), end="\n" * bool(guesses))  # PPO may have the comparisons' file
     for warning in made.warnings:
         print(f"warning: {warning}")
     if made.guessed and not options.yes and sys.stdin.isatty() and not _agrees():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..data.check import examine, survey_source
 from ..data.guess import guess_columns
-from ..data.rows import FORMATS
+from ..data.rows import FORMATS, Survey
 from ..data.tokens import CHAT_TEMPLATES
 from ..model.base import load_tokenizer
 from ..plan.cards import Card, on_card
@@ -60,10 +60,10 @@ def new_recipe(wanted: Wanted) -> NewRecipe:
     context = getattr(read_config(base).get_text_config(), "max_position_embeddings", None) or 10**6
     sources, reports, guessed = {}, {}, {}
     for stage, data in wanted.data.items():
-        source, guess = find_source(stage, data, wanted.columns.get(stage, {}))
+        survey, guess = look_at(stage, data, wanted.columns.get(stage, {}))
         guessed |= {stage: guess} if guess else {}
-        sources[stage] = source
-        reports[stage] = examine(survey_source(source), stage, tokenizer)
+        sources[stage] = survey.source
+        reports[stage] = examine(survey, stage, tokenizer)
     choices = {
         stage: list(choose_ppo(reports, context) if stage == "ppo" else choose_training(stage, reports[stage], context))
         for stage in sources
@@ -92,19 +92,18 @@ def choose_base(wanted: Wanted) -> tuple[Base, str]:
     return base, "; ".join(why)
 
 
-def find_source(stage: str, data: str, columns: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
-    """The source of a stage, and the columns that had to be guessed. Raises ValueError where they cannot be."""
-    source = Source(data, columns=dict(columns))
-    survey = survey_source(source)
+def look_at(stage: str, data: str, columns: Mapping[str, str]) -> tuple[Survey, dict[str, str]]:
+    """The survey of a stage's source, and the columns that were guessed. Raises ValueError where they cannot be."""
+    survey = survey_source(Source(data, columns=dict(columns)))
     guess: dict[str, str] = {}
     if not columns and not any(survey.counts(stage).values()):
         found = guess_columns(survey.theirs, FORMATS[stage]) or {}
         guess = {ours: theirs for ours, theirs in found.items() if ours != theirs}
-        source = replace(source, columns=guess)
-        survey = survey_source(source)
+        survey = survey_source(Source(data, columns=guess))
     survey.format(stage)
-    few = {"heldout": 0.1} if survey.total < 2_000 else {}  # of fewer rows a twentieth says nothing
-    return replace(source, **few), guess
+    if survey.total < 2_000:  # of which a twentieth says nothing
+        survey.source = replace(survey.source, heldout=0.1)
+    return survey, guess
 
 
 def choose_training(stage: str, report: Mapping[str, Any], context: int) -> Iterator[Choice]:

@@ -91,8 +91,14 @@ def _measure_scores(trained: Trained, folder: Path) -> dict[str, Any]:
     return measured
 
 
+def exported_words(measured: dict[str, Any]) -> str:
+    """What `export` says of an adapter: what was measured, and a warning where the base matters."""
+    warning = "\nSay to others which quantization it was trained on: export.json does." * ("original" in measured)
+    return adapter_table(measured) + warning
+
+
 def adapter_table(measured: dict[str, Any]) -> str:
-    """What was measured, in words, and a warning where the base matters."""
+    """What was measured, in words."""
     words = {name: (table if "kl" in found else score_table)(found) for name, found in measured.items()}
     if "original" not in words:
         return words["trained_base"]

@@ -1,6 +1,7 @@
 """Blocks of the report, and texts of anybody's, as Markdown in which they can be no markup and name no folder."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def fenced(text: str, language: str = "text") -> str:
     return "\n".join([f"{ticks}{language}", *lines, ticks])
 
 
-def table(columns: list[str], rows: list[list[str]], numeric: set[int] = frozenset()) -> str:  # type: ignore[assignment]
+def table(columns: list[str], rows: list[list[str]], numeric: Collection[int] = ()) -> str:
     """A table.
 
     Args:

@@ -79,6 +79,7 @@ def test_an_adapter_of_a_quantized_base_is_measured_on_both(tmp_path: Path, caps
     main_cli(["export", str(run), "--format", "adapter", "--base-id", "org/base", "--to", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "quantized base that it was trained on" in printed and "without quantization" in printed
+    assert printed.rstrip().endswith("Say to others which quantization it was trained on: export.json does.")
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     assert record["base"]["quantization"] == "nf4"
     assert record["measured"]["trained_base"]["kl"] < record["measured"]["original"]["kl"] / 5
