@@ -14,11 +14,11 @@ from .command import Command, notes_to_stderr, positive_int
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
-A judge is gold (the recipe's, where true quality is known), reward (what PPO was trained against), judge (the second
-reward model of reward.judge_share), module:function or file.py:function of TRL's signature, a reward adapter, a
-sequence classifier, or a model that is asked about each pair of answers, in both orders: a Hub id, a folder, a run, or
-the URL of an OpenAI-compatible endpoint. Answers are kept by content in RUN/evaluation, so that a second judge samples
-nothing; what earlier judges said stays. Stopped, the same command goes on.
+A judge is gold (the recipe's, where true quality is known), people (who judged in `arena`), reward (what PPO was
+trained against), judge (the second reward model of reward.judge_share), module:function or file.py:function of TRL's
+signature, a reward adapter, a sequence classifier, or a model that is asked about each pair of answers, in both orders:
+a Hub id, a folder, a run, or the URL of an OpenAI-compatible endpoint. Answers are kept by content in RUN/evaluation,
+so that a second judge samples nothing; what earlier judges said stays. Stopped, the same command goes on.
 
   rlhf-recipes evaluate runs/tiny
   rlhf-recipes evaluate runs/tiny --models sft,ppo,runs/other:ppo --against sft,base --samples 4
@@ -26,6 +26,29 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
   rlhf-recipes evaluate runs/mine --models base,sft,ppo --tasks tax --task-limit 500
   rlhf-recipes evaluate runs/mine --rewardbench reward-bench-2.parquet --judge reward judge
   rlhf-recipes evaluate runs/mine --comparisons Anthropic/hh-rlhf --split test"""
+    answer_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--judge",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="who judges (default: gold, judge and reward, as far as RUN has them)",
+    )
+    add(
+        "--under-base",
+        action="store_true",
+        help="measure by the bare base how natural the answers are, and whether they are about their prompts",
+    )
+    add("--json", action="store_true", help="print evaluation.json in place of tables")
+    _other_measures(parser)
+    question_arguments(parser)
+    reach_arguments(parser)
+
+
+def answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models answer which prompts, and where what is found goes: see `ANSWERS`."""
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder")
     add(
@@ -44,14 +67,6 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
         help="what they are compared with (default: sft, or who gave the answers in --prompts)",
     )
     add(
-        "--judge",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help="who judges (default: gold, judge and reward, as far as RUN has them)",
-    )
-    add(
         "--prompts",
         metavar="DATA",
         help="a source of prompts, or a file of AlpacaEval or Arena-Hard (default: those that training held out)",
@@ -62,16 +77,11 @@ nothing; what earlier judges said stays. Stopped, the same command goes on.
     add("--response-length", type=positive_int, metavar="N", help="tokens at most (default: as in training)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling and of drawn principles (default: 0)")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="rows at once: memory and speed (default: 64)")
-    add(
-        "--under-base",
-        action="store_true",
-        help="measure by the bare base how natural the answers are, and whether they are about their prompts",
-    )
     add("--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation)")
-    add("--json", action="store_true", help="print evaluation.json in place of tables")
-    _other_measures(parser)
-    question_arguments(parser)
-    reach_arguments(parser)
+
+
+# The settings of an evaluation that `answer_arguments` add.
+ANSWERS = ("models", "against", "prompts", "limit", "samples", "temperature", "response_length", "seed", "batch_size")
 
 
 def _other_measures(parser: argparse.ArgumentParser) -> None:
@@ -111,9 +121,6 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _run(options: argparse.Namespace) -> None:
     with notes_to_stderr():
-        from rich.console import Console
-        from rich.text import Text
-
         from ..evaluate.comparisons import RESULTS as COMPARISONS
         from ..evaluate.comparisons import evaluate_comparisons
         from ..evaluate.evaluation import evaluate
@@ -127,8 +134,7 @@ def _run(options: argparse.Namespace) -> None:
         asking = Asking(
             reach(options), JudgeSettings(*question(options)), Prices(*prices_of(options)), options.parallel
         )
-        named = ("models", "against", "prompts", "limit", "samples", "texts", "tasks", "task_dir", "task_limit")
-        named += ("temperature", "response_length", "seed", "batch_size", "under_base")
+        named = (*ANSWERS, "texts", "tasks", "task_dir", "task_limit", "under_base")
         chosen = {name: getattr(options, name) for name in named}
         settings = EvaluationSettings(**chosen, judges=tuple(options.judge), asking=asking)
         if options.split is not None and options.comparisons is None:
@@ -149,6 +155,14 @@ def _run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(result, indent=2))
         return
+    print_result(result, tables, (options.out or options.run / "evaluation") / name)
+
+
+def print_result(result: dict[str, Any], tables: list[Any], path: Path) -> None:
+    """Print what was found: tables of it, warnings, what to ship, and where all of it stands."""
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(highlight=False)
     for table in tables:
         console.print(table)
@@ -157,7 +171,7 @@ def _run(options: argparse.Namespace) -> None:
         console.print(Text(printable(f"warning: {warning}"), style="yellow"))
     if result.get("best") is not None:
         console.print(Text(printable(result["best"]["words"]), style="bold"))
-    console.print(Text(f"All of it: {(options.out or options.run / 'evaluation') / name}"))
+    console.print(Text(f"All of it: {path}"))
 
 
 def _check_alone(option: str, settings: Any) -> None:

@@ -5,31 +5,22 @@ from pathlib import Path
 
 from .command import Command, notes_to_stderr
 
+SHEET = Path(__file__).parents[1] / "feedback" / "sheet.yaml"
+
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("samples", type=Path, metavar="SAMPLES", help="the file that `sample` wrote")
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="where judgements go (default: SAMPLES with .labels.jsonl)"
     )
-    parser.add_argument("--guidelines", type=Path, metavar="FILE", help="text to show beside them (default: none)")
     parser.add_argument(
         "--mode",
         choices=("rank", "pairs"),
         default="rank",
         help="rank all responses at once, or compare two after two until their order is known (default: rank)",
     )
-    parser.add_argument(
-        "--overlap",
-        type=float,
-        default=0.2,
-        metavar="SHARE",
-        help="share of the samples that every labeler gets, 0 to 1, for their agreement (default: 0.2)",
-    )
-    parser.add_argument("--port", type=int, default=8008, metavar="N", help="to listen at; 0: any (default: 8008)")
+    page_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that share and all orders (default: 0)")
-    parser.add_argument(
-        "--share", action="store_true", help="listen to the whole network, not encrypted (default: to this machine)"
-    )
     parser.add_argument(
         "--by",
         metavar="FUNCTION",
@@ -40,6 +31,33 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "same link. A judgement is taken back in the browser in which it was given. Skips go to *.skipped.jsonl "
         "beside the labels."
     )
+
+
+def page_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the page shows, to whom, and where: arguments of `serve_label_page`."""
+    add = parser.add_argument
+    add("--guidelines", type=Path, metavar="FILE", help="text to show beside them (default: none)")
+    add(
+        "--sheet",
+        nargs="?",
+        const=SHEET,
+        type=Path,
+        metavar="FILE",
+        help="ask of each response, too, how good it is and what is wrong with it: the questions of a YAML file, or "
+        "without FILE those of InstructGPT's labelers (default: ask nothing)",
+    )
+    add(
+        "--overlap",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of the samples that every labeler gets, 0 to 1, for their agreement (default: 0.2)",
+    )
+    add("--port", type=int, default=8008, metavar="N", help="to listen at; 0: any (default: 8008)")
+    add("--share", action="store_true", help="listen to the whole network, not encrypted (default: to this machine)")
+
+
+PAGE = ("guidelines", "sheet", "overlap", "port", "share")  # what `page_arguments` add
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from .. import __version__
 from ..records.trust import trusting
 from . import (
     agreement,
+    arena,
     chat,
     check,
     critique,
@@ -47,6 +48,7 @@ COMMANDS = {
     "judge": judge.COMMAND,
     "critique": critique.COMMAND,
     "evaluate": evaluate.COMMAND,
+    "arena": arena.COMMAND,
     "report": report.COMMAND,
     "export": export.COMMAND,
     "push": push.COMMAND,

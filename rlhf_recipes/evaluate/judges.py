@@ -1,9 +1,11 @@
 """Who says which answer is better: scores of single answers, or a model that is asked about two at a time."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -27,6 +29,7 @@ from ..stages.scores import ExternalRewardModel, aggregate_ensemble
 from .models import Answer, Bench, adapter_digest
 
 PROXY = "reward"  # what PPO was trained against, so that it says nothing of quality
+PEOPLE = "people"  # who judge in the arena: the judge's name and, as what they said is kept, its identity
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ class Judge:
 
     `kind` says how it is asked. A score for each answer is what reward `adapters` of the run's base, a `function` of
     TRL's signature and a `classifier` (a reward model of transformers) give; `pairs`: a model is asked which of two
-    answers is better.
+    answers is better; `people` were asked, in the arena.
     """
 
     name: str
-    kind: Literal["adapters", "function", "classifier", "pairs"]
+    kind: Literal["adapters", "function", "classifier", "pairs", "people"]
     identity: str  # what its verdicts depend on, beside the answers, as far as that is known
     folders: tuple[Path, ...] = ()  # of its adapters, an ensemble if there are several
     source: str = ""  # the function, the classifier, or the model that is asked
@@ -69,6 +72,8 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
         if recipe.gold is None:
             raise ValueError(f"--judge gold: the recipe of {run_dir} knows no true quality (it has no `gold`).")
         return _function_judge(name, recipe.gold)
+    if name == PEOPLE:
+        return Judge(PEOPLE, "people", PEOPLE)
     if name in (PROXY, JUDGE):
         folders = reward_folders(run_dir, name)
         if not folders:
@@ -146,7 +151,7 @@ def find_scorers(names: Sequence[str], run_dir: Path, recipe: Recipe, asking: As
         raise ValueError(f"--{option}: {run_dir} has no finished reward model: name a --judge.")
     judges = [find_judge(name, run_dir, recipe, asking) for name in names]
     for judge in judges:
-        if judge.kind == "pairs":
+        if judge.kind in ("pairs", "people"):
             raise ValueError(
                 f"--judge {judge.name}: it is asked about pairs of answers, and --{option} needs a score of each. "
                 "Name reward, judge, a reward adapter, a classifier or a function."
@@ -174,8 +179,9 @@ def _is_classifier(name: str) -> bool:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--judge {name}: it is none of gold, reward and judge, no function (module:function or file.py:function), "
-            f"reward adapter, run or URL, and no model that can be loaded: {str(error).splitlines()[0]}"
+            f"--judge {name}: it is none of gold, people, reward and judge, no function (module:function or "
+            "file.py:function), reward adapter, run or URL, and no model that can be loaded: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     classifies = any("ForSequenceClassification" in kind for kind in config.architectures or ())
     if classifies and config.num_labels != 1:
@@ -268,13 +274,13 @@ def compare_pairs(
     judge: Judge, folder: Path, rows: Sequence[Row], pairs: Sequence[Pair], asking: Asking
 ) -> dict[str, Any]:
     """Have a model compare pairs of answers, those that it has not compared before. Returns as `judge_samples`."""
-    samples = {sample["id"]: sample for sample in (_sample(rows, pair) for pair in pairs)}
+    samples = {sample["id"]: sample for sample in (sample_of(rows, pair) for pair in pairs)}
     client = connect(ModelSettings(judge.source, **asking.reach))
     out = labels_file(folder, judge.identity)
     return judge_samples(list(samples.values()), out, client, asking.question, asking.prices, asking.parallel)
 
 
-def _sample(rows: Sequence[Row], pair: Pair) -> Row:
+def sample_of(rows: Sequence[Row], pair: Pair) -> Row:
     """A pair as a sample to be judged. Which model gave which answer does not show, in the order either."""
     row = rows[pair[0].row]
     first, second = sorted(pair, key=lambda answer: answer.text)
@@ -282,20 +288,38 @@ def _sample(rows: Sequence[Row], pair: Pair) -> Row:
     return {"id": key, "prompt": row["prompt"], "responses": [in_format_of(row, first), in_format_of(row, second)]}
 
 
-def read_verdicts(path: Path, rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Verdict | None]:
-    """The verdict on each pair in a file of labels; None where there is no label.
+def labels_of_pairs(path: Path, rows: Sequence[Row], pairs: Sequence[Pair]) -> list[list[tuple[Row, Verdict]]]:
+    """What a file of labels holds on each pair: none, one, or those of several people, each with what it says.
 
-    A tie is a pair of which both orders disagree. The preference is the judge's probability where that is known.
+    A tie is a pair of which both orders disagree, or which somebody called one. The preference is the judge's
+    probability where that is known.
     """
-    labels = {row["id"]: row for row in read_rows(path)}
-    return [_verdict(labels.get(_sample(rows, pair)["id"]), pair) for pair in pairs]
+    labels = defaultdict(list)
+    for label in read_rows(path):
+        labels[label["id"]].append(label)
+    by_pair = [labels[sample_of(rows, pair)["id"]] for pair in pairs]
+    return [[(label, _verdict(label, pair)) for label in of_pair] for of_pair, pair in zip(by_pair, pairs, strict=True)]
 
 
-def _verdict(label: Row | None, pair: Pair) -> Verdict | None:
-    if pair[0].text == pair[1].text:
-        return 0.5, True
-    if label is None:
-        return None
+def _verdict(label: Row, pair: Pair) -> Verdict:
     first, second = label["ranking"]
     preferred = label["preferences"][0] if "preferences" in label else 0.5 + 0.5 * ((first < second) - (first > second))
     return (preferred if pair[0].text < pair[1].text else 1 - preferred), first == second
+
+
+def read_verdicts(path: Path, rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Verdict | None]:
+    """The verdict on each pair in a file of labels, of several labels their mean; None where there is no label.
+
+    Equal answers are a tie without any.
+    """
+    verdicts: list[Verdict | None] = []
+    for pair, labels in zip(pairs, labels_of_pairs(path, rows, pairs), strict=True):
+        said = [verdict for _, verdict in labels]
+        if pair[0].text == pair[1].text:
+            verdicts.append((0.5, True))
+        elif said:
+            preferred = fmean(preferred for preferred, _ in said)
+            verdicts.append((preferred, all(tie for _, tie in said) or (len(said) > 1 and preferred == 0.5)))
+        else:
+            verdicts.append(None)
+    return verdicts

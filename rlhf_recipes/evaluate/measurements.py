@@ -15,6 +15,7 @@ from .behaviour import opinions
 from .judges import Pair, adapter_scores, compare_pairs, function_scores
 from .models import Answer, AnswerSettings, Bench, NamedModel
 from .opponents import opponent_answers
+from .people import write_samples
 from .plan import EvaluationPlan, EvaluationSettings
 from .under_base import panel_under_base
 
@@ -92,7 +93,8 @@ class Measurements:
         """Have the judges that are no adapters of the run's base score or compare, now that it is out of memory.
 
         Args:
-            folder: where the labels go that models which are asked about pairs give; see `labels_file`.
+            folder: where the labels go that models which are asked about pairs give (see `labels_file`), and the pairs
+                that people are to judge.
         """
         for judge in self.plan.judges:
             if judge.kind in ("function", "classifier"):
@@ -100,9 +102,12 @@ class Measurements:
                 self.scores[judge.name] = {
                     name: function_scores(score_func, self.plan.rows, answers) for name, answers in self.answers.items()
                 }
-            elif judge.kind == "pairs":
+            elif judge.kind in ("pairs", "people"):
                 pairs = [pair for _, _, pairs in self.compared_pairs() for pair in pairs]
-                compare_pairs(judge, folder, self.plan.rows, pairs, self.settings.asking)
+                if judge.kind == "people":  # who are asked by the arena
+                    write_samples(folder, self.plan.rows, pairs)
+                else:
+                    compare_pairs(judge, folder, self.plan.rows, pairs, self.settings.asking)
 
     def compared_pairs(self) -> list[tuple[str, str, list[Pair]]]:
         """Each model, one that it is compared with, and the pairs of their answers with the same number."""

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..feedback.rows import Row
 from ..feedback.sample import prompt_id
 from ..records.files import read_rows, write_json, write_text
 from . import wins
 from .behaviour import behaviour_panel
-from .judges import Pair, Verdict, known_identity, labels_file, read_verdicts
+from .judges import PEOPLE, Pair, Verdict, known_identity, labels_file, read_verdicts
 from .measurements import Measurements
+from .people import Verdicts, people_interval, people_results, people_verdicts, read_votes
 from .verdict import evaluation_warnings, policy_to_ship
 
 
@@ -36,6 +38,8 @@ def write_results(run_dir: Path, out: Path, measured: Measurements) -> dict[str,
     _recall_tax(measured, before["models"])
     rows = [row for name in measured.answers for row in _answer_rows(measured, name)]
     write_text(out / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    verdicts = _verdicts(out, measured, identities)
+    votes = read_votes(out, plan.rows, measured.compared_pairs())
     result: dict[str, Any] = {
         "against": plan.against,
         "prompts": len(plan.rows),
@@ -45,7 +49,8 @@ def write_results(run_dir: Path, out: Path, measured: Measurements) -> dict[str,
         "response_length": plan.response_length,
         "judges": identities,
         "models": {name: _model_entry(measured, name) for name in measured.answers},
-        "wins": _win_entries(out, measured, identities),
+        "wins": _win_entries(measured, verdicts, votes),
+        "people": people_results(votes, verdicts),
     }
     models_asked = [name for name, identity in identities.items() if labels_file(out, identity).is_file()]
     result["best"] = policy_to_ship(result, models_asked)
@@ -119,32 +124,49 @@ def _model_entry(measured: Measurements, name: str) -> dict[str, Any]:
     return entry
 
 
-def _win_entries(out: Path, measured: Measurements, identities: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The win rates of each model by each judge that said something of its answers."""
-    entries = []
+def _verdicts(out: Path, measured: Measurements, identities: Mapping[str, str]) -> Verdicts:
+    """What each judge says of each pair, for all models that are compared; without the judges that say nothing."""
+    verdicts: dict[tuple[str, str], dict[str, list[Verdict | None]]] = {}
     for name, other, pairs in measured.compared_pairs():
+        said = verdicts[name, other] = {}
         for judge, identity in identities.items():
             scores = measured.scores.get(judge, {})
             if name in scores and other in scores:
                 preferred = wins.preferences(scores[name], scores[other])
-                verdicts = [(value, value == 0.5) for value in preferred.tolist()]
-            else:
-                verdicts = read_verdicts(labels_file(out, identity), measured.plan.rows, pairs)
-                # Equal answers are a tie without any question, so that they alone say nothing of the judge.
-                if not any(
-                    verdict and ours.text != theirs.text
-                    for (ours, theirs), verdict in zip(pairs, verdicts, strict=True)
-                ):
-                    continue
-            rate = _win_rate(pairs, verdicts)
-            entries.append({"model": name, "against": other, "judge": judge, **rate})
+                said[judge] = [(value, value == 0.5) for value in preferred.tolist()]
+                continue
+            found = (
+                people_verdicts(out, measured.plan.rows, pairs)
+                if judge == PEOPLE
+                else read_verdicts(labels_file(out, identity), measured.plan.rows, pairs)
+            )
+            # Equal answers are a tie without any question, so that they alone say nothing of the judge.
+            if any(verdict and ours.text != theirs.text for (ours, theirs), verdict in zip(pairs, found, strict=True)):
+                said[judge] = found
+    return verdicts
+
+
+def _win_entries(measured: Measurements, verdicts: Verdicts, votes: pd.DataFrame) -> list[dict[str, Any]]:
+    """The win rates of each model by each judge that said something of its answers."""
+    entries = []
+    for name, other, pairs in measured.compared_pairs():
+        for judge, said in verdicts[name, other].items():
+            own = votes.loc[(votes["model"] == name) & (votes["against"] == other)] if judge == PEOPLE else None
+            entries.append({"model": name, "against": other, "judge": judge, **_win_rate(pairs, said, own)})
     return entries
 
 
-def _win_rate(pairs: Sequence[Pair], verdicts: Sequence[Verdict | None]) -> dict[str, Any]:
-    """The win rate over the pairs that have a verdict; see `wins.win_rate`."""
+def _win_rate(pairs: Sequence[Pair], verdicts: Sequence[Verdict | None], votes: pd.DataFrame | None) -> dict[str, Any]:
+    """The win rate over the pairs that have a verdict; see `wins.win_rate`.
+
+    Args:
+        votes: of people, if they are the judge, whose interval is of these as well.
+    """
     judged = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not None]
     preferred, ties = (np.array(column) for column in zip(*(verdict for _, verdict in judged), strict=True))
     lengths = np.array([len(ours.text) - len(theirs.text) for (ours, theirs), _ in judged])
     prompts = np.array([ours.row for (ours, _), _ in judged])
-    return wins.win_rate(preferred, ties, lengths, prompts)
+    rate = wins.win_rate(preferred, ties, lengths, prompts)
+    if votes is not None:
+        rate["low"], rate["high"] = people_interval(rate["rate"], preferred, prompts, votes)
+    return rate

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..records.terminal import printable
+from .judges import PEOPLE
 from .verdict import Result, percent
 
 PANEL = {  # of what `behaviour_panel` says: heading and format
@@ -27,7 +28,7 @@ PANEL = {  # of what `behaviour_panel` says: heading and format
 
 
 def evaluation_tables(result: Result) -> list[Table]:
-    """The tables of an evaluation: wins, behaviour and, where any of it was measured, the alignment tax."""
+    """The tables of an evaluation: wins, what people say, behaviour and, where it was measured, the alignment tax."""
     behaviour = {
         name: {
             heading: form.format(entry["behaviour"][key])
@@ -37,7 +38,7 @@ def evaluation_tables(result: Result) -> list[Table]:
         for name, entry in result["models"].items()
     }
     tax = {name: _tax_cells(entry) for name, entry in result["models"].items()}
-    tables = [_win_table(result), _table_by_model("Behaviour", behaviour)]
+    tables = [_win_table(result), *_people_tables(result.get("people")), _table_by_model("Behaviour", behaviour)]
     return [*tables, _table_by_model("Alignment tax", tax)] if any(tax.values()) else tables
 
 
@@ -112,6 +113,52 @@ def _win_table(result: Result) -> Table:
         cells += ["" if mean is None else f"{mean:.2f}" for mean in means]
         table.add_row(*(Text(printable(win[key])) for key in names), *cells)
     return table
+
+
+def _people_tables(people: Mapping[str, Any] | None) -> list[Table]:
+    """What people say: each of them, on each model, and how far other judges agree with them."""
+    if people is None:
+        return []
+    tables = []
+    if len(people["people"]) > 1:
+        by_person = _table("model", "against", "person", title="Wins by person")
+        by_person.add_column("wins (95 %)", justify="right")
+        for row in people["by_person"]:
+            names = [Text(printable(row[key])) for key in ("model", "against", "person")]
+            by_person.add_row(*names, percent(row))
+        tables.append(by_person)
+    if people["sheet"]:
+        sheet = _table("", title="What people say of the answers (95 %)")
+        for model in people["sheet"]:
+            sheet.add_column(Text(printable(model)), justify="right", overflow="fold")
+        for question in next(iter(people["sheet"].values())):
+            found = [answers.get(question) for answers in people["sheet"].values()]
+            sheet.add_row(Text(printable(question)), *map(_answer_cell, found))
+        tables.append(sheet)
+    if len(people["strengths"]) > 2:
+        against = next(iter(people["strengths"]))
+        strengths = _table("model", title=f"Bradley-Terry strength, log odds against {printable(against)}")
+        strengths.add_column("(95 %)", justify="right")
+        for model, found in people["strengths"].items():
+            strengths.add_row(Text(printable(model)), "0" if model == against else _answer_cell(found))
+        tables.append(strengths)
+    agreement = _table("judge", title="Prefers the answer that people prefer")
+    agreement.add_column("(95 %)", justify="right")
+    agreement.add_column("prompts", justify="right")
+    for judge, rate in people["agreement"].items():
+        name = "people, each other" if judge == PEOPLE else judge
+        agreement.add_row(Text(printable(name)), percent(rate), f"{rate['prompts']:,}")
+    return [*tables, agreement] if people["agreement"] else tables
+
+
+def _answer_cell(found: Mapping[str, float] | None) -> str:
+    """A share, or a mean of a scale or a strength, with its interval."""
+    if found is None:
+        return ""
+    if "rate" in found:
+        return percent(found)
+    value = found.get("mean", found.get("strength", 0.0))
+    return f"{value:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def _tax_cells(entry: Mapping[str, Any]) -> dict[str, str]:

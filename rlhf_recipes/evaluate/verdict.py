@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..records.rates import clear_fall
-from .judges import PROXY
+from .judges import PEOPLE, PROXY
 
 Result = Mapping[str, Any]  # what evaluation.json holds
 
@@ -22,15 +22,15 @@ def percent(rate: Mapping[str, float]) -> str:
 
 
 def quality_judges(result: Result, models_asked: Sequence[str] = ()) -> list[str]:
-    """The judges of quality, the most trusted first: gold, judge, models asked about pairs, functions and others.
+    """The judges of quality, the most trusted first: gold, people, judge, models asked about pairs, and others.
 
     The reward that the policy was trained against is none of them, whatever its name.
     """
     names = [
         name for name in result["judges"] if name != PROXY and result["judges"][name] != result["judges"].get(PROXY)
     ]
-    trust = {"gold": 0, "judge": 1, **dict.fromkeys(models_asked, 2)}
-    return sorted(names, key=lambda name: trust.get(name, 3))
+    trust = dict.fromkeys(models_asked, 3) | {"gold": 0, PEOPLE: 1, "judge": 2}
+    return sorted(names, key=lambda name: trust.get(name, 4))
 
 
 def policies(result: Result) -> list[str]:
@@ -94,6 +94,12 @@ def evaluation_warnings(
         for against in result["against"]:
             warnings += _changed(result, name, against)
             warnings += _gamed(result, name, against, quality_judges(result, models_asked)[:1])
+    if PEOPLE in result["judges"] and result["people"] is None:
+        warnings.append("Nobody has judged these answers yet: `rlhf-recipes arena RUN` opens a page for that.")
+    for row in (result["people"] or {}).get("all_bad", []):
+        if row["rate"] > 0.25:
+            both = f"{row['model']} and {row['against']}"
+            warnings.append(f"People find both answers of {both} bad in {row['rate']:.0%} of the pairs.")
     for win in result["wins"]:
         if win["ties"] > 0.5:
             warnings.append(

@@ -13,7 +13,7 @@ from ..records.rates import Z, effective_number, mean_rate
 
 Array = np.ndarray
 
-PENALTY = 0.1  # on the squares of the regression's two coefficients; it matters where lengths explain everything
+PENALTY = 0.1  # on the squares of a regression's coefficients; it matters where lengths explain everything
 
 
 def preferences(ours: Sequence[float], theirs: Sequence[float]) -> Array:
@@ -67,29 +67,30 @@ def length_controlled(preferred: Array, lengths: Array, prompts: Array) -> dict[
     if not lengths.std() or preferred.std() == 0:
         return {key: plain[key] for key in ("rate", "low", "high")}
     x = np.column_stack([np.ones(len(lengths)), np.tanh(lengths / lengths.std())])  # (n, 2)
-    (model, _), covariance = _fit(preferred, x, np.ones(len(x)))
-    rate = _sigmoid(model)
+    (model, _), covariance = fit_logistic(preferred, x, np.ones(len(x)))
+    rate = sigmoid(model)
     informed = min(1.0, 1 / (len(x) * rate * (1 - rate) * covariance[0, 0]))  # an answer, where lengths are equal
     number = effective_number(plain["rate"], preferred - plain["rate"], prompts)
     weights = np.append(np.full(len(x), number / len(x)), informed * Z**2)
-    (model, _), covariance = _fit(np.append(preferred, 0.5), np.vstack([x, [1, 0]]), weights)
-    centre = _sigmoid(model)
+    (model, _), covariance = fit_logistic(np.append(preferred, 0.5), np.vstack([x, [1, 0]]), weights)
+    centre = sigmoid(model)
     half = Z * centre * (1 - centre) * covariance[0, 0] ** 0.5
     return {"rate": float(rate), "low": max(centre - half, 0.0), "high": min(centre + half, 1.0)}
 
 
-def _fit(preferred: Array, x: Array, weights: Array) -> tuple[Array, Array]:
-    """The regression's coefficients (2,), and their covariance (2, 2), by Newton's method: the likelihood is concave.
+def fit_logistic(preferred: Array, x: Array, weights: Array) -> tuple[Array, Array]:
+    """A logistic regression's coefficients (k,), and their covariance (k, k), by Newton's method: it is concave.
 
     Args:
-        x: (n, 2) a one, and the length as the regression takes it.
+        preferred: (n,) preferences.
+        x: (n, k) what they are explained by: for `length_controlled` a one, and the length.
         weights: (n,) how often each preference counts.
     """
-    coefficients = np.zeros(2)
+    coefficients = np.zeros(x.shape[1])
     for _ in range(100):
-        predicted = _sigmoid(x @ coefficients)  # (n,)
+        predicted = sigmoid(x @ coefficients)  # (n,)
         slope = x.T @ (weights * (preferred - predicted)) - PENALTY * coefficients
-        curvature = x.T @ (x * (weights * predicted * (1 - predicted))[:, None]) + PENALTY * np.eye(2)
+        curvature = x.T @ (x * (weights * predicted * (1 - predicted))[:, None]) + PENALTY * np.eye(x.shape[1])
         step = np.linalg.solve(curvature, slope)
         # Far from the maximum, where the likelihood is nearly flat, a whole step may lead beyond it.
         step /= max(1, np.linalg.norm(step))
@@ -99,5 +100,5 @@ def _fit(preferred: Array, x: Array, weights: Array) -> tuple[Array, Array]:
     return coefficients, np.linalg.inv(curvature)
 
 
-def _sigmoid(x: Any) -> Any:
+def sigmoid(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from ..data.tokens import Text
 from ..records.files import Journal
 from .rows import JUDGEMENT, Row
+from .sheet import Sheet, check_answers
 
 Mode = Literal["rank", "pairs"]
 
@@ -45,7 +46,7 @@ class Board:
     once, none gets the other's sample. What cannot be done raises Refusal, and has then changed nothing.
     """
 
-    def __init__(self, samples: Sequence[Row], labels: Path, overlap: float, seed: int) -> None:
+    def __init__(self, samples: Sequence[Row], labels: Path, overlap: float, seed: int, sheet: Sheet = ()) -> None:
         """Read back what the files say.
 
         Args:
@@ -53,10 +54,11 @@ class Board:
             labels: the file that judgements are appended to; skips go to *.skipped.jsonl beside it.
             overlap: share of the samples that every labeler gets.
             seed: of the share, of the samples' and of the responses' orders.
+            sheet: what is asked of each response beside its rank.
         Raises:
             ValueError: a sample cannot be written as JSON, or a row of the files has no id or labeler.
         """
-        self.seed = seed
+        self.seed, self.sheet = seed, sheet
         self.samples = {row["id"]: row for row in samples if len(_distinct(row)) > 1}
         self.left_out = len(samples) - len(self.samples)
         for row in self.samples.values():
@@ -140,7 +142,9 @@ class Board:
         if draft.get("id") == id:
             former = {"ranking": [draft["ranking"][group[0]] for group in groups] if "ranking" in draft else None}
             former |= {"seconds": 0, "note": "", "flag": False}
-            former |= {key: draft[key] for key in ("seconds", "note", "flag") if key in draft}
+            former |= {key: draft[key] for key in ("seconds", "note", "flag", "all_bad") if key in draft}
+            if "sheet" in draft:
+                former["sheet"] = [draft["sheet"][group[0]] for group in groups]
         responses = [_turns(row["responses"][group[0]])[-1]["content"] for group in groups]
         return {"id": id, "prompt": _turns(row["prompt"]), "responses": responses, "former": former}
 
@@ -164,9 +168,10 @@ class Board:
         Args:
             labeler: who judges.
             sent: `id`; `ranking`, the ranks in the order shown, 1 best, ties allowed, closed up where one is left out;
+                `sheet`, the answers to its questions in that order; `all_bad`, that none of them, which tie, is good;
                 `seconds`, `note`, `flag`.
         Raises:
-            Refusal: no such sample or ranking, the labeler has judged it otherwise, or another labeler has it.
+            Refusal: no such sample, ranking or answer, the labeler has judged it otherwise, or another labeler has it.
         """
         sample = self._sample(sent)
         groups = self._groups(labeler, sample["id"])
@@ -177,10 +182,24 @@ class Board:
         for group, rank in zip(groups, ranks, strict=True):
             for index in group:
                 ranking[index] = 1 + len({other for other in ranks if other < rank})
+        if sent.get("all_bad", False) not in ((False, True) if len(set(ranks)) == 1 else (False,)):
+            raise Refusal(422, "all_bad: it is true or false, and true only of responses that tie.")
         # A sample that was judged before, by a model say, is written without that judgement.
         row = {key: value for key, value in sample.items() if key not in JUDGEMENT}
-        row |= {"ranking": ranking, "labeler": labeler, **_remarks(sent)}
+        row |= {"ranking": ranking, "labeler": labeler, **self._answered(sent, groups), **_remarks(sent)}
+        row |= {"all_bad": True} if sent.get("all_bad") else {}
         self._add(self.labels, row | {"order": [index for group in groups for index in group], "time": _now()})
+
+    def _answered(self, sent: Row, groups: list[list[int]]) -> Row:
+        """The answers to the sheet's questions, an entry a response; nothing without a sheet. Raises Refusal."""
+        if not self.sheet:
+            return {}
+        try:
+            shown = check_answers(self.sheet, sent.get("sheet"), len(groups))
+        except ValueError as error:
+            raise Refusal(422, str(error)) from error
+        by_index = {index: answers for group, answers in zip(groups, shown, strict=True) for index in group}
+        return {"sheet": [by_index[index] for index in sorted(by_index)]}
 
     def skip(self, labeler: str, sent: Row) -> None:
         """Note that the labeler cannot judge a sample. If it is not shared, another will get it.
@@ -202,7 +221,7 @@ class Board:
         id, labeler = row["id"], row["labeler"]
         before = self.done.get(labeler, {}).get(id)
         if before is not None:
-            if (before.get("ranking"), before.get("skipped")) != (row.get("ranking"), row.get("skipped")):
+            if any(before.get(key) != row.get(key) for key in ("ranking", "skipped", "sheet", "all_bad")):
                 raise Refusal(409, "You have judged this one already. Take that back to change it.")
             return  # a second click, or a page that never got its answer
         if not self._is_open(id) or self._holder(labeler, id):

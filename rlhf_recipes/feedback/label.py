@@ -23,6 +23,7 @@ from ..records.files import read_json, write_json
 from ..records.lock import held
 from .board import NOTE, Board, Mode, Refusal, digest_of
 from .rows import Row, labels_beside, read_samples
+from .sheet import read_sheet, sheet_to_show
 
 try:
     import uvicorn
@@ -55,6 +56,7 @@ def label_app(
     *,
     access: "Access",
     guidelines: str = "",
+    sheet: Path | None = None,
     mode: Mode = "rank",
     overlap: float = 0.2,
     seed: int = 0,
@@ -70,6 +72,7 @@ def label_app(
         labels: the file of labels.
         access: who is let in.
         guidelines: text to be shown beside the samples.
+        sheet: a file of questions about each response (default: none).
         mode: rank all responses at once, or compare them pair by pair.
         overlap: share of the samples that every labeler gets, 0 to 1.
         seed: of that share, and of all orders.
@@ -81,10 +84,12 @@ def label_app(
         raise ValueError(f"--overlap must be between 0 and 1, not {overlap}.")
     if labels.resolve() == samples.resolve():
         raise ValueError(f"{labels} holds the samples: labels need a file of their own (--labels).")
-    board = Board(read_samples(samples), labels, overlap, seed)
+    questions = () if sheet is None else read_sheet(sheet)
+    board = Board(read_samples(samples), labels, overlap, seed, questions)
     if not board.samples:
         raise ValueError(f"{samples}: the responses to each prompt are all the same, so there is nothing to rank.")
-    page = _LabelPage(board, access, {"mode": mode, "guidelines": guidelines, "note": NOTE})
+    settings = {"mode": mode, "guidelines": guidelines, "note": NOTE, "sheet": sheet_to_show(questions)}
+    page = _LabelPage(board, access, settings)
     app = Starlette(
         routes=[Route("/", page.index), Route("/{action}", page.act, methods=["POST"])],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
@@ -212,6 +217,7 @@ def serve_label_page(
     labels: Path | None = None,
     *,
     guidelines: Path | None = None,
+    sheet: Path | None = None,
     mode: Mode = "rank",
     overlap: float = 0.2,
     seed: int = 0,
@@ -224,6 +230,7 @@ def serve_label_page(
         samples: the file of samples.
         labels: the file of labels; None: beside the samples, with the suffix .labels.jsonl.
         guidelines: a file of text to be shown beside the samples.
+        sheet: see `label_app`.
         mode: see `label_app`.
         overlap: see `label_app`.
         seed: see `label_app`.
@@ -240,9 +247,8 @@ def serve_label_page(
     with held(labels), socket.socket(proto=socket.IPPROTO_TCP) as listener:
         access = Access(path=access_file(labels))
         hosts = ("*",) if share else ("127.0.0.1", "localhost")
-        app = label_app(
-            samples, labels, access=access, guidelines=text, mode=mode, overlap=overlap, seed=seed, hosts=hosts
-        )
+        shown = {"guidelines": text, "sheet": sheet, "mode": mode, "overlap": overlap, "seed": seed}
+        app = label_app(samples, labels, access=access, hosts=hosts, **shown)
         _listen(listener, port, share)
         board: Board = app.state.board
         before = len(board.labels.rows)

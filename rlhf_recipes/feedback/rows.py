@@ -13,6 +13,7 @@ Row = dict[str, Any]
 # What a judgement adds to a sample.
 JUDGEMENT = ("ranking", "preferences", "weight", "labeler", "seconds", "order", "time", "note", "flag", "skipped")
 JUDGEMENT += ("browser",)  # in which it was given
+JUDGEMENT += ("sheet", "all_bad")  # answers to the questions of `sheet`; that none of the responses, which tie, is good
 
 
 def read_samples(path: Path) -> list[Row]:

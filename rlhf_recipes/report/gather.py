@@ -17,7 +17,12 @@ from ..records.summary import summarize
 
 SCORES = {"gold": "gold", "judge": "judge", "reward": "score"}  # judge -> the key of its scores in samples and means
 TITLES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "dpo": "DPO"}
-JUDGES = {"gold": "gold", "judge": "the second reward model", "reward": "the reward model that PPO trained against"}
+JUDGES = {
+    "gold": "gold",
+    "people": "people",
+    "judge": "the second reward model",
+    "reward": "the reward model that PPO trained against",
+}
 
 
 @dataclass(frozen=True)
@@ -212,8 +217,8 @@ def _named(name: str) -> str:
 
 
 def trust(judge: str) -> int:
-    """The rank of a judge: gold, then any that PPO was not trained against, then the reward."""
-    return {"gold": 0, "judge": 1, "reward": 3}.get(judge, 2)
+    """The rank of a judge: gold, people, then any that PPO was not trained against, then the reward."""
+    return {"gold": 0, "people": 1, "judge": 2, "reward": 4}.get(judge, 3)
 
 
 def best_win(run: RunContents) -> Row | None:

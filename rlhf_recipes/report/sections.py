@@ -6,6 +6,7 @@ from typing import Any
 from .blocks import Section
 from .curves import dpo_curves, over_optimisation, ppo_curves, resources, reward_curves, sft_curves
 from .gather import RunContents
+from .people import people
 from .results import answers, results
 from .what_now import what_now
 from .what_was_run import what_was_run
@@ -14,6 +15,7 @@ from .what_was_run import what_was_run
 ORDER: list[tuple[str, str, Callable[[Sequence[RunContents]], Iterator[Any]]]] = [
     ("what", "What was run", what_was_run),
     ("results", "Results", results),
+    ("people", "What people say", people),
     ("answers", "Answers side by side", answers),
     ("sft", "Supervised fine-tuning", sft_curves),
     ("reward", "Reward model", reward_curves),

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import replace as replace_settings
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import uvicorn
+from playwright.sync_api import Page
 from support.command_line import error_of
 from support.endpoint import Endpoint, longer, save_judge
+from support.label_page import done, press, serving, shown
 from support.tiny_models import save_model
 from support.worded import WORDS, make_recipe, write
 
@@ -21,13 +26,16 @@ from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.evaluate import behaviour, verdict, wins
 from rlhf_recipes.evaluate.evaluation import evaluate
-from rlhf_recipes.evaluate.judges import find_judge, known_identity
+from rlhf_recipes.evaluate.judges import PEOPLE, find_judge, known_identity, labels_file
 from rlhf_recipes.evaluate.models import Answer, Bench, Cache, find_model
+from rlhf_recipes.evaluate.people import samples_file
 from rlhf_recipes.evaluate.plan import EvaluationSettings, plan_evaluation, unseen_prompts
 from rlhf_recipes.evaluate.tables import evaluation_tables
+from rlhf_recipes.feedback.rows import read_samples
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.records.folder import model_names, read_recipe, recipe_to_show, write_recipe
+from rlhf_recipes.report.write import write_report
 
 # --- Win rates by hand ------------------------------------------------------------------------------------------------
 
@@ -363,6 +371,55 @@ def test_several_answers_to_a_prompt_differ_and_the_first_is_the_single_one(fini
         finished, EvaluationSettings(models=("ppo",), judges=("gold",), temperature=0.01), tmp_path / "cold"
     )
     assert hotter["models"]["ppo"]["means"] != found["models"]["ppo"]["means"]
+
+
+def test_people_judge_in_the_arena_and_are_a_judge_from_then_on(
+    copied: Path,
+    evaluated: dict[str, Any],
+    opened: Callable[[str, str], Page],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ann likes more words, Bob fewer: the page, the command and the report say so."""
+    settings, out = EvaluationSettings(models=("ppo", "sft"), judges=("people",)), copied / "evaluation"
+    assert "Nobody has judged these answers yet" in " ".join(evaluate(copied, settings)["warnings"])
+    samples = read_samples(samples_file(out))
+    tastes = {"Ann": lambda text: len(text.split()), "Bob": lambda text: -len(text.split())}
+    with serving(samples_file(out), labels_file(out, PEOPLE), overlap=1.0) as link:
+        pages = {name: opened(link, name) for name in tastes}
+        for name, page in pages.items():
+            for count in range(1, len(samples) + 1):
+                first, second = (tastes[name](text) for text in shown(page))
+                press(page, f"{'1' if first > second else '2' if second > first else 'b'} Enter")
+                done(page, count, len(samples))
+            assert "ppo" not in page.content()
+
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    main_cli(["arena", str(copied), "--models", "ppo,sft", "--port", "0", "--sheet"])
+    printed = capsys.readouterr().out
+    assert "Wins by person" in printed and f"reward.data={out / 'judged-people.jsonl'}" in printed
+    found = json.loads((out / "evaluation.json").read_text())
+    by_gold, by_people = win(found, "ppo", "gold"), win(found, "ppo", "people")
+    assert by_people["rate"] == pytest.approx(0.5), "what one likes the other does not"
+    assert by_people["high"] - by_people["low"] > by_gold["high"] - by_gold["low"]
+    people = found["people"]
+    assert people["people"] == {"Ann": len(samples), "Bob": len(samples)}
+    rates = {row["person"]: row["rate"] for row in people["by_person"]}
+    assert rates["Ann"] == pytest.approx(1 - rates["Bob"])
+    # Of all pairs, equal answers are a tie, and Ann's taste is gold.
+    differ = len(samples) / found["prompts"]
+    assert rates["Ann"] * differ + 0.5 * (1 - differ) == pytest.approx(by_gold["rate"])
+    assert people["agreement"]["people"]["rate"] == 0 and "gold" not in people["agreement"]
+    assert {"gold", "judge", "reward"} < found["judges"].keys()
+    assert json.loads((out / "evaluation.json").read_text()) == evaluate(copied, settings)
+
+    prepared = prepare(
+        "reward", Source(str(out / "judged-people.jsonl")), load_tokenizer(read_recipe(copied).base), 200, 0
+    )
+    assert prepared.report["rows"] > 0, "what was judged is data for a reward model"
+    write_report([copied], copied / "report.html")
+    page = (copied / "report.html").read_text()
+    assert "What people say" in page and "Wins by person" in page and "judged by people" in page
 
 
 def test_a_model_that_is_asked_judges_in_both_orders(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

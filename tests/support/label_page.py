@@ -17,13 +17,10 @@ TOKEN = "a-token"
 
 
 @contextmanager
-def serving(samples: Path, **options: Any) -> Iterator[str]:
-    """The page on a port of this process. Gives its link."""
-    server = uvicorn.Server(
-        uvicorn.Config(
-            label_app(samples, samples.with_name("labels.jsonl"), access=Access(TOKEN), **options), log_level="warning"
-        )
-    )
+def serving(samples: Path, labels: Path | None = None, **options: Any) -> Iterator[str]:
+    """The page on a port of this process; labels go beside the samples unless they are named. Gives its link."""
+    app = label_app(samples, labels or samples.with_name("labels.jsonl"), access=Access(TOKEN), **options)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
