@@ -5,6 +5,7 @@ plan          what is compared, found before a weight is loaded
 models        models by name, the base that they share, and their answers
 opponents     prompts of AlpacaEval's and Arena-Hard's files, and the answers in them
 judges        who says which answer is better: gold, reward models, functions, models that are asked
+people        what people say of the answers, and how far other judges agree; arena opens the page for it
 measurements  what is measured of each model, base by base, and what each judge says
 behaviour     what answers are like, whatever their quality; opinions.yaml asks for agreement with both sides
 under_base    what the bare base makes of answers: are they language, are they about their prompts

@@ -3,7 +3,7 @@
 A file or two for each command:
 
     sample        K responses a prompt, from the policies of a run  -> samples
-    label, board  a local page on which people rank samples         -> labels
+    label, board  a local page on which people rank samples         -> labels; sheet: what else it asks
     simulate      a function ranks them, whose truth is known       -> labels
     judge         a model ranks samples in their place              -> labels
     critique      a model criticises and revises its own answers    -> demonstrations
