@@ -34,6 +34,7 @@ exit code: 0, or 1 where the stage would refuse the data, or 2 where it cannot b
         metavar="NAME",
         help="a named source's conversion, or module:function (default: by a file's columns)",
     )
+    add("--chat", action="store_true", default=None, help="take plain text as turns of a conversation")
     add("--subset", metavar="NAME", help="the Hub dataset's configuration")
     add("--split", metavar="NAME", help="the Hub dataset's split (default: train)")
     add("--limit", type=int, metavar="N", help="take only N rows, drawn by a hash of the prompt (default: all)")
@@ -139,7 +140,7 @@ def _source_of_options(options: argparse.Namespace, recipe: Recipe | None) -> tu
     """What to check, and for which stage, as far as the options and the recipe say it."""
     from ..data.check import PURPOSES
 
-    keys = ("data", "subset", "split", "convert", "limit", "heldout")
+    keys = ("data", "subset", "split", "convert", "chat", "limit", "heldout")
     changes = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     if options.columns:
         pairs = [word.partition("=") for word in options.columns]

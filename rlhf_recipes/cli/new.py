@@ -62,6 +62,7 @@ def _run(options: argparse.Namespace) -> None:
         f"{data[stage]}: {', '.join(f'{theirs!r} is the {ours}' for ours, theirs in guess.items())}."
         for stage, guess in made.guessed.items()
     ]
+    guesses += [f"{data[stage]}: plain text, taken as turns of a conversation (chat=True)." for stage in made.chat]
     print("\n".join(dict.fromkeys(guesses)), end="\n" * bool(guesses))  # PPO may have the comparisons' file
     for warning in made.warnings:
         print(f"warning: {warning}")

@@ -47,6 +47,17 @@ COLUMNS += ("responses", "ranking", "preferences", "weight", "source", "text")  
 MIXED = "mixed formats"  # the reason for which rows of text among messages are refused, and of messages among text
 
 
+# Who says what stands in a column of plain text, for `Source.chat`.
+ROLES = {"prompt": "user", **dict.fromkeys(("completion", "chosen", "rejected", "responses"), "assistant")}
+
+
+def _turn(role: str, cell: Any) -> Any:
+    """A text as a message, and each of a list of texts as one; what is no text stays as it is."""
+    if isinstance(cell, list):
+        return [_turn(role, part) for part in cell]
+    return [{"role": role, "content": cell}] if isinstance(cell, str) else cell
+
+
 class BadRow(Exception):
     """A row that cannot be used. Args: the reason it is counted under, the field, and what more there is to say."""
 
@@ -116,12 +127,15 @@ class Survey:
         return row
 
     def rename(self, row: Any) -> Any:
-        """The row with `source.columns` applied."""
-        names = self.source.columns
-        if not names or not isinstance(row, dict):
+        """The row with `source.columns`, and then `source.chat`, applied."""
+        if not isinstance(row, dict):
             return row
-        renamed = {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
-        return {key: cell for key, cell in row.items() if key not in names.values()} | renamed
+        if names := self.source.columns:
+            renamed = {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
+            row = {key: cell for key, cell in row.items() if key not in names.values()} | renamed
+        if self.source.chat:
+            row = row | {column: _turn(role, row[column]) for column, role in ROLES.items() if column in row}
+        return row
 
     def check_columns(self, stage: str) -> None:
         """Raises ValueError for a source without rows, or a name that TRL or the source does not have."""

@@ -25,25 +25,14 @@ class Opponent:
     answers: list[str]  # to the prompts, in their order
 
 
-def conversion_of_benchmark(row: Any, conversational: bool) -> str | None:
-    """The function that makes prompts of rows like this one, for `Source.convert`; None where it is of neither file.
-
-    Args:
-        conversational: whether prompts are to be messages, or text.
-    """
+def conversion_of_benchmark(row: Any) -> str | None:
+    """The function that makes prompts of rows like this one, for `Source.convert`; None where it is of neither file."""
     keys = row.keys() if isinstance(row, dict) else set()
     alpaca = "instruction" in keys and "input" not in keys
     arena = "turns" in keys or {"uid", "messages"} <= keys or ({"uid", "prompt"} <= keys and "chosen" not in keys)
     if not alpaca and not arena:
         return None
-    return f"{__name__}:{'as_messages' if conversational else 'as_text'}"
-
-
-def as_messages(rows: Iterable[Any]) -> Iterator[Any]:
-    """Prompts of one message each, with what an opponent answered."""
-    for row in as_text(rows):
-        is_read = isinstance(row, dict) and NAME in row
-        yield row | {"prompt": [{"role": "user", "content": row["prompt"]}]} if is_read else row
+    return f"{__name__}:as_text"
 
 
 def as_text(rows: Iterable[Any]) -> Iterator[Any]:

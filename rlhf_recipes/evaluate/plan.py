@@ -167,13 +167,12 @@ def _read_all(
     """All rows of a source, prepared as a stage prepares them. Raises ValueError, which names the option.
 
     Args:
-        conversational: whether prompts from files of other evaluations become messages.
+        conversational: whether prompts of plain text become messages.
     """
-    source = Source(name, heldout=0.0)
+    source = Source(name, heldout=0.0, chat=conversational)
     try:
         if kind == "ppo" and not is_function(name):
-            first = first_row(kind, source)
-            source = replace(source, convert=conversion_of_benchmark(first, conversational))
+            source = replace(source, convert=conversion_of_benchmark(first_row(kind, source)))
         return prepare(kind, source, tokenizer, longest, seed)
     except ValueError as error:  # `data` names the section that such rows are for
         raise ValueError(

@@ -46,6 +46,7 @@ class NewRecipe:
     recipe: Recipe
     text: str  # of its file
     guessed: dict[str, dict[str, str]]  # stage -> columns that were guessed from their names
+    chat: list[str]  # the stages whose plain text is taken as turns of a conversation
     warnings: list[str]
 
 
@@ -58,12 +59,19 @@ def new_recipe(wanted: Wanted) -> NewRecipe:
     base, why = choose_base(wanted)
     tokenizer = load_tokenizer(base)
     context = getattr(read_config(base).get_text_config(), "max_position_embeddings", None) or 10**6
-    sources, reports, guessed = {}, {}, {}
+    surveys, guessed = {}, {}
     for stage, data in wanted.data.items():
-        survey, guess = look_at(stage, data, wanted.columns.get(stage, {}))
+        surveys[stage], guess = look_at(stage, data, wanted.columns.get(stage, {}))
         guessed |= {stage: guess} if guess else {}
-        sources[stage] = survey.source
-        reports[stage] = examine(survey, stage, tokenizer)
+    reports = {stage: examine(survey, stage, tokenizer) for stage, survey in surveys.items()}
+    plain = [stage for stage, report in reports.items() if not report["conversational"]]
+    # Text under TRL's own names is text that goes on, as TRL has it. A file with other names was made for no tool, and
+    # with a model that has a chat template, or beside conversations, its questions and answers are turns as well.
+    chat = plain if guessed or wanted.columns or len(plain) < len(reports) or base.chat_template is None else []
+    for stage in chat:
+        surveys[stage].source = replace(surveys[stage].source, chat=True)
+        reports[stage] = examine(surveys[stage], stage, tokenizer)
+    sources = {stage: survey.source for stage, survey in surveys.items()}
     choices = {
         stage: list(choose_ppo(reports, context) if stage == "ppo" else choose_training(stage, reports[stage], context))
         for stage in sources
@@ -73,7 +81,8 @@ def new_recipe(wanted: Wanted) -> NewRecipe:
         choices[stage].append(choose_rows(recipe, stage, reports[stage], wanted.card))
     recipe = make_recipe(wanted.name, base, sources, choices)
     text = render(wanted, recipe, why, choices)
-    return NewRecipe(recipe, text, guessed, [line for stage in reports for line in warnings(stage, reports[stage])])
+    said = [line for stage in reports for line in warnings(stage, reports[stage])]
+    return NewRecipe(recipe, text, guessed, chat, said)
 
 
 def choose_base(wanted: Wanted) -> tuple[Base, str]:

@@ -56,6 +56,7 @@ class Source:
     limit: int | None = None  # take only so many rows, drawn by a hash of the prompt; of a function its first
     convert: str | None = None  # a named source's, or module:function, from rows to rows; None: by a file's columns
     columns: Mapping[str, str] = field(default_factory=dict)  # TRL's column name -> the source's
+    chat: bool = False  # plain text becomes turns of a conversation: the prompt the user's, the rest the assistant's
     heldout: float = 0.05  # share of the dialogues (prompts with the same first turn) that is kept from training
     heldout_limit: int = 256  # evaluate on at most so many held-out rows
     bad_rows: Literal["drop", "refuse"] = "drop"  # rows that cannot be used: drop and report them, or stop

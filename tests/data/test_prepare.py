@@ -225,6 +225,34 @@ def test_function_and_file_are_the_same_source(tokenizer: FastTokenizer, tmp_pat
     assert unsplit(tokenizer, "reward", source) == unsplit(tokenizer, "reward", written)
 
 
+@pytest.mark.parametrize(
+    ("stage", "plain", "turns"),
+    [
+        ("sft", {"prompt": "a", "completion": "b"}, {"prompt": [user("a")], "completion": [assistant("b")]}),
+        (
+            "reward",
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+        ),
+        (
+            "reward",
+            {"prompt": "a", "responses": ["b", "c"], "ranking": [2, 1]},
+            {"prompt": [user("a")], "responses": [[assistant("b")], [assistant("c")]], "ranking": [2, 1]},
+        ),
+        ("ppo", {"prompt": "a"}, {"prompt": [user("a")]}),
+    ],
+)
+def test_plain_text_can_be_taken_as_turns(
+    tokenizer: FastTokenizer, tmp_path: Path, stage: Any, plain: dict[str, Any], turns: dict[str, Any]
+) -> None:
+    theirs = write(tmp_path / "plain.jsonl", [{f"their {name}": cell for name, cell in plain.items()}])
+    names = {name: f"their {name}" for name in plain}
+    taken = unsplit(tokenizer, stage, theirs, columns=names, chat=True)
+    conversations = write(tmp_path / "turns.jsonl", [turns])
+    assert taken == unsplit(tokenizer, stage, conversations) == unsplit(tokenizer, stage, conversations, chat=True)
+    assert taken != unsplit(tokenizer, stage, theirs, columns=names)
+
+
 def test_columns_are_mapped(tokenizer: FastTokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", [{"question": "Why?", "chosen": "no", "winner": " so.", "loser": " no."}])
     columns = {"prompt": "question", "chosen": "winner", "rejected": "loser"}

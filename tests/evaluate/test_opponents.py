@@ -7,7 +7,6 @@ from support.rows import assistant, make_tokenizer, user
 
 from rlhf_recipes.evaluate.opponents import (
     Opponent,
-    as_messages,
     as_text,
     conversion_of_benchmark,
     opponent_answers,
@@ -37,22 +36,21 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 )
 def test_each_file_gives_prompts_and_what_it_has_of_answers(row: Any, name: str | None, answer: str | None) -> None:
     said = {"opponent": name, "opponent_answer": answer}
-    for conversational, prompt in ((False, "Hi?"), (True, [user("Hi?")])):
-        convert = conversion_of_benchmark(row, conversational)
-        assert convert is not None
-        (converted,) = function(convert)([row])
-        assert converted == {"prompt": prompt, **said}
-        opponent = take_opponent([converted])
-        assert converted == {"prompt": prompt}, "what judges see says nothing of the opponent"
-        assert opponent == (None if name is None else Opponent(name, ["Hello."]))
+    convert = conversion_of_benchmark(row)
+    assert convert is not None
+    (converted,) = function(convert)([row])
+    assert converted == {"prompt": "Hi?", **said}
+    opponent = take_opponent([converted])
+    assert converted == {"prompt": "Hi?"}, "what judges see says nothing of the opponent"
+    assert opponent == (None if name is None else Opponent(name, ["Hello."]))
 
 
 def test_other_rows_are_left_alone() -> None:
     alpaca_sft = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
     for row in ({"prompt": "Hi?"}, {"messages": [user("Hi?")]}, alpaca_sft, {**QUESTION, "chosen": "a"}, "text", None):
-        assert conversion_of_benchmark(row, True) is None
+        assert conversion_of_benchmark(row) is None
     bad: list[Any] = [{**ALPACA, "output": 5}, {**OLD_QUESTION, "turns": [{"content": "a"}, {"content": "b"}]}, "text"]
-    assert list(as_messages(bad)) == list(as_text(bad)) == bad
+    assert list(as_text(bad)) == bad
 
 
 def test_the_answers_are_of_one_model() -> None:

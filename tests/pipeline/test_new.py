@@ -64,6 +64,8 @@ def test_from_three_files_to_a_run(files: dict[str, str], capsys: pytest.Capture
     assert recipe.base.quantization is None and recipe.base.chat_template == "transcript", "it has none of its own"
     assert recipe.ppo.args["mini_batch_size"] * recipe.ppo.args["num_mini_batches"] == 32, "of 44 prompts"
     assert recipe.reward.columns == {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    assert recipe.sft.chat and recipe.reward.chat and recipe.ppo.chat, "questions and answers are turns"
+    assert "questions.csv: plain text, taken as turns of a conversation (chat=True)." in printed
     assert recipe.reward.args["per_device_train_batch_size"] * recipe.reward.args["gradient_accumulation_steps"] == 8
     commands = [line.split() for line in printed.splitlines() if line.startswith("  rlhf-recipes")]
     assert [words[1] for words in commands] == ["check", "check", "check", "run"]
