@@ -11,6 +11,7 @@ from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
 from .command import Command, add_settings, exit_codes, parse_options, positive_int
 from .launch import launch
+from .notify import notifying
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=positive_int, metavar="N", help="share the work among so many, each with a GPU (default: 1)"
     )
     parser.add_argument("--wait", action="store_true", help="wait for a process that works in the run folder")
+    parser.add_argument(
+        "--notify",
+        metavar="COMMAND",
+        help="run a command of the shell when the run has ended, with RUN_STATE (done, stopped, failed), RUN_DIR and "
+        "RUN_ERROR in its environment",
+    )
     ends = parser.add_mutually_exclusive_group()
     ends.add_argument(
         "--stop-at",
@@ -90,6 +97,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace, program: Sequence[st
     """
     stages = tuple(options.stages.split(",")) if options.stages is not None else None
     recipe = replace(recipe, **parse_overrides(options.settings))
+    with notifying(options.notify, options.run_dir or Path("runs") / recipe.name.replace("_", "-")):
+        _run_or_launch(recipe, options, stages, program)
+
+
+def _run_or_launch(
+    recipe: Recipe, options: argparse.Namespace, stages: tuple[str, ...] | None, program: Sequence[str]
+) -> None:
+    """Run a recipe in this process, or in several others."""
     if (options.processes or 1) > 1:
         return launch(options.processes, [*program, *_words(options)])
     from ..model.processes import join, reported
@@ -110,7 +125,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace, program: Sequence[st
 
 
 def _words(options: argparse.Namespace) -> list[str]:
-    """The options of the command line again, without `--processes`."""
+    """The options of the command line again, without `--processes` and `--notify`, which are for this process."""
     given = {"--run-dir": options.run_dir, "--stages": options.stages, "--jobs": options.jobs}
     given["--stop-at"] = None if options.stop_at is None else options.stop_at.isoformat()
     words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]

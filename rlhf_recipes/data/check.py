@@ -6,15 +6,17 @@ must be compared across all rows is hashed into a database on disk (see `check_i
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..recipe.values import Source
+from ..records.rates import mean_rate
 from .check_index import signed
 from .check_rows import QUARTERS, Examination, Tally, ranks
 from .draw import draw
@@ -134,12 +136,31 @@ def _report(examined: Examination) -> dict[str, Any]:
         "max_length": None if examined.tokenizer is None else examined.max_length,
         "lengths": {name: _quantiles(counts) for name, counts in tally.lengths.items()},
         "duplicates": tally.index.duplicates(),
-        "pairs": dict(tally.pairs),
+        "pairs": dict(sum(tally.pairs.values(), Counter())),
+        "opposed": _opposed_sources(tally.pairs),
         "contradictions": tally.index.contradictions(),
         **_first_rows(examined, tally),
         "problems": list(_problems(examined, tally, split["heldout"])),
         "read_whole": _read_whole(resolved),
     }
+
+
+def _opposed_sources(pairs: Mapping[str, Counter[str]]) -> list[dict[str, Any]]:
+    """Of the sources that rows name, that in which the longer response is better most often, and that most seldom.
+
+    None where not each is beyond chance (its 95 % interval on its own side of one half). What they ask for is then in
+    part the opposite: of Anthropic's HH the helpful comparisons prefer the longer, the harmless ones the shorter. A
+    small model that cannot tell which is asked for learns from both together what it would from neither.
+
+    Returns two entries: source, rate, low, high, prompts (pairs).
+    """
+    rates = []
+    for source, counts in pairs.items():
+        if counts["longer"] + counts["shorter"]:
+            longer = np.repeat([1.0, 0.0], [counts["longer"], counts["shorter"]])
+            rates.append({"source": source, **mean_rate(longer)})
+    rates.sort(key=lambda rate: rate["rate"])
+    return [rates[-1], rates[0]] if rates and rates[0]["high"] < 0.5 < rates[-1]["low"] else []
 
 
 def _refused(examined: Examination) -> dict[str, Any]:

@@ -85,6 +85,11 @@ def _comparisons(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         longer, shorter, same = (report["pairs"].get(name, 0) for name in ("longer", "shorter", "same"))
         share = f"{longer / (longer + shorter):.1%} of {longer + shorter:,} pairs" if longer + shorter else "no pair"
         yield "longer wins", f"{share} of different length in {report['unit']} ({same:,} of the same)"
+        if report["opposed"]:
+            longest, shortest = report["opposed"]
+            ours, theirs = f"in {longest['rate']:.0%}", f"in {shortest['source']} in {shortest['rate']:.0%}"
+            better = f"in {longest['source']} the longer response is better {ours}, {theirs}"
+            yield "sources differ", f"{better}. A small model may learn nothing from both at once: try each alone"
         twice = report["contradictions"]
         several = f"of {twice['repeated_pairs']:,} that are judged several times"
         yield "contradictions", f"pairs that are judged both ways: {twice['pairs']:,} {several}{_examples(twice)}"

@@ -47,7 +47,8 @@ class Tally:
     start: float = math.inf  # number of its first row
     index: Index = field(default_factory=Index)
     lengths: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    pairs: Counter[str] = field(default_factory=Counter)  # longer, shorter, same: the better response -> number
+    # The source that a row names -> longer, shorter, same: the better response -> number.
+    pairs: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     types: dict[str, pa.DataType] = field(default_factory=dict)  # of the columns that PPO passes on
     mixed_types: dict[str, str] = field(default_factory=dict)  # column -> what is wrong with it
     special: int = 0  # rows whose own text spells a special token
@@ -143,9 +144,10 @@ class Examination:
             tally.lengths[re.sub(r"s\[\d\]", "", name)][length] += 1
         if lengths:
             tally.lengths["whole"][prompt + max(lengths.values())] += 1
+        pairs = tally.pairs[str(row.columns.get("source") or "none")]
         for better, worse in self._pairs(row):
             difference = lengths[better] - lengths[worse]
-            tally.pairs["longer" if difference > 0 else "shorter" if difference else "same"] += 1
+            pairs["longer" if difference > 0 else "shorter" if difference else "same"] += 1
         if self.special is not None:
             texts = [_plain(row.prompt), *map(_plain, row.completions.values())]
             if any(map(self.special.search, texts)):

@@ -221,6 +221,12 @@ def warnings(stage: str, report: Mapping[str, Any]) -> Iterator[str]:
     if stage == "ppo" and report["train"] < 1_000:
         yield f"{source}: {report['train']:,} prompts are few, and PPO sees each again and again."
     pairs = report["pairs"]
+    if report["opposed"]:
+        longest, shortest = (f"{part['source']} (in {part['rate']:.0%})" for part in report["opposed"])
+        yield (
+            f"{source}: in {longest} the longer response is better more often than not, in {shortest} the shorter one. "
+            "A small model may learn nothing from both at once: try each alone."
+        )
     if stage == "reward":
         if rows < FEW_COMPARISONS:
             yield (

@@ -1,5 +1,8 @@
 """Running one stage: its job, its training, and its record in the manifest."""
 
+import copy
+import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from ..data.prepare import Prepared
 from ..model.base import device_name
 from ..model.memory import peak_memory_mib, release, reset_peak_memory, resident_mib
-from ..model.processes import all_gather, is_main, on_main
+from ..model.processes import all_gather, count, is_main, on_main
 from ..plan.fit import out_of_memory, plan_for_rows
 from ..plan.plan import StagePlan
 from ..recipe.values import Recipe
@@ -32,6 +35,8 @@ from ..stages.job import Job
 from ..stages.ppo.stage import train_ppo
 from ..stages.reward.stage import train_reward
 from ..stages.sft import train_sft
+
+logger = logging.getLogger(__name__)
 
 # A stage -> what trains it and returns its results.
 TRAIN: dict[str, Callable[[Job], StageResults]] = {
@@ -111,19 +116,55 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
     set_seed(job.recipe.seed)
     try:
         with _measured(record) as taken, job.tracked() as tracked:
-            record["results"] = TRAIN[job.stage](tracked)
+            record["results"] = train_within_memory(tracked, record)
             record["peak_memory_mib"] = max(record["peak_memory_mib"], *all_gather(round(peak_memory_mib(), 1)))
             tracked.conclude({**record["results"], **taken()})
         sync_all(job.folder, job.run_dir / METRICS, job.run_dir / SAMPLES)
         record["state"] = "done"
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not should_reduce_batch_size(error):
+        if not is_out_of_memory(error):
             raise
         raise ValueError(out_of_memory(error, job, plan)) from error
     finally:
         if is_main():
             manifest.write(job.run_dir)
         release()
+
+
+def train_within_memory(job: Job, record: StageRecord) -> StageResults:
+    """Train a stage, and where memory runs out, go on from its last checkpoint with half of the rows at once.
+
+    A step still takes as many rows, accumulated, so that the results are the same but for rounding. PPO does so by
+    itself, in each of its phases; processes that share a run end together. Raises what the last attempt did.
+
+    Args:
+        record: the sizes that were chosen are written into it.
+    """
+    while True:
+        try:
+            return TRAIN[job.stage](job)
+        except (RuntimeError, MemoryError) as error:
+            rows = job.config.per_device_train_batch_size
+            if job.stage == "ppo" or rows % 2 or count() > 1 or not is_out_of_memory(error):
+                raise
+        # Behind the handler, where the error no longer holds the trainer and its tensors.
+        release()
+        config = copy.copy(job.config)
+        config.per_device_train_batch_size, config.gradient_accumulation_steps = (
+            rows // 2,
+            2 * config.gradient_accumulation_steps,
+        )
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        record["chosen_sizes"] = {name: getattr(config, name) for name in names}
+        sizes = ", ".join(f"{job.stage}.{name}={size}" for name, size in record["chosen_sizes"].items())
+        logger.warning("%s ran out of memory with %d rows at once; it goes on with %s.", job.stage, rows, sizes)
+        job = dataclasses.replace(job, config=config, resume=last_checkpoint(job.folder))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in whatever words of torch's or its backends'."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 @contextmanager

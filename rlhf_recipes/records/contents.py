@@ -183,7 +183,8 @@ class StageRecord(TypedDict):
     data: DataReport
     device: NotRequired[str]  # the hardware of the last attempt; a version before 0.5 wrote none
     planned_peak_mib: NotRequired[float]
-    chosen_sizes: NotRequired[dict[str, int | None]]  # of those that are `auto`, when the stage began; None: all layers
+    # Of those that are `auto`, when the stage began (None: all layers), or with which it went on when memory ran out.
+    chosen_sizes: NotRequired[dict[str, int | None]]
     results: NotRequired[StageResults]  # once it is done
     copied_from: NotRequired[str]  # the variant that trained it, in a sweep
 

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from support.tiny_models import save_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,7 +19,9 @@ from rlhf_recipes import Base, Lora, PPOConfig, SharedBase
 from rlhf_recipes.model.base import device, load_base
 
 sys.path.insert(0, str(Path(__file__).parent))
-growth, refill, shapes, workload = map(importlib.import_module, ("growth", "refill", "shapes", "workload"))
+growth, probe, refill, shapes, workload = map(
+    importlib.import_module, ("growth", "probe", "refill", "shapes", "workload")
+)
 
 WORK = shapes.SHAPES["tiny"]["work"]
 
@@ -106,3 +110,18 @@ def test_steps_with_and_without_refills() -> None:
     assert refill.one_after_the_other(uneven, 16)[0] == 64 + 8
     lengths = workload.lengths_by(workload.HH_RESPONSES, 512, 512)
     assert refill.simulated(lengths, 32)[0] < 0.25 * refill.one_after_the_other(lengths, 32)[0]
+
+
+def test_the_probe_finds_what_states_know_and_averages_them_over_the_response(tmp_path: Path) -> None:
+    better = np.random.default_rng(0).normal(size=(400, 4)) + np.array([0.8, 0, 0, 0])
+    folds = np.arange(400) % probe.FOLDS
+    assert probe.right_by_probe(better, folds).mean() > 0.7
+    torn = better * np.where(np.arange(400) % 2, 1, -1)[:, None]  # two kinds that ask for opposite things
+    assert probe.right_by_probe(torn, folds).mean() < 0.6 < probe.right_by_probe(torn[1::2], folds[1::2]).mean()
+
+    base = Base(str(save_model(tmp_path / "base")))
+    rows = [([5, 6, 7, 8, 9], 2), ([5, 6, 7], 1)]
+    (hidden,) = load_base(base).base_model(torch.tensor([[5, 6, 7, 8, 9]])).last_hidden_state.detach()
+    states = probe.mean_states(base, rows)
+    np.testing.assert_allclose(states[0], hidden[2:].mean(0), atol=1e-5)
+    np.testing.assert_allclose(states[1], hidden[1:3].mean(0), atol=1e-5)

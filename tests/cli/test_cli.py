@@ -18,6 +18,7 @@ from support.tiny_models import save_model
 
 from rlhf_recipes import __version__, load, replace
 from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.cli.notify import notifying
 from rlhf_recipes.cli.run import main
 from rlhf_recipes.recipe.arguments import objection
 from rlhf_recipes.recipe.lookup import recipe_names
@@ -244,3 +245,18 @@ def test_the_end_of_a_run_is_a_time_of_the_day_a_day_or_so_many_hours(monkeypatc
     assert now < asked[0] <= now + timedelta(days=1) and (asked[0].hour, asked[0].minute) == (7, 30)
     assert (asked[1].year, asked[1].month, asked[1].day, asked[1].hour) == (2126, 3, 31, 7)
     assert timedelta(minutes=29) < asked[2] - now <= timedelta(minutes=30)
+
+
+def test_a_command_is_told_how_and_where_a_run_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = tmp_path / "said"
+    command = f'echo "$RUN_STATE $RUN_DIR $RUN_ERROR" >> {said}'
+    with notifying(command, Path("runs/a")):
+        pass
+    with pytest.raises(KeyboardInterrupt), notifying(command, Path("runs/b")):
+        raise KeyboardInterrupt
+    with notifying(None, Path("runs/c")):
+        pass
+    error_of(capsys, ["run", "tiny", "sft.data=absent.jsonl", "--run-dir", str(tmp_path / "run"), "--notify", command])
+    lines = said.read_text().splitlines()
+    assert lines[:2] == ["done runs/a ", "stopped runs/b "] and len(lines) == 3
+    assert lines[2].startswith(f"failed {tmp_path / 'run'} ") and "there is no file absent.jsonl" in lines[2]

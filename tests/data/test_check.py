@@ -167,6 +167,22 @@ def test_rankings_are_compared_by_their_pairs(tmp_path: Path) -> None:
     assert samples["pairs"] == {} and samples["lengths"]["response"]["longest"] == 2
 
 
+def test_sources_that_ask_for_opposite_things_are_told(tmp_path: Path) -> None:
+    def pair(number: int, longer: bool, source: str) -> dict[str, str]:
+        chosen, rejected = ("a long answer", "short")[:: 1 if longer else -1]
+        return {"prompt": f"{source} {number}", "chosen": chosen, "rejected": rejected, "source": source}
+
+    rows = [pair(n, n % 10 < 7, "helpful") for n in range(60)] + [pair(n, n % 10 < 2, "harmless") for n in range(60)]
+    report = report_of("reward", write(tmp_path / "rows.jsonl", rows))
+    assert report["pairs"] == {"longer": 54, "shorter": 66}
+    assert [(part["source"], part["rate"]) for part in report["opposed"]] == [("helpful", 0.7), ("harmless", 0.2)]
+    console = Console(width=200, record=True)
+    show_check(report, console)
+    assert "in helpful the longer response is better in 70%, in harmless in 20%" in console.export_text()
+    for few in (rows[:60], rows[:8] + rows[60:68]):
+        assert report_of("reward", write(tmp_path / "few.jsonl", few))["opposed"] == []
+
+
 def test_prompts_in_both_files(tmp_path: Path) -> None:
     here = write(tmp_path / "a.jsonl", [{"prompt": p, "completion": "x"} for p in ("one", "two", "two", "three")])
     there = write(tmp_path / "b.jsonl", [{"prompt": p, "completion": "y"} for p in ("nil", " two", "three", "three")])

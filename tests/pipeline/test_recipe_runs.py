@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
+from support.architectures import save_architecture, save_vision_model
 from support.paths import SHARED
 from support.small import small
+from support.worded import WORDS, write
 
 from rlhf_recipes import load, replace
 from rlhf_recipes.pipeline.run import run
@@ -126,3 +128,44 @@ def test_the_hh_recipes_run_whole_on_real_comparisons(name: str, tmp_path: Path)
     assert all(math.isfinite(value) for value in logged)
     assert set(summary["reward_score"]) == {"base", "sft", "ppo"}
     assert summary["win_rate_vs_sft"] is None, "no gold is known here, and none is made up"
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("gemma-3-4b-hh", "gemma3"),
+        *(
+            pytest.param(name, architecture, marks=pytest.mark.long)
+            for name, architecture in (
+                ("smollm3-3b-hh", "smollm3"),
+                ("gemma-3-12b-hh", "gemma3"),
+                ("qwen3-4b-tldr", "qwen3"),
+                ("qwen3-4b-ultrafeedback", "qwen3"),
+                ("qwen3-8b-ultrafeedback", "qwen3"),
+                ("llama-3-1-8b-helpsteer3", "llama"),
+            )
+        ),
+    ],
+)
+def test_the_recipes_for_one_card_run_whole_on_their_architecture(name: str, architecture: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_vision_model(base) if architecture == "gemma3" else save_architecture(base, architecture)
+    prompts = [f"{one} {WORDS[-1 - index]}" for index, one in enumerate(WORDS[:24])]
+    pairs = [{"prompt": prompt, "chosen": " w5 w6", "rejected": " w7 w8 w9"} for prompt in prompts]
+    stage = {"data": str(write(tmp_path / "pairs.jsonl", pairs)), "per_device_train_batch_size": 4, "limit": None}
+    recipe = replace(
+        load(name),
+        tracker="none",
+        # The words have no tokens of chatml's.
+        base={"model": str(base), "chat_template": "transcript"},
+        sft={**stage, "gradient_accumulation_steps": 1, "max_steps": 2},
+        reward={**stage, "gradient_accumulation_steps": 1, "max_steps": 2},
+        ppo={
+            **{**stage, "heldout_limit": 4, "max_prompt_length": 16, "response_length": 8, "max_steps": 1},
+            **{"mini_batch_size": 4, "num_mini_batches": 2},
+        },
+    )
+    summary = run(recipe, tmp_path / "run")
+    assert set(summary["reward_score"]) == {"base", "sft", "ppo"}
+    logged = [value for row in rows(tmp_path / "run", "metrics.jsonl") for value in row.values()]
+    assert all(math.isfinite(value) for value in logged if isinstance(value, float))

@@ -8,7 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from support.worded import make_recipe, weights
+from transformers import TrainerCallback
 
+from rlhf_recipes import replace, run
 from rlhf_recipes.pipeline import stage
 from rlhf_recipes.records.manifest import Manifest
 
@@ -43,3 +47,46 @@ def test_a_stage_is_done_once_all_that_it_wrote_is_on_disk(tmp_path: Path, monke
     assert synced[0] == "running"
     before = set(synced[: synced.index("done")])
     assert {"adapter_model.safetensors", "trainer_state.json", "checkpoint-1", "sft", "metrics.jsonl"} <= before
+
+
+class RunsOut(TrainerCallback):
+    """As if memory ran out in the third step of a stage that trains more than two rows at once."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []  # rows at once, and the step that begins
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append((args.per_device_train_batch_size, state.global_step))
+        if args.per_device_train_batch_size > 2 and state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_where_memory_runs_out_a_stage_goes_on_with_half_of_the_rows_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 1}
+    recipe = replace(make_recipe(tmp_path), rounds=None, ppo=None, sft=sizes, reward=sizes)
+    watching = RunsOut()
+    run(recipe, tmp_path / "run", callbacks=[watching])
+    of_sft = [(8, 0), (8, 1), (8, 2), (4, 2), (2, 2), (2, 3)]  # from the checkpoint behind the second step
+    assert watching.seen == of_sft * 2
+    assert "sft ran out of memory with 8 rows at once; it goes on with sft.per_device_train_batch_size=4" in caplog.text
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    chosen = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert stages["sft"]["chosen_sizes"] == stages["reward"]["chosen_sizes"] == chosen
+
+    run(recipe, tmp_path / "whole")
+    for name in ("sft", "reward"):
+        ours, whole = weights(tmp_path / "run" / name), weights(tmp_path / "whole" / name)
+        for key in whole:
+            torch.testing.assert_close(ours[key], whole[key], atol=2e-5, rtol=1e-4)
+
+
+def test_where_not_even_one_row_fits_the_stage_says_what_helps(tmp_path: Path) -> None:
+    class Never(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    recipe = replace(make_recipe(tmp_path), rounds=None, ppo=None, reward=None)
+    with pytest.raises(ValueError, match=r"sft ran out of memory: 2.00 GiB were asked for, .* resumes"):
+        run(recipe, tmp_path / "run", callbacks=[Never()])

@@ -4,15 +4,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.published_shapes import MISTRAL_7B, QWEN_14B, QWEN_32B
+from support.published_shapes import (
+    GEMMA3_4B,
+    GEMMA3_12B,
+    LLAMA_8B,
+    MISTRAL_7B,
+    QWEN3_4B,
+    QWEN3_8B,
+    QWEN_14B,
+    QWEN_32B,
+    SMOLLM3_3B,
+)
 from transformers import AutoConfig
 
-from rlhf_recipes import Base, PPOConfig
+from rlhf_recipes import Base, PPOConfig, load, replace
 from rlhf_recipes.plan.advice import settings_that_fit
 from rlhf_recipes.plan.cards import card_called, card_of, on_card
 from rlhf_recipes.plan.hours import hours, seconds_of_step
 from rlhf_recipes.plan.plan import plan_memory
+from rlhf_recipes.recipe.lookup import recipe_file
 from rlhf_recipes.recipe.values import PPOStage, Recipe, Stage
+from rlhf_recipes.stages.configure import configure
 
 GIB = 2**30
 
@@ -140,3 +152,37 @@ def test_a_card_without_bfloat16_is_planned_with_float16(tmp_path: Path) -> None
     assert on_t4.base.dtype == "float16" and on_card(recipe, card_of("l4")) == recipe
     plans = [plan_memory(planned, {"ppo": config}, 14 * GIB) for planned in (recipe, on_t4)]
     assert plans[0] == plans[1], "a number takes as much in either"
+
+
+LARGE, SMALL = "24GiB", "16GiB"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "card", "changes"),
+    [
+        ("qwen3-8b-ultrafeedback", QWEN3_8B, SMALL, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("mistral-7b-hh", MISTRAL_7B, LARGE, {}),
+                ("llama-3-1-8b-helpsteer3", LLAMA_8B, SMALL, {}),
+                ("smollm3-3b-hh", SMOLLM3_3B, SMALL, {}),
+                ("qwen3-4b-ultrafeedback", QWEN3_4B, LARGE, {}),
+                ("qwen3-4b-ultrafeedback", QWEN3_4B, SMALL, {"quantization": "nf4"}),
+                ("qwen3-4b-tldr", QWEN3_4B, LARGE, {}),
+                ("qwen3-4b-tldr", QWEN3_4B, SMALL, {"quantization": "nf4"}),
+                ("gemma-3-4b-hh", GEMMA3_4B, LARGE, {}),
+                ("gemma-3-4b-hh", GEMMA3_4B, SMALL, {"quantization": "nf4"}),
+                ("gemma-3-12b-hh", GEMMA3_12B, LARGE, {}),
+            )
+        ),
+    ],
+)
+def test_recipes_fit_the_cards_that_they_name(
+    tmp_path: Path, name: str, model: dict[str, Any], card: str, changes: dict[str, Any]
+) -> None:
+    AutoConfig.for_model(**model).save_pretrained(tmp_path)
+    recipe = on_card(replace(load(name), base={"model": str(tmp_path), **changes}), card_of(card))
+    planned = plan_memory(recipe, configure(recipe), card_of(card).gib * GIB)
+    assert all(planned.fits_in(stage) for stage in ("sft", "reward", "ppo"))
+    assert card[:-3] in recipe_file(name).read_text().split('"""')[1], "its docstring names the card"
