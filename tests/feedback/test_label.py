@@ -27,11 +27,12 @@ from support.paths import ROOT
 from support.tiny_models import make_tokenizer
 
 from rlhf_recipes.data.prepare import prepare
-from rlhf_recipes.feedback.board import Board, Refusal
-from rlhf_recipes.feedback.label import Access, access_file, serve_label_page
+from rlhf_recipes.feedback.board import Board
+from rlhf_recipes.feedback.label import serve_label_page
 from rlhf_recipes.feedback.rows import read_labels, read_samples
 from rlhf_recipes.recipe.values import Stage
 from rlhf_recipes.records.lock import held
+from rlhf_recipes.report.access import Access, Refusal, access_file
 
 REMARKS = {"seconds": 1.0, "note": "", "flag": False}
 
@@ -331,7 +332,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         ({"labeler": "Åse M. O-2_b"}, {}, 200),
         ({"labeler": "Ann"}, {"Content_Type": "application/json; charset=utf-8"}, 200),
         ({"labeler": "Ann"}, {"Cookie": ""}, 403),
-        ({"labeler": "Ann"}, {"Cookie": "label-000000000000=a-token"}, 403),
+        ({"labeler": "Ann"}, {"Cookie": "page-000000000000=a-token"}, 403),
         ({"labeler": "Ann"}, {"Origin": "http://evil.example"}, 403),
         ({"labeler": "Ann"}, {"Origin": ""}, 403),
         ({"labeler": "Ann"}, {"Origin": "null"}, 403),
@@ -395,9 +396,9 @@ def test_only_the_browser_that_gave_a_judgement_takes_it_back(client: Client) ->
 def test_the_token_is_kept_where_nobody_else_writes(tmp_path: Path) -> None:
     labels = tmp_path / "labels.jsonl"
     (tmp_path / "labels.token").write_text("known to somebody else\n")
-    first, again = Access(path=access_file(labels)), Access(path=access_file(labels))
+    first, again = Access(path=access_file("label", labels)), Access(path=access_file("label", labels))
     assert again.token == first.token != "known to somebody else" and len(again.token) > 20
-    assert access_file(labels).parent.stat().st_mode & 0o777 == 0o700
+    assert access_file("label", labels).parent.stat().st_mode & 0o777 == 0o700
     assert [path.name for path in tmp_path.iterdir()] == ["labels.token"]
 
 
@@ -430,7 +431,8 @@ def test_what_cannot_be_labelled_is_said_before_the_page_opens(
     with held(tmp_path / "samples.labels.jsonl"):
         assert "samples.labels.jsonl is in use by process" in error_of(capsys, ["label", samples])
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "rlhf_recipes.feedback.label")
+    for module in ("feedback.label", "report.server"):
+        monkeypatch.delitem(sys.modules, f"rlhf_recipes.{module}")
     assert "pip install 'rlhf_recipes[label]'" in error_of(capsys, ["label", samples])
 
 

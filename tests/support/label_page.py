@@ -10,8 +10,10 @@ from typing import Any
 
 import uvicorn
 from playwright.sync_api import Page, expect
+from starlette.applications import Starlette
 
-from rlhf_recipes.feedback.label import Access, label_app
+from rlhf_recipes.feedback.label import label_app
+from rlhf_recipes.report.access import Access
 
 TOKEN = "a-token"
 
@@ -20,6 +22,13 @@ TOKEN = "a-token"
 def serving(samples: Path, labels: Path | None = None, **options: Any) -> Iterator[str]:
     """The page on a port of this process; labels go beside the samples unless they are named. Gives its link."""
     app = label_app(samples, labels or samples.with_name("labels.jsonl"), access=Access(TOKEN), **options)
+    with answering(app) as link:
+        yield link
+
+
+@contextmanager
+def answering(app: Starlette) -> Iterator[str]:
+    """A page's server on a port of this process. Gives the link."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
