@@ -19,15 +19,19 @@ from .sections import report_sections
 from .shared import shared_by_runs
 from .warnings import warnings_of_run
 
-# Only this style and this script, by their digests; no request, of any kind.
+# Only this style and this script, by their digests; no request of any kind, but for a page that grows, to its server.
 POLICY = (
-    "default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src data:; {requests}"
+    "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
 
-def render(runs: Sequence[RunContents]) -> str:
-    """The HTML page of the runs."""
+def render(runs: Sequence[RunContents], grows: bool = False) -> str:
+    """The HTML page of the runs.
+
+    Args:
+        grows: with the script that brings it up to date, from the server of `report.watch`.
+    """
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -42,12 +46,15 @@ def render(runs: Sequence[RunContents]) -> str:
         kind: "".join((folder / name).read_text(encoding="utf-8") for name in names)
         for kind, names in {
             "style": ("pages.css", "page.css"),
-            "script": ("pages.js", "page.js"),
+            "script": ("pages.js", *["watch.js"] * grows, "page.js"),
         }.items()
     }
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
-        policy=POLICY.format(**{kind: _digest(text) for kind, text in parts.items()}),
+        policy=POLICY.format(
+            **{kind: _digest(text) for kind, text in parts.items()}, requests="connect-src 'self'; " * grows
+        ),
+        grows=grows,
         **{kind: Markup(text) for kind, text in parts.items()},
         heads=[_head(run) for run in runs],
         warnings=shared_by_runs(
@@ -56,6 +63,8 @@ def render(runs: Sequence[RunContents]) -> str:
         ),
         sections=report_sections(runs),
     )
+    # A name of a file may hold bytes that are no text, which UTF-8 has no place for.
+    return page.encode(errors="backslashreplace").decode()
 
 
 def _digest(text: str) -> str:

@@ -3,7 +3,7 @@
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from .access import Access, Refusal
 
@@ -13,7 +13,7 @@ try:  # pages import what they need of it from here, so that what to install is 
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ModuleNotFoundError as error:
     raise ValueError(f"The page needs {error.name}: pip install 'rlhf_recipes[label]'.") from error
@@ -65,6 +65,11 @@ def page_response(request: Request, access: Access, html: str, policy: str) -> R
     return response
 
 
+def event_stream(events: AsyncIterator[str]) -> Response:
+    """Server-sent events, each as the protocol writes it, as they come."""
+    return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+
+
 def listening(port: int, share: bool = False) -> socket.socket:
     """An open port, 0 for a free one, of the whole network or of this machine alone. Close it.
 
@@ -94,7 +99,14 @@ def link_to(listener: socket.socket, access: Access, share: bool = False) -> str
     return f"http://127.0.0.1:{link}"
 
 
+def server_of(app: Starlette) -> uvicorn.Server:
+    """The server of a page, which the page's `state.server` is, so that endless answers can end with it."""
+    app.state.server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
+    )
+    return app.state.server
+
+
 def serve(app: Starlette, listener: socket.socket) -> None:
     """Answer at the port until Ctrl-C, which is raised as KeyboardInterrupt."""
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[listener])
+    server_of(app).run(sockets=[listener])

@@ -11,7 +11,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import HTTPConnection
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,7 @@ import uvicorn
 from playwright.sync_api import Browser, Page, expect
 from support.command_line import error_of, start
 from support.hostile import HOSTILE, ODD
-from support.label_page import TOKEN, done, press, serving, shown
+from support.label_page import TOKEN, Client, done, press, serving, shown
 from support.paths import ROOT
 from support.tiny_models import make_tokenizer
 
@@ -293,30 +292,6 @@ def test_a_wrong_judgement_is_refused_and_not_written(tmp_path: Path, changes: d
 
 
 # --- Who is let in ----------------------------------------------------------------------------------------------------
-
-
-class Client:
-    """Requests as a browser sends them, but for what is changed."""
-
-    def __init__(self, link: str) -> None:
-        self.host = link.split("/")[2]
-        status, headers, self.page = self("GET", f"/?token={TOKEN}")
-        assert status == 200
-        self.headers, self.cookie = headers, headers["set-cookie"].partition(";")[0]
-
-    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], str]:
-        connection = HTTPConnection(self.host)
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        found = {key.lower(): value for key, value in response.getheaders()}
-        return response.status, found, response.read().decode()
-
-    def post(self, path: str, said: Any, **headers: str) -> tuple[int, Any]:
-        usual = {"Content-Type": "application/json", "Origin": f"http://{self.host}", "Cookie": self.cookie}
-        body = said if isinstance(said, str) else json.dumps(said)
-        usual |= {name.replace("_", "-"): value for name, value in headers.items()}
-        status, _, text = self("POST", path, body, **{name: value for name, value in usual.items() if value})
-        return status, json.loads(text) if text.startswith("{") else text
 
 
 @pytest.fixture(scope="module")
