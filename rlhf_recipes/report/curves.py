@@ -264,15 +264,16 @@ def resources(runs: Sequence[RunContents]) -> Iterator[Any]:
     entries = []
     for index, run in enumerate(runs):
         records = [
-            (part.label(stage), part.manifest.stages[stage])
+            (part.label(stage), part.manifest.stages[stage], part.series(stage, "memory/peak_mib")[1])
             for part in run.parts
             for stage in STAGES
             if stage in part.manifest.stages
         ]
-        total = sum(record["seconds"] for _, record in records) or 1
-        for label, record in records:
-            cells = [duration(record["seconds"]), memory(record.get("planned_peak_mib"))]
-            cells.append(memory(record["peak_memory_mib"]))
+        total = sum(record["seconds"] for _, record, _ in records) or 1
+        for label, record, logged in records:
+            # The manifest has time and peak of an attempt when that has ended.
+            cells = [duration(record["seconds"]) if record["seconds"] else "", memory(record.get("planned_peak_mib"))]
+            cells.append(memory(record["peak_memory_mib"] or max(logged, default=None)))
             entries.append((index, label, (cells, record["seconds"] / total)))
     if entries:
         rows = [
@@ -301,5 +302,5 @@ def _phases(run: RunContents) -> dict[str, float]:
         for phase, words in PHASES.items()
     }
     seconds = {words: value for words, value in seconds.items() if value > 0}
-    rest = max(total - sum(seconds.values()), 0.0)
-    return seconds | {"loading, saving, comparing the models at the end": rest} if seconds else {}
+    rest = total - sum(seconds.values())
+    return seconds | ({"loading, saving, comparing the models at the end": rest} if seconds and rest > 0 else {})

@@ -14,6 +14,7 @@ from ..records.contents import MetricsRow, RewardCard, Summary
 from ..records.files import Row, read_json, read_rows
 from ..records.folder import checkpoint_step, checkpoints, newest_round_first, recipe_to_show
 from ..records.manifest import Manifest
+from ..records.progress import Progress, read_progress
 from ..records.summary import summarize
 
 SCORES = {"gold": "gold", "judge": "judge", "reward": "score"}  # judge -> the key of its scores in samples and means
@@ -39,6 +40,11 @@ class PartContents:
     def label(self, stage: str) -> str:
         """The stage's name, with that of the round from the second on."""
         return stage if self.number == 1 else f"{stage}, round {self.number}"
+
+    @property
+    def running(self) -> list[str]:
+        """The stages that have begun and are not finished."""
+        return [stage for stage in self.manifest.stages if not self.manifest.is_done(stage)]
 
     def rows(self, stage: str, key: str) -> list[Row]:
         """A stage's logged rows that have a number under the key."""
@@ -76,6 +82,7 @@ class RunContents:
     parts: list[PartContents]  # the run's own, then a round each
     summary: Summary
     evaluation: dict[str, Any] | None  # what `rlhf-recipes evaluate` wrote
+    progress: Progress | None  # of the stage under way, or where it was stopped
     answers: list[Row]  # id, prompt, model, completion, tokens, ended, kl, scores {judge: number}
 
     @property
@@ -162,7 +169,12 @@ def _read_run(folder: Path, name: str, read: Callable[[Path], list[Row]]) -> Run
     summary = summarize(parts[0].manifest, [part.manifest for part in parts[1:] if part.manifest.stages])
     answers = read(folder / "evaluation" / "answers.jsonl") or list(_answers(parts))
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
-    return RunContents(name, folder, recipe, parts, summary, evaluation, answers)
+    progress = read_progress(folder)
+    if progress is not None:
+        stage, number = progress["stage"].partition("-")[0], progress["round"]
+        if not any(stage in part.running and number == part.number for part in parts):
+            progress = None
+    return RunContents(name, folder, recipe, parts, summary, evaluation, progress, answers)
 
 
 def _answers(parts: Iterable[PartContents]) -> Iterator[Row]:

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..recipe.values import STAGES
+from ..records.progress import Progress, left_words, stage_words
 from . import charts
 from .blocks import duration, memory
 from .gather import TITLES, RunContents, best_win
@@ -49,6 +50,7 @@ def render(runs: Sequence[RunContents], grows: bool = False) -> str:
             "script": ("pages.js", *["watch.js"] * grows, "page.js"),
         }.items()
     }
+    running = {stage for run in runs for part in run.parts for stage in part.running}
     page = environment.get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         policy=POLICY.format(
@@ -61,7 +63,8 @@ def render(runs: Sequence[RunContents], grows: bool = False) -> str:
             runs,
             [(index, about, text) for index, run in enumerate(runs) for about, text in warnings_of_run(run)],
         ),
-        sections=report_sections(runs),
+        # Who watches looks at what is going on.
+        sections=sorted(report_sections(runs), key=lambda section: not (grows and section.id in running)),
     )
     # A name of a file may hold bytes that are no text, which UTF-8 has no place for.
     return page.encode(errors="backslashreplace").decode()
@@ -85,5 +88,17 @@ def _head(run: RunContents) -> dict[str, Any]:
     if summary["seconds"]:
         facts.append(duration(sum(summary["seconds"].values())))
         facts.append(f"peak {memory(max(summary['peak_memory_mib'].values()))}")
+    if run.progress is not None:
+        facts += _progress(run.progress)
     number, words = headline(run)
     return {"name": run.name, "facts": facts, "number": number, "words": words, "win": best}
+
+
+def _progress(progress: Progress) -> Iterator[str]:
+    """How far the stage under way is, and what is left of the run."""
+    stage, _, adapter = progress["stage"].partition("-")
+    title = TITLES[stage] + (f" ({adapter})" if adapter else "")
+    unit = "update" if stage == "ppo" else "step"
+    yield f"{stage_words(title, progress['round'])}: {unit} {progress['step']:,} of {progress['steps']:,}"
+    if left := left_words(progress):
+        yield left

@@ -47,15 +47,14 @@ function exchange(page) {
     let part = document.getElementById(id);
     if (html !== written.get(id)) {
       const next = document.adoptNode(page.getElementById(id));
-      if (part) {
-        const state = stateOf(part);
-        part.replaceWith(next);
-        restore(next, state);
-      } else if (before?.parentNode === main) before.after(next);
-      else main.prepend(next);
+      const state = part && stateOf(part);
+      if (part) part.replaceWith(next);
+      else main.append(next);
+      if (state) restore(next, state);
       part = next;
     }
-    before = part;
+    if (part.parentNode === main && part.previousElementSibling !== before) main.insertBefore(part, before ? before.nextSibling : main.firstChild);
+    if (part.parentNode === main) before = part;
   }
   written.clear();
   fresh.forEach((html, id) => written.set(id, html));

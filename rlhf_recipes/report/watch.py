@@ -34,7 +34,15 @@ from .server import (
 
 LOOK = 1.0  # seconds between two looks at the files
 REST = 10  # times as long as the page took to draw nothing is drawn: a run beside it needs the processor
-WATCHED = ("recipe.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "answers.jsonl")
+WATCHED = (
+    "recipe.json",
+    "manifest.json",
+    "progress.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "evaluation.json",
+    "answers.jsonl",
+)
 POLICY = "frame-ancestors 'none'"  # the rest stands in the page itself
 
 
