@@ -3,14 +3,17 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from ..recipe.lookup import load
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
+from ..records.folder import default_run_dir
 from .command import Command, add_settings, exit_codes, parse_options, positive_int
 from .launch import launch
+from .watch import watched
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +33,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=positive_int, metavar="N", help="share the work among so many, each with a GPU (default: 1)"
     )
     parser.add_argument("--wait", action="store_true", help="wait for a process that works in the run folder")
+    parser.add_argument("--watch", action="store_true", help="open a local page that grows with the run: see `watch`")
     ends = parser.add_mutually_exclusive_group()
     ends.add_argument(
         "--stop-at",
@@ -90,6 +94,13 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace, program: Sequence[st
     """
     stages = tuple(options.stages.split(",")) if options.stages is not None else None
     recipe = replace(recipe, **parse_overrides(options.settings))
+    with watched(options.run_dir or default_run_dir(recipe)) if options.watch else nullcontext():
+        _run_here_or_in_processes(recipe, stages, options, program)
+
+
+def _run_here_or_in_processes(
+    recipe: Recipe, stages: tuple[str, ...] | None, options: argparse.Namespace, program: Sequence[str]
+) -> None:
     if (options.processes or 1) > 1:
         return launch(options.processes, [*program, *_words(options)])
     from ..model.processes import join, reported

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from ..model.processes import count
 from ..recipe.values import Recipe
 from ..records.contents import Summary
+from ..records.folder import default_run_dir
 from ..stages.stop import StopInOrder
 from .one_run import run_one
 from .sweep import SweepSummary, run_sweep
@@ -43,7 +44,7 @@ def run(
         ValueError: anything wrong with the recipe, its data or the folder, or a stage that cannot fit, before a weight
             is loaded; a stage that ran out of memory.
     """
-    run_dir = Path(run_dir or Path("runs") / recipe.name.replace("_", "-"))
+    run_dir = Path(run_dir or default_run_dir(recipe))
     if recipe.variants and count() > 1:
         raise ValueError(f"The variants of {recipe.name!r} share stages, and run in one process each: see --jobs.")
     if jobs != 1 and not recipe.variants:

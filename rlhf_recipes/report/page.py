@@ -61,7 +61,7 @@ def render(runs: Sequence[RunContents], grows: bool = False) -> str:
         heads=[_head(run) for run in runs],
         warnings=shared_by_runs(
             runs,
-            [(index, about, text) for index, run in enumerate(runs) for about, text in warnings_of_run(run)],
+            [(index, about, text) for index, run in enumerate(runs) for about, text in warnings_of_run(run, grows)],
         ),
         # Who watches looks at what is going on.
         sections=sorted(report_sections(runs), key=lambda section: not (grows and section.id in running)),
@@ -85,13 +85,12 @@ def _head(run: RunContents) -> dict[str, Any]:
     stages = [TITLES[stage] for stage in STAGES if stage in run.manifest.stages]
     rounds = f", {len(run.parts)} rounds" if len(run.parts) > 1 else ""
     facts = [f"base {run.recipe.base.model}", f"{' → '.join(stages)}{rounds}", f"seed {run.recipe.seed}"]
-    if summary["seconds"]:
+    if any(summary["seconds"].values()):
         facts.append(duration(sum(summary["seconds"].values())))
         facts.append(f"peak {memory(max(summary['peak_memory_mib'].values()))}")
-    if run.progress is not None:
-        facts += _progress(run.progress)
     number, words = headline(run)
-    return {"name": run.name, "facts": facts, "number": number, "words": words, "win": best}
+    progress = run.progress and {"words": list(_progress(run.progress)), **run.progress}
+    return {"name": run.name, "facts": facts, "progress": progress, "number": number, "words": words, "win": best}
 
 
 def _progress(progress: Progress) -> Iterator[str]:

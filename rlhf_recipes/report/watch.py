@@ -34,6 +34,7 @@ from .server import (
 
 LOOK = 1.0  # seconds between two looks at the files
 REST = 10  # times as long as the page took to draw nothing is drawn: a run beside it needs the processor
+LAST = 3.0  # seconds for browsers to fetch the page as it is at the end
 WATCHED = (
     "recipe.json",
     "manifest.json",
@@ -127,7 +128,9 @@ def watch_app(folders: Sequence[Path], access: Access) -> Starlette:
             said = event
             await asyncio.sleep(LOOK)
 
-    return page_app([Route("/", index), Route("/changes", changes)])
+    app = page_app([Route("/", index), Route("/changes", changes)])
+    app.state.runs = runs
+    return app
 
 
 def serve_watch_page(folders: Sequence[Path], port: int = 8009) -> None:
@@ -139,10 +142,35 @@ def serve_watch_page(folders: Sequence[Path], port: int = 8009) -> None:
         ValueError: a folder is no run's, or the port cannot be used.
     """
     gather(folders)
+    _serve(folders, port, "Ctrl-C ends it; the same command goes on.")
+
+
+def serve_beside(run_dir: Path) -> None:
+    """Serve the page of a run that the parent of this process makes: from its begin until standard input ends."""
+    ended = threading.Event()
+    threading.Thread(target=lambda: os.read(0, 1) or ended.set(), daemon=True).start()
+    while not (run_dir / "recipe.json").is_file():
+        if ended.wait(LOOK):
+            return
+    _serve([run_dir], 0, "The page ends with the run.", ended)
+
+
+def _serve(folders: Sequence[Path], port: int, note: str, ended: threading.Event | None = None) -> None:
+    """Serve the page until Ctrl-C, or until something has ended and its last state was shown."""
     if hasattr(os, "nice"):
         os.nice(19)  # whatever trains on this machine comes first
     access = Access(path=access_file("watch", *folders))
+    app = watch_app(folders, access)
     with listening(port) as listener:
-        print(f"Open {link_to(listener, access)}\nCtrl-C ends it; the same command goes on.", flush=True)
+        print(f"Open {link_to(listener, access)}\n{note}", flush=True)
+        if ended is not None:
+            threading.Thread(target=_end_after, args=(ended, app), daemon=True).start()
         with suppress(KeyboardInterrupt):
-            serve(watch_app(folders, access), listener)
+            serve(app, listener)
+
+
+def _end_after(ended: threading.Event, app: Starlette) -> None:
+    ended.wait()
+    app.state.runs.rested = 0.0
+    time.sleep(LAST)
+    app.state.server.should_exit = True

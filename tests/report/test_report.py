@@ -52,6 +52,9 @@ def test_kl_that_still_rises_is_told_from_kl_that_has_settled() -> None:
     rising = [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 6.0]
     found = warnings.kl_rising(rising)
     assert found is not None and "4.00 and then 6.00 nats" in found and "ppo.kl_coef" in found
+    flat = warnings.kl_rising(rising, [1.0, 1.2] * 5)
+    assert flat is not None and "The reward did not rise with it: 1.10 and then 1.10." in flat
+    assert warnings.kl_rising(rising, rising) == found, "nothing is said of one that rises, too"
     assert warnings.kl_rising([0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.2, 4.2]) is None, "by less than a tenth"
     # The last two fifths, 3 and 5, and 2 and 8, have means 4 and 5 and a standard error of the difference above 3.
     assert warnings.kl_rising([0.0] * 6 + [3.0, 5.0, 2.0, 8.0]) is None, "within the noise"

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.label_page import TOKEN, Client, answering
 from support.paths import ROOT
 from support.report_run import PROMPTS, measured, write, write_run
 
+from rlhf_recipes.cli.watch import watched as watched_beside
 from rlhf_recipes.records.files import RowsReader, read_rows
 from rlhf_recipes.report import watch
 from rlhf_recipes.report.access import Access
@@ -47,6 +49,11 @@ def evaluation(step: int) -> list[dict[str, Any]]:
         | {"response_length": 3, "ended": True, "kl": 0.1, "score": step / 10 + n / 100, "gold": 0.0}
         for n, prompt in enumerate(PROMPTS)
     ]
+
+
+def far() -> dict[str, Any]:
+    """What a run says of its progress."""
+    return {"stage": "ppo", "round": 1, "step": 20, "steps": 1400, "seconds": [9000, 9000], "then": []}
 
 
 # --- Growing files ----------------------------------------------------------------------------------------------------
@@ -96,11 +103,11 @@ def test_the_answers_of_a_run_in_the_middle_are_those_of_its_first_and_last_eval
 
 def test_a_run_says_how_far_it_is(tmp_path: Path) -> None:
     folder = begin_ppo(tmp_path / "run")
-    far = {"stage": "ppo", "round": 1, "step": 20, "steps": 1400, "seconds": [9000, 9000], "then": []}
-    (folder / "progress.json").write_text(json.dumps(far))
+    (folder / "progress.json").write_text(json.dumps(far()))
     html = WatchedRuns([folder]).drawn().html
     assert "<span>PPO: update 20 of 1,400</span><span>about 2.5 h left</span>" in html
-    (folder / "progress.json").write_text(json.dumps({**far, "stage": "reward-judge"}))
+    assert '<progress max="1400" value="20">' in html and "This stage is not finished" not in html
+    (folder / "progress.json").write_text(json.dumps({**far(), "stage": "reward-judge"}))
     assert gather([folder])[0].progress is None, "of a stage that is done"
 
 
@@ -164,6 +171,30 @@ def test_the_command_prints_its_link_and_ends_at_ctrl_c(tmp_path: Path) -> None:
         assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
 
 
+def test_a_page_beside_a_run_comes_and_ends_with_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def printed(within: float = 30.0) -> str:
+        end, found = time.monotonic() + within, ""
+        while "\n" not in found and time.monotonic() < end:
+            time.sleep(0.1)
+            found += capfd.readouterr().out
+        return found
+
+    with watched_beside(tmp_path / "run"):
+        assert printed(4.0) == "", "there is no run yet"
+        begin_ppo(tmp_path / "run")
+        link = re.match(r"Open (\S+)\n", printed())
+        assert link
+        client = Client(link[1], link[1].partition("token=")[2])
+    assert "<!doctype html>" in client.page
+    with pytest.raises(ConnectionRefusedError):
+        client("GET", "/")
+
+
+def test_a_page_beside_a_run_that_never_begins_ends_too(tmp_path: Path) -> None:
+    with watched_beside(tmp_path / "run"):
+        pass
+
+
 # --- The page in Chromium ---------------------------------------------------------------------------------------------
 
 
@@ -213,7 +244,8 @@ def test_the_page_grows_and_the_reader_keeps_his_place(
     expect(page.locator("nav a", has_text="DPO")).to_have_count(1)
     expect(curve).to_contain_text("Reward. training: from 0.025 to 3.33")
     order = [section.get_attribute("id") for section in page.locator("main > section").all()]
-    assert order[:2] == ["warnings", "ppo"] and order[-4:-2] == ["dpo", "overoptimisation"], "first what is going on"
+    assert order[:2] == ["warnings", "ppo"], "first what is going on"
+    assert order[-3:] == ["dpo", "overoptimisation", "resources"]
     expect(page.locator(".prompt").first.locator(".answer h4")).to_contain_text(["PPO/update-20", "PPO/update-30"])
     assert settings.get_attribute("open") is not None, "what was opened stays open"
     expect(page.get_by_label("Search")).to_have_value("question")
