@@ -90,7 +90,9 @@ def test_run_a_recipe(executed: dict[str, tuple[list[Any], str]], place: Path) -
 def test_adapt_a_recipe(executed: dict[str, tuple[list[Any], str]], place: Path) -> None:
     cells, text = executed["2_adapt_a_recipe"]
     assert "polite" in text and "words" in text
-    assert pictures(cells) >= 1, "the callback's curves"
+    shown = [output.get("data", {}).get("text/html", "") for cell in cells for output in cell.outputs]
+    (frame,) = (page for page in shown if "<iframe sandbox srcdoc=" in page)
+    assert "Reward" in frame and "wins against SFT" in frame and "&lt;script" not in frame, "the run as it ended"
     metrics = [json.loads(line) for line in (place / "runs/notebook-2/metrics.jsonl").read_text().splitlines()]
     assert any("rewards/is_short/mean" in row and "rewards/reward_model/mean" in row for row in metrics)
     assert summary(place, "notebook-2")["reward_model_accuracy"] > 0.9, "that politeness is liked is easily learned"

@@ -129,6 +129,16 @@ def ppo_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
         yield Table(columns, rows, "Rounding")
 
 
+def first_curves(runs: Sequence[RunContents], stage: str) -> Iterator[Grid]:
+    """The first three charts of a stage, which say most of it; of the reward stage in the round under way."""
+    panels = {"sft": SFT_PANELS, "reward": REWARD_PANELS, "ppo": PPO_PANELS, "dpo": DPO_PANELS}[stage][:3]
+    if stage == "ppo":
+        drawn = _drawn(runs, panels, lambda run, key: run.ppo(key), "update")
+    else:
+        drawn = _drawn(runs, panels, lambda run, key: run.parts[-1].series(stage, key), "step")
+    yield from _grid(drawn, runs)
+
+
 def reward_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
     """Reward models: their curves, and what their cards say of calibration, accuracy and length."""
     if len(runs) == 1:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..recipe.values import STAGES
 from ..records.progress import Progress, left_words, stage_words
 from . import charts
-from .blocks import duration, memory
+from .blocks import Section, duration, memory
 from .gather import TITLES, RunContents, best_win
 from .results import headline
 from .sections import report_sections
@@ -27,12 +27,16 @@ POLICY = (
 )
 
 
-def render(runs: Sequence[RunContents], grows: bool = False) -> str:
+def render(runs: Sequence[RunContents], grows: bool = False, cell: Sequence[Section] | None = None) -> str:
     """The HTML page of the runs.
 
     Args:
         grows: with the script that brings it up to date, from the server of `report.watch`.
+        cell: only these sections, for a cell of a notebook, without a script.
     """
+    # Who watches looks at what is going on.
+    running = {stage for run in runs for part in run.parts for stage in part.running if grows}
+    sections = sorted(report_sections(runs), key=lambda s: s.id not in running) if cell is None else cell
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -47,24 +51,22 @@ def render(runs: Sequence[RunContents], grows: bool = False) -> str:
         kind: "".join((folder / name).read_text(encoding="utf-8") for name in names)
         for kind, names in {
             "style": ("pages.css", "page.css"),
-            "script": ("pages.js", *["watch.js"] * grows, "page.js"),
+            "script": ("pages.js", *["watch.js"] * grows, "page.js") if cell is None else (),
         }.items()
     }
-    running = {stage for run in runs for part in run.parts for stage in part.running}
+    is_live = grows or cell is not None
+    warnings = [(n, about, text) for n, run in enumerate(runs) for about, text in warnings_of_run(run, is_live)]
     page = environment.get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         policy=POLICY.format(
             **{kind: _digest(text) for kind, text in parts.items()}, requests="connect-src 'self'; " * grows
         ),
         grows=grows,
+        is_cell=cell is not None,
         **{kind: Markup(text) for kind, text in parts.items()},
         heads=[_head(run) for run in runs],
-        warnings=shared_by_runs(
-            runs,
-            [(index, about, text) for index, run in enumerate(runs) for about, text in warnings_of_run(run, grows)],
-        ),
-        # Who watches looks at what is going on.
-        sections=sorted(report_sections(runs), key=lambda section: not (grows and section.id in running)),
+        warnings=shared_by_runs(runs, warnings),
+        sections=sections,
     )
     # A name of a file may hold bytes that are no text, which UTF-8 has no place for.
     return page.encode(errors="backslashreplace").decode()
