@@ -1,16 +1,15 @@
 """`rlhf-recipes run`, and `main(recipe)`, which a recipe file calls."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from ..recipe.lookup import load
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
-from ..records.folder import default_run_dir
 from .command import Command, add_settings, exit_codes, parse_options, positive_int
 from .launch import launch
 from .watch import watched
@@ -92,15 +91,17 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace, program: Sequence[st
     Args:
         program: the words after `python` that run the same recipe, in each of several processes.
     """
-    stages = tuple(options.stages.split(",")) if options.stages is not None else None
     recipe = replace(recipe, **parse_overrides(options.settings))
-    with watched(options.run_dir or default_run_dir(recipe)) if options.watch else nullcontext():
-        _run_here_or_in_processes(recipe, stages, options, program)
+    if not options.watch or os.environ.get("RANK", "0") != "0":  # of processes that torchrun starts the first watches
+        return _run_or_launch(recipe, options, program)
+    from ..records.folder import default_run_dir
+
+    with watched(options.run_dir or default_run_dir(recipe)):
+        _run_or_launch(recipe, options, program)
 
 
-def _run_here_or_in_processes(
-    recipe: Recipe, stages: tuple[str, ...] | None, options: argparse.Namespace, program: Sequence[str]
-) -> None:
+def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequence[str]) -> None:
+    stages = tuple(options.stages.split(",")) if options.stages is not None else None
     if (options.processes or 1) > 1:
         return launch(options.processes, [*program, *_words(options)])
     from ..model.processes import join, reported
