@@ -17,6 +17,10 @@ SMALL = {
     '"heldout_limit": 64': '"heldout_limit": 32',
     '"eval_steps": 4': '"eval_steps": 1',
     '"save_steps": 4': '"save_steps": 1',
+    "tiny.demonstrations(400)": "tiny.demonstrations(120)",
+    "tiny.prompts(500)": "tiny.prompts(120)",
+    "tiny.comparisons(1500)": "tiny.comparisons(160)",
+    "ppo.total_episodes=1280": "ppo.total_episodes=128",
 }
 
 
@@ -44,7 +48,8 @@ def execute(names: Iterable[str], place: Path, small: bool = True) -> dict[str, 
         cells = parts[name] = [cell for cell in cells if cell.cell_type == "code"]
         assert not any(cell.outputs or cell.execution_count for cell in cells)
         for cell in cells if small else ():
-            for full, less in {'load("tiny")': small_tiny, **SMALL}.items():
+            base = {'load("tiny").base.model': repr(small_base())}
+            for full, less in {**base, 'load("tiny")': small_tiny, **SMALL}.items():
                 cell.source = cell.source.replace(full, less)
         whole.cells += [*cells, nbformat.v4.new_code_cell("%reset -f")]
     where = {"metadata": {"path": str(place / "notebooks")}}
@@ -72,7 +77,8 @@ def summary(place: Path, name: str) -> dict[str, Any]:
 
 
 def test_every_notebook_is_tested_and_starts_with_its_installation() -> None:
-    assert [*NOTEBOOKS] == ["1_run_a_recipe", "2_adapt_a_recipe", "3_inside_ppo", "4_read_a_run", "5_ship_it"]
+    names = "1_run_a_recipe 2_adapt_a_recipe 3_inside_ppo 4_read_a_run 5_ship_it 6_your_own_data"
+    assert [*NOTEBOOKS] == names.split()
     for path in NOTEBOOKS.values():
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
@@ -90,7 +96,9 @@ def test_run_a_recipe(executed: dict[str, tuple[list[Any], str]], place: Path) -
 def test_adapt_a_recipe(executed: dict[str, tuple[list[Any], str]], place: Path) -> None:
     cells, text = executed["2_adapt_a_recipe"]
     assert "polite" in text and "words" in text
-    assert pictures(cells) >= 1, "the callback's curves"
+    shown = [output.get("data", {}).get("text/html", "") for cell in cells for output in cell.outputs]
+    (frame,) = (page for page in shown if "<iframe sandbox srcdoc=" in page)
+    assert "Reward" in frame and "wins against SFT" in frame and "&lt;script" not in frame, "the run as it ended"
     metrics = [json.loads(line) for line in (place / "runs/notebook-2/metrics.jsonl").read_text().splitlines()]
     assert any("rewards/is_short/mean" in row and "rewards/reward_model/mean" in row for row in metrics)
     assert summary(place, "notebook-2")["reward_model_accuracy"] > 0.9, "that politeness is liked is easily learned"
@@ -134,6 +142,17 @@ def test_ship_it(executed: dict[str, tuple[list[Any], str]], place: Path) -> Non
     assert "held-out prompts" in text and text_of(cells[-2:-1]).strip(), "what it says elsewhere"
     rows = cells[-1].outputs[-1]["data"]["text/plain"].splitlines()[1:]
     assert len({float(row.split()[-1]) for row in rows}) == 3, "three answers, three scores"
+
+
+def test_your_own_data(executed: dict[str, tuple[list[Any], str]], place: Path) -> None:
+    cells, text = executed["6_your_own_data"]
+    assert "'better' is the chosen" in text and "chat=True" in text, "what `new` made of the files"
+    run = place / "runs/notebook-6/runs/my-assistant"
+    evaluation = json.loads((run / "evaluation/evaluation.json").read_text())
+    assert "people" in evaluation["judges"] and "reward" in evaluation["people"]["agreement"]
+    assert {win["judge"] for win in evaluation["wins"]} == {"reward", "people"}
+    assert "What people say" in (run / "report.html").read_text()
+    assert "people" in cells[-1].outputs[-1]["data"]["text/plain"]
 
 
 @pytest.mark.long

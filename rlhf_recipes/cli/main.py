@@ -29,6 +29,7 @@ from . import (
     run,
     sample,
     serve,
+    watch,
 )
 from .command import exit_codes, parse_options
 
@@ -50,6 +51,7 @@ COMMANDS = {
     "evaluate": evaluate.COMMAND,
     "arena": arena.COMMAND,
     "report": report.COMMAND,
+    "watch": watch.COMMAND,
     "export": export.COMMAND,
     "push": push.COMMAND,
     "serve": serve.COMMAND,

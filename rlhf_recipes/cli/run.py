@@ -1,8 +1,10 @@
 """`rlhf-recipes run`, and `main(recipe)`, which a recipe file calls."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from ..recipe.values import Recipe
 from .command import Command, add_settings, exit_codes, parse_options, positive_int
 from .launch import launch
 from .notify import notifying
+from .watch import watched
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         help="run a command of the shell when the run has ended, with RUN_STATE (done, stopped, failed), RUN_DIR and "
         "RUN_ERROR in its environment",
     )
+    parser.add_argument("--watch", action="store_true", help="open a local page that grows with the run: see `watch`")
     ends = parser.add_mutually_exclusive_group()
     ends.add_argument(
         "--stop-at",
@@ -95,16 +99,18 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace, program: Sequence[st
     Args:
         program: the words after `python` that run the same recipe, in each of several processes.
     """
-    stages = tuple(options.stages.split(",")) if options.stages is not None else None
     recipe = replace(recipe, **parse_overrides(options.settings))
-    with notifying(options.notify, options.run_dir or Path("runs") / recipe.name.replace("_", "-")):
-        _run_or_launch(recipe, options, stages, program)
+    if os.environ.get("RANK", "0") != "0":  # of processes that torchrun starts the first watches and tells
+        return _run_or_launch(recipe, options, program)
+    from ..records.folder import default_run_dir
+
+    run_dir = options.run_dir or default_run_dir(recipe)
+    with notifying(options.notify, run_dir), watched(run_dir) if options.watch else nullcontext():
+        _run_or_launch(recipe, options, program)
 
 
-def _run_or_launch(
-    recipe: Recipe, options: argparse.Namespace, stages: tuple[str, ...] | None, program: Sequence[str]
-) -> None:
-    """Run a recipe in this process, or in several others."""
+def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequence[str]) -> None:
+    stages = tuple(options.stages.split(",")) if options.stages is not None else None
     if (options.processes or 1) > 1:
         return launch(options.processes, [*program, *_words(options)])
     from ..model.processes import join, reported

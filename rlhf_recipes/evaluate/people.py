@@ -109,13 +109,15 @@ def people_results(votes: pd.DataFrame, verdicts: Verdicts) -> dict[str, Any] | 
 
 def _rates(votes: pd.DataFrame, column: str, by: list[str]) -> list[dict[str, Any]]:
     """The mean of a column, with its interval over prompts, of each group of votes."""
-    return [
-        dict(zip(by, key, strict=True)) | mean_rate(own[column].to_numpy(float), own["prompt"].to_numpy())
-        for key, own in votes.groupby(by, sort=False)
-    ]
+    rows = []
+    for names, own in votes.groupby(by, sort=False):
+        key: Any = names
+        rate = mean_rate(np.array(own[column], float), np.array(own["prompt"]))
+        rows.append({**dict(zip(by, key, strict=True)), **rate})
+    return rows
 
 
-def people_interval(rate: float, pairs: Sequence[float], prompts: Sequence[int], votes: pd.DataFrame) -> Interval:
+def people_interval(rate: float, pairs: np.ndarray, prompts: np.ndarray, votes: pd.DataFrame) -> Interval:
     """The 95 % interval of a win rate by people, as if other prompts had been asked and other people.
 
     The variance over prompts, as of any win rate, and what people differ by beyond chance: the variance of clusters in
@@ -128,17 +130,26 @@ def people_interval(rate: float, pairs: Sequence[float], prompts: Sequence[int],
         prompts: (n,) the prompts of the pairs.
         votes: on these pairs, as of `read_votes`.
     """
-    errors = np.asarray(pairs) - rate
-    number, spread = effective_number(rate, errors, np.asarray(prompts)), rate * (1 - rate)
-    if spread > 0 and votes["person"].nunique() > 1:
-        weights = 1 / votes.groupby("pair")["pair"].transform("size") / len(errors)
-        each = (votes["preferred"] - rate) * weights  # what a vote adds to the rate's error
-        beyond = _variance(each.groupby(votes["person"]).sum()) - _variance(each)
+    errors = pairs - rate
+    number, spread = effective_number(rate, errors, prompts), rate * (1 - rate)
+    if spread > 0 and len({*votes["person"]}) > 1:
+        _, pair, of_pair = np.unique(votes["pair"], return_inverse=True, return_counts=True)
+        # What a vote adds to the rate's error.
+        each = (np.array(votes["preferred"]) - rate) / of_pair[pair] / len(errors)
+        beyond = _variance(_sums(each, votes["person"])) - _variance(each)
         number = spread / (spread / number + max(beyond, 0.0))
     return interval(rate, number)
 
 
-def _variance(parts: pd.Series) -> float:
+def _sums(values: np.ndarray, groups: Iterable[Any]) -> np.ndarray:
+    """The sums of values (n, ...) of each group (G, ...), whose members are told by `groups` (n,)."""
+    names, group = np.unique(np.array(groups), return_inverse=True)
+    sums = np.zeros((len(names), *values.shape[1:]))
+    np.add.at(sums, group, values)
+    return sums
+
+
+def _variance(parts: np.ndarray) -> float:
     """The variance of a sum of independent parts, whose mean is 0."""
     return float((parts**2).sum()) * len(parts) / max(len(parts) - 1, 1)
 
@@ -162,7 +173,7 @@ def _answer_result(given: Sequence[tuple[int, int | bool]]) -> dict[str, Any]:
     if values.dtype == bool:
         return dict(mean_rate(values.astype(float), prompts))
     mean = float(values.mean())
-    sums = pd.Series(values - mean).groupby(prompts).sum() / len(values)
+    sums = _sums((values - mean) / len(values), prompts)
     half = Z * _variance(sums) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half, "prompts": len(sums)}
 
@@ -173,14 +184,13 @@ def strengths(votes: pd.DataFrame) -> dict[str, dict[str, float]]:
     Of each: strength, low, high. The interval (95 %) is of the sandwich variance over prompts.
     """
     names = list(dict.fromkeys([*votes["against"], *votes["model"]]))
-    index = {name: number for number, name in enumerate(names)}
     x = np.zeros((len(votes), len(names)))
-    x[np.arange(len(votes)), votes["model"].map(index)] = 1
-    x[np.arange(len(votes)), votes["against"].map(index)] = -1
-    x, preferred = x[:, 1:], votes["preferred"].to_numpy()
+    for column, sign in (("model", 1), ("against", -1)):
+        x[np.arange(len(votes)), [names.index(name) for name in votes[column]]] = sign
+    x, preferred = x[:, 1:], np.array(votes["preferred"], float)
     found, inverse = fit_logistic(preferred, x, np.ones(len(x)))
     pulls = x * (preferred - sigmoid(x @ found))[:, None]  # (n, K - 1) what each vote adds to the slope
-    by_prompt = pd.DataFrame(pulls).groupby(votes["prompt"].to_numpy()).sum().to_numpy()
+    by_prompt = _sums(pulls, votes["prompt"])
     covariance = inverse @ (by_prompt.T @ by_prompt) @ inverse
     half = Z * np.sqrt(np.diag(covariance))
     result = {names[0]: {"strength": 0.0, "low": 0.0, "high": 0.0}}

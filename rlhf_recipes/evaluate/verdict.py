@@ -94,9 +94,10 @@ def evaluation_warnings(
         for against in result["against"]:
             warnings += _changed(result, name, against)
             warnings += _gamed(result, name, against, quality_judges(result, models_asked)[:1])
-    if PEOPLE in result["judges"] and result["people"] is None:
+    people = result.get("people")
+    if PEOPLE in result["judges"] and people is None:
         warnings.append("Nobody has judged these answers yet: `rlhf-recipes arena RUN` opens a page for that.")
-    for row in (result["people"] or {}).get("all_bad", []):
+    for row in people["all_bad"] if people else []:
         if row["rate"] > 0.25:
             both = f"{row['model']} and {row['against']}"
             warnings.append(f"People find both answers of {both} bad in {row['rate']:.0%} of the pairs.")

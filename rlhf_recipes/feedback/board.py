@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..data.tokens import Text
 from ..records.files import Journal
+from ..report.access import Refusal
 from .rows import JUDGEMENT, Row
 from .sheet import Sheet, check_answers
 
@@ -22,14 +23,6 @@ Mode = Literal["rank", "pairs"]
 LEASE = 600.0  # seconds without a sign of life after which another labeler may get a labeler's sample
 PACE = 20  # judgements that the pace is the median of
 NOTE = 2_000  # characters of a note at most
-
-
-class Refusal(Exception):
-    """What a labeler asked for and cannot have. Args: the HTTP status that says so, and the words for the labeler."""
-
-    def __init__(self, status: int, words: str) -> None:
-        super().__init__(words)
-        self.status = status
 
 
 class Lease(NamedTuple):

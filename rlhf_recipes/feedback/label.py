@@ -5,42 +5,40 @@ Every judgement is on disk before the next sample is sent. What has been judged 
 and of skips when the server starts, so that killing it loses nothing.
 """
 
-import hmac
 import json
 import re
 import secrets
-import socket
-import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..records.cache import cache_folder
 from ..records.digest import digest
-from ..records.files import read_json, write_json
 from ..records.lock import held
-from .board import NOTE, Board, Mode, Refusal, digest_of
+from ..report.access import Access, Refusal, access_file
+from ..report.server import (
+    HEADERS,
+    LOOPBACK,
+    JSONResponse,
+    Request,
+    Response,
+    Route,
+    Starlette,
+    browser_of,
+    check_admitted,
+    link_to,
+    listening,
+    page_app,
+    page_response,
+    serve,
+)
+from .board import NOTE, Board, Mode
 from .rows import Row, labels_beside, read_samples
 from .sheet import read_sheet, sheet_to_show
 
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
-    from starlette.routing import Route
-except ModuleNotFoundError as error:
-    raise ValueError(f"The page needs {error.name}: pip install 'rlhf_recipes[label]'.") from error
-
 BODY = 65_536  # bytes of a request at most
-COOKIE = 10_000_000  # seconds, four months
-OPEN_THE_LINK = "Open the link that the server printed: it ends in ?token=..."
 NAME = r"[\w. -]{1,40}"
-HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 # Nothing may be loaded, and no script may run but the page's own; a string can become neither markup nor a script.
 POLICY = (
@@ -54,13 +52,13 @@ def label_app(
     samples: Path,
     labels: Path,
     *,
-    access: "Access",
+    access: Access,
     guidelines: str = "",
     sheet: Path | None = None,
     mode: Mode = "rank",
     overlap: float = 0.2,
     seed: int = 0,
-    hosts: Sequence[str] = ("127.0.0.1", "localhost"),
+    hosts: Sequence[str] = LOOPBACK,
 ) -> Starlette:
     """The page and what it asks for, without a socket; its `state.board` is the `Board`.
 
@@ -90,47 +88,9 @@ def label_app(
         raise ValueError(f"{samples}: the responses to each prompt are all the same, so there is nothing to rank.")
     settings = {"mode": mode, "guidelines": guidelines, "note": NOTE, "sheet": sheet_to_show(questions)}
     page = _LabelPage(board, access, settings)
-    app = Starlette(
-        routes=[Route("/", page.index), Route("/{action}", page.act, methods=["POST"])],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
-        exception_handlers={Refusal: _refuse},
-    )
+    app = page_app([Route("/", page.index), Route("/{action}", page.act, methods=["POST"])], hosts)
     app.state.board = board
     return app
-
-
-class Access:
-    """Who is let in: whoever has the token, by the link or in a cookie, which also tells browsers apart.
-
-    The server keeps the token in the user's cache, so that links and pages outlive it. Beside the labels it could be
-    anybody's: who had written it would know it.
-    """
-
-    def __init__(self, token: str | None = None, path: Path | None = None) -> None:
-        """
-        Args:
-            token: what the link must hold (default: what is kept, or a new one).
-            path: where it is kept (default: nowhere).
-        """
-        kept = None if path is None else read_json(path)
-        self.token: str = token or kept or secrets.token_urlsafe(24)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_json(path, self.token)
-
-    def opens(self, token: str | None) -> bool:
-        """Whether it is the link's token."""
-        return secrets.compare_digest((token or "").encode(errors="replace"), self.token.encode())
-
-    def cookie(self, browser: str) -> str:
-        """The cookie of a browser, by its key, which nobody can make who has not the token."""
-        return f"{browser}.{hmac.new(self.token.encode(), browser.encode(errors='replace'), 'sha256').hexdigest()}"
-
-    def browser(self, cookie: str | None) -> str | None:
-        """The key in a cookie; None where we have not made it."""
-        browser = (cookie or "").rpartition(".")[0]
-        given = (cookie or "").encode(errors="replace")
-        return browser if secrets.compare_digest(given, self.cookie(browser).encode()) else None
 
 
 class _LabelPage:
@@ -140,13 +100,10 @@ class _LabelPage:
         settings: what the page is told when it starts.
     """
 
-    def __init__(self, board: Board, access: "Access", settings: dict[str, Any]) -> None:
+    def __init__(self, board: Board, access: Access, settings: dict[str, Any]) -> None:
         self.board, self.access, self.settings = board, access, settings
         self.actions = {"start": board.stay, "stay": board.stay, "judge": board.rank}
         self.actions |= {"skip": board.skip, "undo": board.undo}
-        self.cookie = (
-            f"label-{digest_of(access.token).hex()[:12]}"  # browsers send the cookies of one port to all ports
-        )
         self.html = Path(__file__).with_name("label.html").read_text(encoding="utf-8")
         for name in ("pages.css", "pages.js"):
             part = (Path(__file__).parents[1] / "report" / name).read_text(encoding="utf-8")
@@ -154,21 +111,13 @@ class _LabelPage:
 
     async def index(self, request: Request) -> Response:
         """The page, for who has the token; the cookie that it sets admits what the page sends."""
-        browser = self.access.browser(request.cookies.get(self.cookie))
-        if not self.access.opens(request.query_params.get("token")) and browser is None:
-            raise Refusal(403, OPEN_THE_LINK)
+        check_admitted(request, self.access)
         nonce = secrets.token_urlsafe(16)
-        policy = {"content-security-policy": POLICY.format(nonce=nonce)}
-        response = HTMLResponse(self.html.replace("{nonce}", nonce), headers=HEADERS | policy)
-        cookie = self.access.cookie(browser or secrets.token_urlsafe(16))
-        response.set_cookie(self.cookie, cookie, max_age=COOKIE, httponly=True, samesite="strict")
-        return response
+        return page_response(request, self.access, self.html.replace("{nonce}", nonce), POLICY.format(nonce=nonce))
 
     async def act(self, request: Request) -> Response:
         """Do what a labeler asked for, and say what he has before him then."""
-        browser = self.access.browser(request.cookies.get(self.cookie))
-        if browser is None:
-            raise Refusal(403, OPEN_THE_LINK)
+        browser = browser_of(request, self.access)
         sent = await _sent_json(request)
         labeler = _name(sent.get("labeler"))
         sent["browser"] = digest(browser)
@@ -178,12 +127,6 @@ class _LabelPage:
         self.actions[action](labeler, sent)
         settings = self.settings if action == "start" else {}
         return JSONResponse(settings | self.board.state(labeler), headers=HEADERS)
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    """What a labeler gets in place of what he asked for."""
-    assert isinstance(error, Refusal)
-    return JSONResponse({"error": str(error)}, error.status, headers=HEADERS)
 
 
 async def _sent_json(request: Request) -> Row:
@@ -243,49 +186,25 @@ def serve_label_page(
     if guidelines is not None and not guidelines.is_file():
         raise ValueError(f"--guidelines: there is no file {guidelines}.")
     text = guidelines.read_text(encoding="utf-8", errors="replace") if guidelines is not None else ""
-    # Without the protocol named, asyncio leaves Nagle's algorithm on: 40 ms an answer.
-    with held(labels), socket.socket(proto=socket.IPPROTO_TCP) as listener:
-        access = Access(path=access_file(labels))
-        hosts = ("*",) if share else ("127.0.0.1", "localhost")
+    with held(labels):
+        access = Access(path=access_file("label", labels))
         shown = {"guidelines": text, "sheet": sheet, "mode": mode, "overlap": overlap, "seed": seed}
-        app = label_app(samples, labels, access=access, hosts=hosts, **shown)
-        _listen(listener, port, share)
+        app = label_app(samples, labels, access=access, hosts=("*",) if share else LOOPBACK, **shown)
         board: Board = app.state.board
         before = len(board.labels.rows)
-        _print_welcome(board, f"{listener.getsockname()[1]}/?token={access.token}", share)
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
-        try:
-            uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:
-            now = len(board.labels.rows)
-            print(f"\n{now - before:,} judgements, {now:,} in all in {labels}")
+        with listening(port, share) as listener:
+            _print_welcome(board, link_to(listener, access, share))
+            try:
+                serve(app, listener)
+            except KeyboardInterrupt:
+                now = len(board.labels.rows)
+                print(f"\n{now - before:,} judgements, {now:,} in all in {labels}")
 
 
-def _listen(listener: socket.socket, port: int, share: bool) -> None:
-    """Open the port, to the whole network or to this machine alone. Raises ValueError where that is impossible."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("0.0.0.0" if share else "127.0.0.1", port))
-        listener.listen()
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--port: cannot listen at {port} ({error}). Try another, or 0 for any.") from error
-
-
-def _print_welcome(board: Board, link: str, share: bool) -> None:
-    """Print what there is to judge and where: `link` is the address from the port on."""
-    if share:
-        print(
-            "warning: everybody in this network who has the link can use the page, and as nothing is encrypted "
-            f"others can read along:\n         http://{socket.gethostname()}:{link}",
-            file=sys.stderr,
-        )
+def _print_welcome(board: Board, link: str) -> None:
+    """Print what there is to judge and where."""
     done = len(board.labels.rows)
     print(f"{len(board.samples):,} samples, {len(board.shared):,} of them for everybody; {done:,} labels so far.")
     if board.left_out:
         print(f"{board.left_out:,} are left out, because their responses are all the same.")
-    print(f"Open http://127.0.0.1:{link}\nCtrl-C ends it; the same command goes on.", flush=True)
-
-
-def access_file(labels: Path) -> Path:
-    """Where the `Access` to a file of labels is kept."""
-    return cache_folder() / "label" / f"{digest(str(labels.resolve()))}.json"
+    print(f"Open {link}\nCtrl-C ends it; the same command goes on.", flush=True)

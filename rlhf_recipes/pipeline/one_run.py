@@ -1,5 +1,6 @@
 """A run without variants: the run folder, the stages in order, skip and resume, progress and the final table."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,7 +19,9 @@ from ..data.tokens import writes_date
 from ..model.base import fingerprint, load_tokenizer, model_path
 from ..model.processes import broadcast, is_main, on_main
 from ..model.quiet import quiet_libraries
+from ..plan.cards import this_card
 from ..plan.fit import check_memory
+from ..plan.hours import seconds_of_stages
 from ..recipe.overrides import replace, to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
@@ -79,13 +82,17 @@ def _run_stages(
     if todo or rounds:
         ahead = {*todo, *(("reward", "ppo") if rounds else ())}
         to_run = {stage: config for stage, config in configs.items() if stage in ahead}
-        is_planned = check_memory(recipe, to_run, force, console)
+        plan = check_memory(recipe, to_run, force, console)
         same_sizes(to_run)
         recipe = on_main(functools.partial(dated, recipe, run_dir))
         tokenizer = load_tokenizer(recipe.base)
         base = fingerprint(recipe.base, tokenizer)
-        run = ActiveRun(recipe, run_dir, configs, tokenizer, base, is_planned, tuple(callbacks), console)
+        run = ActiveRun(recipe, run_dir, configs, tokenizer, base, plan is not None, tuple(callbacks), console)
         inputs = prepare_inputs(run, todo)
+        agenda = [(stage, 1) for stage in todo] + [(stage, n) for n in rounds for stage in ("reward", "ppo")]
+        rows = {stage: data.report["train"] for stage, (data, _) in inputs.items()}
+        seconds = {} if plan is None else seconds_of_stages(recipe, to_run, plan, rows, this_card())
+        run = dataclasses.replace(run, agenda=tuple(agenda), planned_seconds=seconds)
         prompts = fresh_prompts(run) if rounds else []
         # Not before: a recipe whose data were refused may be corrected and run in the same folder.
         on_main(lambda: write_recipe(run_dir, recipe))

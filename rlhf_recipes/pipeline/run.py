@@ -9,7 +9,9 @@ from transformers import TrainerCallback
 from ..model.processes import count
 from ..recipe.values import Recipe
 from ..records.contents import Summary
+from ..records.folder import default_run_dir
 from ..stages.stop import StopInOrder
+from .notebook import ShowInNotebook, in_notebook
 from .one_run import run_one
 from .sweep import SweepSummary, run_sweep
 
@@ -28,6 +30,8 @@ def run(
 
     That of a recipe with variants is `{"variants": {name: summary}}`.
 
+    In a notebook the cell shows the curves, the last answers and the time that is left.
+
     Run again, it skips the stages that are finished and resumes an unfinished one from its last checkpoint. SIGTERM and
     the first Ctrl-C end it behind a checkpoint, once the step under way is done; the second ends it at once.
 
@@ -43,13 +47,19 @@ def run(
         ValueError: anything wrong with the recipe, its data or the folder, or a stage that cannot fit, before a weight
             is loaded; a stage that ran out of memory.
     """
-    run_dir = Path(run_dir or Path("runs") / recipe.name.replace("_", "-"))
+    run_dir = Path(run_dir or default_run_dir(recipe))
     if recipe.variants and count() > 1:
         raise ValueError(f"The variants of {recipe.name!r} share stages, and run in one process each: see --jobs.")
     if jobs != 1 and not recipe.variants:
         raise ValueError(f"Recipe {recipe.name!r} has no variants to run {jobs} of at once: leave out --jobs.")
     stop = StopInOrder(stop_at)
+    cell = ShowInNotebook(run_dir) if in_notebook() and jobs == 1 else None
+    watching = (*callbacks, cell) if cell is not None else tuple(callbacks)
     with stop.listening():
         if recipe.variants:
-            return run_sweep(recipe, run_dir, stages, force, callbacks, jobs, wait, stop)
-        return run_one(recipe, run_dir, stages, force, (*callbacks, stop), wait)
+            summary = run_sweep(recipe, run_dir, stages, force, watching, jobs, wait, stop)
+        else:
+            summary = run_one(recipe, run_dir, stages, force, (*watching, stop), wait)
+    if cell is not None:
+        cell.draw()
+    return summary

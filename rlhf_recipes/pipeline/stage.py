@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from ..model.memory import peak_memory_mib, release, reset_peak_memory, resident
 from ..model.processes import all_gather, count, is_main, on_main
 from ..plan.fit import out_of_memory, plan_for_rows
 from ..plan.plan import StagePlan
-from ..recipe.values import Recipe
+from ..recipe.values import PEOPLE, Recipe
 from ..records.contents import Fingerprint, StageRecord, StageResults
 from ..records.files import sync_all
 from ..records.folder import last_checkpoint, round_folder
 from ..records.manifest import Manifest
+from ..records.progress import Later, Seconds, stage_words
 from ..records.recorder import METRICS, SAMPLES
 from ..stages.configure import Configs, training_steps
 from ..stages.dpo import train_dpo
@@ -59,6 +60,26 @@ class ActiveRun:
     is_planned: bool  # whether the memory of its stages can be planned
     callbacks: tuple[TrainerCallback, ...]
     console: Console
+    agenda: tuple[tuple[str, int], ...] = ()  # what is to be trained: stages with their rounds
+    planned_seconds: Mapping[str, Seconds] = field(default_factory=dict)  # of the stages of which that is known
+
+    def later(self, stage: str, round_number: int) -> tuple[Later, ...]:
+        """What the run trains after a stage of a round: of a round that people rank nothing before they have."""
+        here = self.agenda.index((stage, round_number)) if (stage, round_number) in self.agenda else len(self.agenda)
+        people = self.recipe.rounds is not None and self.recipe.rounds.labeler == PEOPLE
+        return tuple(
+            Later(stage_words(*part), self.seconds_before(*part) or self.planned_seconds.get(part[0]))
+            for part in self.agenda[here + 1 :]
+            if part[1] == round_number or not people
+        )
+
+    def seconds_before(self, stage: str, round_number: int) -> Seconds | None:
+        """What a stage took in the last of the rounds before one; None where it was in none."""
+        for earlier in range(round_number - 1, 0, -1):
+            manifest = Manifest.read(round_folder(self.run_dir, earlier))
+            if manifest.is_done(stage):
+                return manifest.stages[stage]["seconds"], manifest.stages[stage]["seconds"]
+        return None
 
     def job(
         self, stage: str, data: Prepared, extras: dict[str, Prepared], config: Any = None, round_number: int = 1
@@ -81,6 +102,7 @@ class ActiveRun:
             fingerprint=self.base,
             resume=last_checkpoint(folder / stage),
             round=round_number,
+            later=self.later(stage, round_number),
             callbacks=self.callbacks,
         )
 

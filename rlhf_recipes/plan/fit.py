@@ -19,14 +19,14 @@ from .dry_run import NoPlan
 from .plan import MemoryPlan, StagePlan, for_device, gib, plan_memory, settle_auto_sizes, stage_plan
 
 
-def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console) -> bool:
+def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console) -> MemoryPlan | None:
     """Plan the stages' memory, print a line of each, and set the sizes that are `auto`.
 
     Args:
         configs: the trainer configurations of the stages that are to run.
         force: let stages run that do not fit.
     Returns:
-        whether there is a plan. Where a model cannot be planned for, a warning says so.
+        the plan. Where a model cannot be planned for, a warning says so, and there is none.
     Raises:
         ValueError: a stage does not fit; with the changes that help most.
     """
@@ -36,7 +36,7 @@ def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console
         plan = plan_memory(recipe, configs)
     except NoPlan as error:
         console.print(Text(f"warning: {error}", style="yellow"))
-        return False
+        return None
     for stage in plan.stages:
         chosen = getattr(configs[stage], "chosen_sizes", {})
         sizes = ", ".join(f"{key}={'all' if size is None else size}" for key, size in chosen.items())
@@ -46,7 +46,7 @@ def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console
     if not plan.on_gpu and max(map(plan.held_mib, plan.stages)) > plan.limit_mib:
         console.print("That is too much: freed memory is given back at once, which is slower.")
         give_back_at_once()
-    return True
+    return plan
 
 
 def refuse_misfit(recipe: Recipe, configs: Configs, plan: MemoryPlan) -> None:

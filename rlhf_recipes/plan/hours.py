@@ -4,12 +4,14 @@ What the estimate rests on is one card, an H200, which decoded, scored and train
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..recipe.values import Recipe
+from ..stages.configure import Configs, training_steps
 from ..stages.options import PPOConfig
 from .cards import Card
-from .plan import MIB, StagePlan, flop_of_step, forwards_of_step, shape_of
+from .plan import MIB, MemoryPlan, StagePlan, flop_of_step, for_device, forwards_of_step, shape_of
 from .skeleton import quantized, read_config, skeleton, weight_bytes
 
 # Shares of the data sheet's figures that were reached: 55 and 39 % of the rate of a large product, which itself is 79 %
@@ -62,3 +64,22 @@ def hours(seconds: dict[str, Range], steps: float | None) -> Range | None:
         return None
     least, most = (sum(column) * steps / 3600 for column in zip(*seconds.values(), strict=True))
     return least, most
+
+
+def seconds_of_stages(
+    recipe: Recipe, configs: Configs, plan: MemoryPlan, rows: Mapping[str, int], card: Card | None
+) -> dict[str, Range]:
+    """The least and the most seconds of each planned stage whose training rows are known, on a card whose rates are.
+
+    Args:
+        rows: that each stage trains on.
+    """
+    found = {}
+    for stage in plan.stages.keys() & rows.keys() if card is not None and card.tflops is not None else ():
+        assert card is not None
+        _, on_gpu, config = for_device(recipe, stage, configs[stage], None)
+        seconds = seconds_of_step(on_gpu, stage, config, plan.stages[stage], card)
+        taken = hours(seconds, training_steps(stage, config, rows[stage]))
+        if taken is not None:
+            found[stage] = (3600 * taken[0], 3600 * taken[1])
+    return found

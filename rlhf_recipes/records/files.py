@@ -55,13 +55,46 @@ def read_rows(path: Path) -> list[Row]:
     return _rows(path)[0]
 
 
-def _rows(path: Path) -> tuple[list[Row], int | None]:
-    """The rows of a JSONL file, and the bytes that they take; None where there are none."""
-    rows, whole = [], 0
+class RowsReader:
+    """`read_rows` for who reads growing files again and again: of a file that has only grown, what is new is read."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, tuple[list[Row], int, bytes]] = {}  # rows, the bytes that they take, the last of these
+
+    def __call__(self, path: Path) -> list[Row]:
+        """The rows of a JSONL file whose lines have ended. The list is the reader's own, and grows at the next call."""
+        rows, whole, last = self.known.pop(path, ([], 0, b""))
+        if _bytes_before(path, whole) != last:  # rows were dropped, or it is another file
+            rows, whole = [], 0
+        whole = _rows(path, rows, whole)[1] or 0
+        self.known[path] = rows, whole, _bytes_before(path, whole)
+        return rows
+
+
+def _bytes_before(path: Path, end: int) -> bytes:
+    """The last 4 KiB before a place in a file, by which it is known again; none of a file that is not there."""
+    if not end or not path.is_file():
+        return b""
+    with path.open("rb") as stream:
+        start = stream.seek(max(0, end - 4_096))
+        return stream.read(end - start)
+
+
+def _rows(path: Path, known: list[Row] | None = None, whole: int = 0) -> tuple[list[Row], int | None]:
+    """The rows of a JSONL file, and the bytes that they take; None where there are none.
+
+    Args:
+        known: the rows that were read before, to which those are added whose lines have ended.
+        whole: the bytes that they take.
+    """
+    rows = [] if known is None else known
     if not path.is_file():
         return [], None
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
+        stream.seek(whole)
+        for number, line in enumerate(stream, len(rows) + 1):
+            if known is not None and not line.endswith(b"\n"):
+                break
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:

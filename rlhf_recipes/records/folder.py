@@ -14,6 +14,11 @@ from .trust import check_trust, remember_own
 EXPORT = "export.json"  # in the folder of an export: what it was made of, and how close it is
 
 
+def default_run_dir(recipe: Recipe) -> Path:
+    """Where a recipe runs when no folder is named."""
+    return Path("runs") / recipe.name.replace("_", "-")
+
+
 def read_recipe(run_dir: Path) -> Recipe:
     """The recipe of a run folder, which may be obeyed.
 

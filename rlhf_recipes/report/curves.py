@@ -129,6 +129,16 @@ def ppo_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
         yield Table(columns, rows, "Rounding")
 
 
+def first_curves(runs: Sequence[RunContents], stage: str) -> Iterator[Grid]:
+    """The first three charts of a stage, which say most of it; of the reward stage in the round under way."""
+    panels = {"sft": SFT_PANELS, "reward": REWARD_PANELS, "ppo": PPO_PANELS, "dpo": DPO_PANELS}[stage][:3]
+    if stage == "ppo":
+        drawn = _drawn(runs, panels, lambda run, key: run.ppo(key), "update")
+    else:
+        drawn = _drawn(runs, panels, lambda run, key: run.parts[-1].series(stage, key), "step")
+    yield from _grid(drawn, runs)
+
+
 def reward_curves(runs: Sequence[RunContents]) -> Iterator[Any]:
     """Reward models: their curves, and what their cards say of calibration, accuracy and length."""
     if len(runs) == 1:
@@ -264,15 +274,16 @@ def resources(runs: Sequence[RunContents]) -> Iterator[Any]:
     entries = []
     for index, run in enumerate(runs):
         records = [
-            (part.label(stage), part.manifest.stages[stage])
+            (part.label(stage), part.manifest.stages[stage], part.series(stage, "memory/peak_mib")[1])
             for part in run.parts
             for stage in STAGES
             if stage in part.manifest.stages
         ]
-        total = sum(record["seconds"] for _, record in records) or 1
-        for label, record in records:
-            cells = [duration(record["seconds"]), memory(record.get("planned_peak_mib"))]
-            cells.append(memory(record["peak_memory_mib"]))
+        total = sum(record["seconds"] for _, record, _ in records) or 1
+        for label, record, logged in records:
+            # The manifest has time and peak of an attempt when that has ended.
+            cells = [duration(record["seconds"]) if record["seconds"] else "", memory(record.get("planned_peak_mib"))]
+            cells.append(memory(record["peak_memory_mib"] or max(logged, default=None)))
             entries.append((index, label, (cells, record["seconds"] / total)))
     if entries:
         rows = [
@@ -301,5 +312,5 @@ def _phases(run: RunContents) -> dict[str, float]:
         for phase, words in PHASES.items()
     }
     seconds = {words: value for words, value in seconds.items() if value > 0}
-    rest = max(total - sum(seconds.values()), 0.0)
-    return seconds | {"loading, saving, comparing the models at the end": rest} if seconds else {}
+    rest = total - sum(seconds.values())
+    return seconds | ({"loading, saving, comparing the models at the end": rest} if seconds and rest > 0 else {})

@@ -3,8 +3,9 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..records.contents import MetricsRow, RewardCard, Summary
 from ..records.files import Row, read_json, read_rows
 from ..records.folder import checkpoint_step, checkpoints, newest_round_first, recipe_to_show
 from ..records.manifest import Manifest
+from ..records.progress import Progress, read_progress
 from ..records.summary import summarize
 
 SCORES = {"gold": "gold", "judge": "judge", "reward": "score"}  # judge -> the key of its scores in samples and means
@@ -39,14 +41,35 @@ class PartContents:
         """The stage's name, with that of the round from the second on."""
         return stage if self.number == 1 else f"{stage}, round {self.number}"
 
+    @property
+    def running(self) -> list[str]:
+        """The stages that have begun and are not finished."""
+        return [stage for stage in self.manifest.stages if not self.manifest.is_done(stage)]
+
     def rows(self, stage: str, key: str) -> list[Row]:
         """A stage's logged rows that have a number under the key."""
         return [row for row in self.metrics if row["stage"] == stage and isinstance(row.get(key), int | float)]
 
     def series(self, stage: str, key: str) -> tuple[list[float], list[float]]:
         """The steps at which a metric was logged, and its values."""
-        rows = self.rows(stage, key)
-        return [row["step"] for row in rows], [row[key] for row in rows]
+        return self._columns.get((stage, key), ([], []))
+
+    @cached_property
+    def _columns(self) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+        """All series, by stage and metric, in one pass: there may be 100,000 rows."""
+        columns: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+        for row in self.metrics:
+            stage, step = row["stage"], row["step"]
+            for key, value in row.items():
+                if isinstance(value, int | float):
+                    steps, values = columns.setdefault((stage, key), ([], []))
+                    steps.append(step)
+                    values.append(value)
+        return columns
+
+    def last_step(self, stage: str) -> int:
+        """The last step of a stage that has a row; 0 where none has."""
+        return int(max(self.series(stage, "step")[0], default=0))
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,7 @@ class RunContents:
     parts: list[PartContents]  # the run's own, then a round each
     summary: Summary
     evaluation: dict[str, Any] | None  # what `rlhf-recipes evaluate` wrote
+    progress: Progress | None  # of the stage under way, or where it was stopped
     answers: list[Row]  # id, prompt, model, completion, tokens, ended, kl, scores {judge: number}
 
     @property
@@ -85,9 +109,7 @@ class RunContents:
 
     def starts(self) -> list[int]:
         """The update before the first of each part: rounds are counted on."""
-        lengths = [
-            max((row["step"] for row in part.metrics if row["stage"] == "ppo"), default=0) for part in self.parts
-        ]
+        lengths = [part.last_step("ppo") for part in self.parts]
         return [sum(lengths[:number]) for number in range(len(lengths))]
 
     def quality(self) -> tuple[str, str] | None:
@@ -102,8 +124,11 @@ class RunContents:
         return [checkpoint_step(path.name) for path in checkpoints(self.folder / "ppo")]
 
 
-def gather(folders: Sequence[Path]) -> list[RunContents]:
+def gather(folders: Sequence[Path], read: Callable[[Path], list[Row]] = read_rows) -> list[RunContents]:
     """Read run folders. That of a sweep stands for those of its variants.
+
+    Args:
+        read: what reads the files of rows.
 
     Raises ValueError for a folder that is no run's, or a file of it that is damaged.
     """
@@ -111,7 +136,7 @@ def gather(folders: Sequence[Path]) -> list[RunContents]:
         path for folder in folders for path in ([] if _holds_variants(folder) else [folder]) + variants(folder)
     ]
     run_dirs = list(dict.fromkeys(path.resolve() for path in with_variants))
-    return [_read_run(run_dir, name) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
+    return [_read_run(run_dir, name, read) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
 
 
 def variants(folder: Path) -> list[Path]:
@@ -135,28 +160,40 @@ def _names(folders: Sequence[Path]) -> list[str]:
         length += 1
 
 
-def _read_run(folder: Path, name: str) -> RunContents:
+def _read_run(folder: Path, name: str, read: Callable[[Path], list[Row]]) -> RunContents:
     recipe = recipe_to_show(folder)
     parts = []
     for number, path in enumerate(reversed(newest_round_first(folder)), 1):
-        metrics, samples = read_rows(path / "metrics.jsonl"), read_rows(path / "samples.jsonl")
+        metrics, samples = read(path / "metrics.jsonl"), read(path / "samples.jsonl")
         parts.append(PartContents(path, number, Manifest.read(path), metrics, samples))
     summary = summarize(parts[0].manifest, [part.manifest for part in parts[1:] if part.manifest.stages])
-    answers = read_rows(folder / "evaluation" / "answers.jsonl") or list(_answers(parts))
+    answers = read(folder / "evaluation" / "answers.jsonl") or list(_answers(parts))
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
-    return RunContents(name, folder, recipe, parts, summary, evaluation, answers)
+    progress = read_progress(folder)
+    if progress is not None:
+        stage, number = progress["stage"].partition("-")[0], progress["round"]
+        if not any(stage in part.running and number == part.number for part in parts):
+            progress = None
+    return RunContents(name, folder, recipe, parts, summary, evaluation, progress, answers)
 
 
 def _answers(parts: Iterable[PartContents]) -> Iterator[Row]:
-    """The answers of the comparison at the end of PPO or DPO, in the form of `evaluation/answers.jsonl`."""
+    """The answers of the comparison at the end of PPO or DPO, in the form of `evaluation/answers.jsonl`.
+
+    Before it is there, those of PPO's first and last evaluation: what training has made of the same prompts.
+    """
     seen: set[tuple[str, str]] = set()
     for part in parts:
         for stage in ("ppo", "dpo"):
             rows = [row for row in part.samples if row["stage"] == stage]
             start = next((index for index, row in enumerate(rows) if row["model"] == "base"), len(rows))
             fresh = set()
-            for row in rows[start:]:  # the comparison begins with the base
-                name = row["model"] if part.number == 1 or row["model"] != stage else f"round-{part.number}/{stage}"
+            steps = [row["step"] for row in rows] if start == len(rows) else []
+            compared = [row for row in rows if row["step"] in (steps[0], steps[-1])] if steps else rows[start:]
+            for row in compared:  # the comparison begins with the base
+                name = f"{stage}/update-{row['step']}" if steps else row["model"]
+                if part.number > 1 and row["model"] == stage:
+                    name = f"round-{part.number}/{name}"
                 key = (name, json.dumps(row["prompt"]))
                 if key not in seen:  # DPO and later rounds sample base and SFT model anew
                     fresh.add(key)

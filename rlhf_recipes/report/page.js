@@ -1,25 +1,33 @@
 // --- Contents: which section is read ---
 
-const links = [...document.querySelectorAll("nav a")];
-const watcher = new IntersectionObserver(entries => {
-  for (const {isIntersecting, target} of entries) {
-    if (!isIntersecting) continue;
-    for (const link of links) {
-      if (link.hash === `#${target.id}`) link.setAttribute("aria-current", "true");
-      else link.removeAttribute("aria-current");
+let watcher;
+
+function followReading() {
+  const links = [...document.querySelectorAll("nav a")];
+  watcher?.disconnect();
+  watcher = new IntersectionObserver(entries => {
+    for (const {isIntersecting, target} of entries) {
+      if (!isIntersecting) continue;
+      for (const link of links) {
+        if (link.hash === `#${target.id}`) link.setAttribute("aria-current", "true");
+        else link.removeAttribute("aria-current");
+      }
     }
-  }
-}, {rootMargin: "-15% 0px -80% 0px"});
-document.querySelectorAll("main > section").forEach(section => watcher.observe(section));
+  }, {rootMargin: "-15% 0px -80% 0px"});
+  document.querySelectorAll("main > section").forEach(section => watcher.observe(section));
+}
 
 // --- Answers side by side ---
 
 const AT_ONCE = 20; // prompts; more come at a button, so that a page of thousands opens at once and prints on some sheets
 
-const stored = document.getElementById("answers-data");
-if (stored) answersOf(JSON.parse(stored.textContent), document.getElementById("controls"));
+// Show the answers as the form says, so many prompts or a few more.
+function showAnswers(atLeast = 1) {
+  const stored = document.getElementById("answers-data");
+  if (stored) answersOf(JSON.parse(stored.textContent), document.getElementById("controls"), atLeast);
+}
 
-function answersOf({models, judges, rows}, form) {
+function answersOf({models, judges, rows}, form, atLeast) {
   const list = document.getElementById("rows"), more = document.getElementById("more");
   const found = document.getElementById("found");
   const field = name => form.elements[name];
@@ -86,14 +94,17 @@ function answersOf({models, judges, rows}, form) {
   form.addEventListener("input", choose);
   form.addEventListener("submit", event => event.preventDefault());
   more.addEventListener("click", grow);
-  document.addEventListener("keydown", event => {
-    if (event.key !== "/" || event.ctrlKey || event.metaKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
-    event.preventDefault();
-    field("search").focus();
-  });
   form.hidden = false;
   choose();
+  while (shown < Math.min(atLeast, chosen.length)) grow();
 }
+
+document.addEventListener("keydown", event => {
+  const search = document.querySelector("#controls [name=search]");
+  if (!search || event.key !== "/" || event.ctrlKey || event.metaKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+  event.preventDefault();
+  search.focus();
+});
 
 function searchable(row) {
   const asked = Array.isArray(row.prompt) ? row.prompt.map(turn => turn.content) : [row.prompt];
@@ -102,3 +113,6 @@ function searchable(row) {
 
 function decimal(value) { return value.toFixed(2).replace("-", "\u2212"); }
 function signed(value) { return value > 0 ? `+${decimal(value)}` : decimal(value); }
+
+followReading();
+showAnswers();

@@ -10,7 +10,8 @@ from .shared import shared_by_runs
 
 def people(runs: Sequence[RunContents]) -> Iterator[Any]:
     """Each person's preferences, what a sheet found, the models' strengths, and agreement with other judges."""
-    judged = [(index, run.evaluation["people"]) for index, run in enumerate(runs) if _were_asked(run)]
+    said_of = [(index, (run.evaluation or {}).get("people")) for index, run in enumerate(runs)]
+    judged = [(index, said) for index, said in said_of if said]
     rates = [
         (index, f"{row['person']}: {title_of(row['model'])} against {title_of(row['against'])}", row)
         for index, said in judged
@@ -35,10 +36,6 @@ def people(runs: Sequence[RunContents]) -> Iterator[Any]:
     if agreeing:
         note = "How often a judge prefers the answer that people prefer, where both have a preference."
         yield Intervals("Agreement with people", _intervals(runs, agreeing), note)
-
-
-def _were_asked(run: RunContents) -> bool:
-    return bool(run.evaluation and run.evaluation.get("people"))
 
 
 def _intervals(runs: Sequence[RunContents], entries: list[tuple[int, str, Any]]) -> list[Interval]:

@@ -32,19 +32,23 @@ class RunWarning(NamedTuple):
     text: str  # with its number, and what to do
 
 
-def warnings_of_run(run: RunContents) -> Iterator[RunWarning]:
-    """All warnings of a run: what its stages found, then what its curves say, then what its results cannot carry."""
+def warnings_of_run(run: RunContents, grows: bool = False) -> Iterator[RunWarning]:
+    """All warnings of a run: what its stages found, then what its curves say, then what its results cannot carry.
+
+    Args:
+        grows: who reads them sees that it is not finished.
+    """
     for part in run.parts:
         later = f", round {part.number}" if part.number > 1 else ""
         for name, record in part.manifest.stages.items():
-            if record["state"] != "done":
+            if record["state"] != "done" and not grows:
                 text = "This stage is not finished: shown is what it has logged so far. Run it again to go on."
                 yield RunWarning(f"{TITLES[name]}{later}", text)
         for text in (run.card(part) or {"warnings": ()})["warnings"]:
             yield RunWarning(f"{TITLES['reward']}{later}", text)
     if run.recipe.ppo is not None:
         texts = [
-            kl_rising(run.ppo("objective/kl")[1]),
+            kl_rising(run.ppo("objective/kl")[1], run.ppo("objective/scores")[1]),
             reward_is_length(run.ppo("objective/scores")[1], run.ppo("response_length")[1]),
             over_optimised(*_evaluations(run), run.checkpoints()) if len(run.parts) == 1 else None,
             ratio_far(*run.ppo("val/ratio")),
@@ -87,19 +91,30 @@ def _fifths(values: Sequence[float]) -> list[list[float]]:
     return [finite[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def kl_rising(kl: Sequence[float]) -> str | None:
+def kl_rising(kl: Sequence[float], reward: Sequence[float] = ()) -> str | None:
     """The KL's mean over the last fifth is above that of the one before, by a tenth and by twice the standard error."""
     parts = _fifths(kl)
     if not parts:
         return None
-    before, after = statistics.fmean(parts[3]), statistics.fmean(parts[4])
-    error = math.hypot(*(statistics.stdev(part) / math.sqrt(len(part)) for part in parts[3:]))
+    before, after, error = _last_two(parts)
     if after - before <= max(0.1 * abs(before), 2 * error, 0.05):
         return None
+    flat = ""
+    if _fifths(reward):
+        earlier, later, error = _last_two(_fifths(reward))
+        if later - earlier <= 2 * error:
+            flat = f" The reward did not rise with it: {earlier:.2f} and then {later:.2f}."
     return (
         f"KL was still rising at the end: {before:.2f} and then {after:.2f} nats a response over the last two fifths "
-        "of the updates. The policy has not settled: raise ppo.kl_coef, set ppo.target_kl, or watch a longer run."
+        f"of the updates.{flat} The policy has not settled: raise ppo.kl_coef, set ppo.target_kl, or watch a longer "
+        "run."
     )
+
+
+def _last_two(parts: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """The means of the last two parts, and the standard error of their difference."""
+    before, after = statistics.fmean(parts[-2]), statistics.fmean(parts[-1])
+    return before, after, math.hypot(*(statistics.stdev(part) / math.sqrt(len(part)) for part in parts[-2:]))
 
 
 def reward_is_length(reward: Sequence[float], length: Sequence[float]) -> str | None:

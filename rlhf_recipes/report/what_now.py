@@ -26,6 +26,8 @@ def next_steps(run: RunContents) -> Iterator[tuple[str, str]]:
     exported = quoted(f"exports/{run.folder.name}")
     if len(models) > 1 and run.evaluation is None:
         yield "Compare its models on held-out prompts:", f"rlhf-recipes evaluate {there}"
+    if len(models) > 1:
+        yield "Have people compare them, not knowing which is which:", f"rlhf-recipes arena {there}"
     yield "Talk to it:", f"rlhf-recipes chat {there}" + (f" --compare {models[0]}" if len(models) > 1 else "")
     if run.recipe.ppo is not None and run.recipe.reward is not None:
         again = run_command(run, where(run), rounds=len(run.parts) + 1)

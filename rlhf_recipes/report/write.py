@@ -22,8 +22,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     page = render(gather(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
-    # A name of a file may hold bytes that are no text, which UTF-8 has no place for.
-    write_text(out, page.encode(errors="backslashreplace").decode())
+    write_text(out, page)
     return out
 
 

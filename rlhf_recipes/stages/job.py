@@ -21,9 +21,10 @@ from ..recipe.values import Recipe
 from ..records import tracking
 from ..records.contents import Fingerprint
 from ..records.folder import last_checkpoint, round_folder
+from ..records.progress import Later
 from ..records.recorder import Recorder
 from ..records.tracking import Session, Tracker
-from .callbacks import Progress, RecordLogs, StartOnce
+from .callbacks import RecordLogs, ShowProgress, StartOnce
 from .float16 import CountSkippedSteps, scale_losses
 from .nonfinite import LeaveOutNonFinite
 from .shares import StopTogether
@@ -43,6 +44,7 @@ class Job:
     fingerprint: Fingerprint  # of the base
     resume: str | None  # the checkpoint to go on from
     round: int = 1  # from the second on `run_dir` is the round's folder, inside the run's
+    later: tuple[Later, ...] = ()  # what the run does after it
     callbacks: tuple[TrainerCallback, ...] = ()  # the user's, of every stage's trainer
     tracker: Tracker | None = None  # while the stage runs
 
@@ -156,7 +158,7 @@ class Job:
             trainer.add_callback(LeaveOutNonFinite(self.stage.partition("-")[0], self.config.on_nonfinite))
         trainer.add_callback(StartOnce())
         trainer.add_callback(RecordLogs(recorder))
-        trainer.add_callback(Progress(self.stage))
+        trainer.add_callback(ShowProgress(self.stage, self.round, self.later, self.root, writes=is_main()))
         for callback in (*self.callbacks, StopTogether()):
             trainer.add_callback(callback)
         return recorder

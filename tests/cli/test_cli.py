@@ -80,7 +80,7 @@ def test_show_tells_where_two_recipes_differ(tmp_path: Path, capsys: pytest.Capt
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["smollm2-hh", "smollm2-sentiment"]
     rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["reward.max_length"] == ["1100", "104"] and rows["sft"] == ["None", "set"]
+    assert rows["reward.max_length"] == ["256", "104"] and rows["sft"] == ["None", "set"]
     assert "ppo.kl_coef" not in rows and "sft.data" not in rows, "one has no such section"
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(replace(load("tiny"), seed=7, gold="os:abort"))))
     main_cli(["show", str(tmp_path), "--diff", "tiny"])
@@ -256,7 +256,10 @@ def test_a_command_is_told_how_and_where_a_run_ended(tmp_path: Path, capsys: pyt
         raise KeyboardInterrupt
     with notifying(None, Path("runs/c")):
         pass
-    error_of(capsys, ["run", "tiny", "sft.data=absent.jsonl", "--run-dir", str(tmp_path / "run"), "--notify", command])
+    with pytest.raises(ValueError, match="absent"), notifying(command, tmp_path / "run"):
+        raise ValueError("sft.data: there is no file\n  absent.jsonl.")
+    assert "no stage 'foo'" in error_of(capsys, ["run", "tiny", "--stages", "foo", "--notify", command])
     lines = said.read_text().splitlines()
-    assert lines[:2] == ["done runs/a ", "stopped runs/b "] and len(lines) == 3
-    assert lines[2].startswith(f"failed {tmp_path / 'run'} ") and "there is no file absent.jsonl" in lines[2]
+    assert lines[:2] == ["done runs/a ", "stopped runs/b "] and len(lines) == 4
+    assert lines[2] == f"failed {tmp_path / 'run'} sft.data: there is no file absent.jsonl."
+    assert lines[3].startswith("failed runs/tiny Recipe 'tiny' has no stage"), lines

@@ -657,7 +657,7 @@ def test_equal_policies_are_seldom_called_over_optimised(models: int) -> None:
     [
         (["--models", "pop"], "has no finished model 'pop'"),
         (["--models", "nowhere:ppo"], "is no run folder"),
-        (["--judge", "nobody"], "it is none of gold, reward and judge"),
+        (["--judge", "nobody"], "it is none of gold, people, reward and judge"),
         (["--judge", "math:nothing"], "has no function 'nothing'"),
         (["--judge", "http://127.0.0.1:9", "--retries", "0"], "failed, after 0 retries"),
         (["--tasks", "no_such_task"], "the harness has no task 'no_such_task'"),

@@ -11,7 +11,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import HTTPConnection
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -22,16 +21,17 @@ import uvicorn
 from playwright.sync_api import Browser, Page, expect
 from support.command_line import error_of, start
 from support.hostile import HOSTILE, ODD
-from support.label_page import TOKEN, done, press, serving, shown
+from support.label_page import TOKEN, Client, done, press, serving, shown
 from support.paths import ROOT
 from support.tiny_models import make_tokenizer
 
 from rlhf_recipes.data.prepare import prepare
-from rlhf_recipes.feedback.board import Board, Refusal
-from rlhf_recipes.feedback.label import Access, access_file, serve_label_page
+from rlhf_recipes.feedback.board import Board
+from rlhf_recipes.feedback.label import serve_label_page
 from rlhf_recipes.feedback.rows import read_labels, read_samples
 from rlhf_recipes.recipe.values import Stage
 from rlhf_recipes.records.lock import held
+from rlhf_recipes.report.access import Access, Refusal, access_file
 
 REMARKS = {"seconds": 1.0, "note": "", "flag": False}
 
@@ -294,30 +294,6 @@ def test_a_wrong_judgement_is_refused_and_not_written(tmp_path: Path, changes: d
 # --- Who is let in ----------------------------------------------------------------------------------------------------
 
 
-class Client:
-    """Requests as a browser sends them, but for what is changed."""
-
-    def __init__(self, link: str) -> None:
-        self.host = link.split("/")[2]
-        status, headers, self.page = self("GET", f"/?token={TOKEN}")
-        assert status == 200
-        self.headers, self.cookie = headers, headers["set-cookie"].partition(";")[0]
-
-    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], str]:
-        connection = HTTPConnection(self.host)
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        found = {key.lower(): value for key, value in response.getheaders()}
-        return response.status, found, response.read().decode()
-
-    def post(self, path: str, said: Any, **headers: str) -> tuple[int, Any]:
-        usual = {"Content-Type": "application/json", "Origin": f"http://{self.host}", "Cookie": self.cookie}
-        body = said if isinstance(said, str) else json.dumps(said)
-        usual |= {name.replace("_", "-"): value for name, value in headers.items()}
-        status, _, text = self("POST", path, body, **{name: value for name, value in usual.items() if value})
-        return status, json.loads(text) if text.startswith("{") else text
-
-
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with serving(write_samples(tmp_path_factory.mktemp("client"), 5)) as link:
@@ -331,7 +307,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         ({"labeler": "Åse M. O-2_b"}, {}, 200),
         ({"labeler": "Ann"}, {"Content_Type": "application/json; charset=utf-8"}, 200),
         ({"labeler": "Ann"}, {"Cookie": ""}, 403),
-        ({"labeler": "Ann"}, {"Cookie": "label-000000000000=a-token"}, 403),
+        ({"labeler": "Ann"}, {"Cookie": "page-000000000000=a-token"}, 403),
         ({"labeler": "Ann"}, {"Origin": "http://evil.example"}, 403),
         ({"labeler": "Ann"}, {"Origin": ""}, 403),
         ({"labeler": "Ann"}, {"Origin": "null"}, 403),
@@ -395,9 +371,9 @@ def test_only_the_browser_that_gave_a_judgement_takes_it_back(client: Client) ->
 def test_the_token_is_kept_where_nobody_else_writes(tmp_path: Path) -> None:
     labels = tmp_path / "labels.jsonl"
     (tmp_path / "labels.token").write_text("known to somebody else\n")
-    first, again = Access(path=access_file(labels)), Access(path=access_file(labels))
+    first, again = Access(path=access_file("label", labels)), Access(path=access_file("label", labels))
     assert again.token == first.token != "known to somebody else" and len(again.token) > 20
-    assert access_file(labels).parent.stat().st_mode & 0o777 == 0o700
+    assert access_file("label", labels).parent.stat().st_mode & 0o777 == 0o700
     assert [path.name for path in tmp_path.iterdir()] == ["labels.token"]
 
 
@@ -430,7 +406,8 @@ def test_what_cannot_be_labelled_is_said_before_the_page_opens(
     with held(tmp_path / "samples.labels.jsonl"):
         assert "samples.labels.jsonl is in use by process" in error_of(capsys, ["label", samples])
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "rlhf_recipes.feedback.label")
+    for module in ("feedback.label", "report.server"):
+        monkeypatch.delitem(sys.modules, f"rlhf_recipes.{module}")
     assert "pip install 'rlhf_recipes[label]'" in error_of(capsys, ["label", samples])
 
 

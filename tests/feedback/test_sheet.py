@@ -10,9 +10,10 @@ from playwright.sync_api import Page, expect
 from support.label_page import done, press, serving, shown
 from support.worded import read, write
 
-from rlhf_recipes.feedback.board import Board, Refusal
+from rlhf_recipes.feedback.board import Board
 from rlhf_recipes.feedback.rows import read_judgements, read_samples
 from rlhf_recipes.feedback.sheet import DEFAULT, Question, read_sheet
+from rlhf_recipes.report.access import Refusal
 
 SHEET = """
 - {name: quality, ask: Overall quality, steps: 3}

@@ -1,5 +1,6 @@
 """A stage between the two writes of the manifest."""
 
+import dataclasses
 import json
 import os
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from support.worded import make_recipe, weights
 from transformers import TrainerCallback
 
-from rlhf_recipes import replace, run
+from rlhf_recipes import load, replace, run
 from rlhf_recipes.pipeline import stage
 from rlhf_recipes.records.manifest import Manifest
 
@@ -90,3 +91,24 @@ def test_where_not_even_one_row_fits_the_stage_says_what_helps(tmp_path: Path) -
     recipe = replace(make_recipe(tmp_path), rounds=None, ppo=None, reward=None)
     with pytest.raises(ValueError, match=r"sft ran out of memory: 2.00 GiB were asked for, .* resumes"):
         run(recipe, tmp_path / "run", callbacks=[Never()])
+
+
+def test_what_follows_takes_as_long_as_it_did_in_the_round_before(tmp_path: Path) -> None:
+    data: Any = {}
+    for folder, seconds in ((tmp_path, 60.0), (tmp_path / "round-2", 80.0)):
+        manifest = Manifest()
+        for name in ("reward", "ppo"):
+            manifest.begin(name, data).update(state="done", seconds=seconds)
+        folder.mkdir(exist_ok=True)
+        manifest.write(folder)
+    recipe = replace(load("tiny"), rounds={"count": 4, "labeler": "rlhf_recipes.worlds.tiny:labeler"})
+    agenda = tuple((name, number) for number in (2, 3, 4) for name in ("reward", "ppo"))
+    nothing: Any = None
+    run = stage.ActiveRun(recipe, tmp_path, {}, nothing, nothing, True, (), nothing, agenda, {"ppo": (1.0, 2.0)})
+    assert run.later("ppo", 2)[0] == ("reward of round 3", (80.0, 80.0)) and len(run.later("ppo", 2)) == 4
+    assert run.later("reward", 2)[0] == ("ppo of round 2", (60.0, 60.0)), "of the round before, not of its own"
+    first = dataclasses.replace(run, agenda=(("sft", 1), ("reward", 1), ("ppo", 1)))
+    assert first.later("sft", 1) == (("reward", None), ("ppo", (1.0, 2.0))), "by the plan, where that knows the card"
+    people = dataclasses.replace(run, recipe=replace(recipe, rounds={"labeler": "people"}))
+    assert people.later("reward", 2) == (("ppo of round 2", (60.0, 60.0)),), "then the run waits for people"
+    assert people.later("ppo", 4) == run.later("ppo", 4) == ()

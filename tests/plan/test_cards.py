@@ -20,8 +20,8 @@ from transformers import AutoConfig
 from rlhf_recipes import Base, PPOConfig, load, replace
 from rlhf_recipes.plan.advice import settings_that_fit
 from rlhf_recipes.plan.cards import card_called, card_of, on_card
-from rlhf_recipes.plan.hours import hours, seconds_of_step
-from rlhf_recipes.plan.plan import plan_memory
+from rlhf_recipes.plan.hours import hours, seconds_of_stages, seconds_of_step
+from rlhf_recipes.plan.plan import MemoryPlan, plan_memory
 from rlhf_recipes.recipe.lookup import recipe_file
 from rlhf_recipes.recipe.values import PPOStage, Recipe, Stage
 from rlhf_recipes.stages.configure import configure
@@ -99,6 +99,11 @@ def test_seconds_hold_those_of_an_h200(tmp_path: Path) -> None:
     assert least == pytest.approx(512 * bytes_moved / (0.83 * 4.8e12) + 0.6, rel=0.1)
     both = [100 * sum(seconds[i] for seconds in ranges.values()) / 3600 for i in range(2)]
     assert hours(ranges, 100) == pytest.approx(both)
+    config.total_episodes = 100 * config.rollout_size
+    plan = MemoryPlan({"ppo": planned}, 1e6, True)
+    whole = seconds_of_stages(recipe, {"ppo": config}, plan, {"ppo": 10**6}, card)["ppo"]
+    assert whole == pytest.approx([3600 * number for number in both])
+    assert seconds_of_stages(recipe, {"ppo": config}, plan, {"ppo": 10**6}, None) == {}
     slow = seconds_of_step(recipe, "ppo", config, planned, card_of("t4"))
     assert all(slow[phase][0] > ranges[phase][0] for phase in ranges)
 

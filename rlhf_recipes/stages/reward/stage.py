@@ -27,6 +27,7 @@ from ...model.processes import on_main
 from ...model.shared import HEAD, SharedBase, lora_config, set_adapter
 from ...records.contents import Fingerprint, StageResults
 from ...records.files import Row
+from ...records.progress import Later
 from ..job import Job
 from .adapters import (
     HELDOUT,
@@ -73,7 +74,9 @@ def adapter_jobs(job: Job) -> list[Job]:
     main = dataclasses.replace(job, data=dataclasses.replace(job.data, train=rest))
     judge = dataclasses.replace(job, data=dataclasses.replace(job.data, train=aside))
     others = [main.adapter(f"member-{index}", str(index), index) for index in range(1, job.config.ensemble_size)]
-    return [main, *others, *([judge.adapter(JUDGE, JUDGE, JUDGE_SEED)] if len(aside) else [])]
+    jobs = [main, *others, *([judge.adapter(JUDGE, JUDGE, JUDGE_SEED)] if len(aside) else [])]
+    later = [Later(following.stage, None) for following in jobs]
+    return [dataclasses.replace(one, later=(*later[place + 1 :], *job.later)) for place, one in enumerate(jobs)]
 
 
 def train_member(job: Job) -> None:

@@ -1,0 +1,112 @@
+"""A page on this machine: who gets it, under which headers, and at which port."""
+
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+
+from .access import Access, Refusal
+
+try:  # pages import what they need of it from here, so that what to install is said in one place
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ModuleNotFoundError as error:
+    raise ValueError(f"The page needs {error.name}: pip install 'rlhf_recipes[label]'.") from error
+
+COOKIE = 10_000_000  # seconds, four months
+OPEN_THE_LINK = "Open the link that the server printed: it ends in ?token=..."
+HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+def page_app(routes: Sequence[Route], hosts: Sequence[str] = LOOPBACK) -> Starlette:
+    """What answers a page's requests, without a socket. A `Refusal` is answered as JSON, `{"error": words}`.
+
+    Args:
+        hosts: names that the server may be called by: a foreign page must not reach it under a name of its own.
+    """
+    guard = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    return Starlette(routes=routes, middleware=[guard], exception_handlers={Refusal: _refuse})
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return JSONResponse({"error": str(error)}, error.status, headers=HEADERS)
+
+
+def browser_of(request: Request, access: Access) -> str:
+    """The key of the browser that asks. Raises Refusal where it has not our cookie."""
+    browser = access.browser(request.cookies.get(access.name))
+    if browser is None:
+        raise Refusal(403, OPEN_THE_LINK)
+    return browser
+
+
+def check_admitted(request: Request, access: Access) -> None:
+    """Raises Refusal where a browser has neither the link's token nor our cookie."""
+    if not access.opens(request.query_params.get("token")):
+        browser_of(request, access)
+
+
+def page_response(request: Request, access: Access, html: str, policy: str) -> Response:
+    """A page for a browser that is admitted, with the cookie that admits what the page asks for.
+
+    Args:
+        policy: the page's content security policy.
+    """
+    response = HTMLResponse(html, headers={**HEADERS, "content-security-policy": policy})
+    browser = access.browser(request.cookies.get(access.name)) or secrets.token_urlsafe(16)
+    response.set_cookie(access.name, access.cookie(browser), max_age=COOKIE, httponly=True, samesite="strict")
+    return response
+
+
+def event_stream(events: AsyncIterator[str]) -> Response:
+    """Server-sent events, each as the protocol writes it, as they come."""
+    return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+
+
+def listening(port: int, share: bool = False) -> socket.socket:
+    """An open port, 0 for a free one, of the whole network or of this machine alone. Close it.
+
+    Raises ValueError where that is impossible.
+    """
+    # Without the protocol named, asyncio leaves Nagle's algorithm on: 40 ms an answer.
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("0.0.0.0" if share else "127.0.0.1", port))
+        listener.listen()
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ValueError(f"--port: cannot listen at {port} ({error}). Try another, or 0 for any.") from error
+    return listener
+
+
+def link_to(listener: socket.socket, access: Access, share: bool = False) -> str:
+    """The link that opens the page here. Of a shared page that for the network is printed, with a warning."""
+    link = f"{listener.getsockname()[1]}/?token={access.token}"
+    if share:
+        print(
+            "warning: everybody in this network who has the link can use the page, and as nothing is encrypted "
+            f"others can read along:\n         http://{socket.gethostname()}:{link}",
+            file=sys.stderr,
+        )
+    return f"http://127.0.0.1:{link}"
+
+
+def server_of(app: Starlette) -> uvicorn.Server:
+    """The server of a page, which the page's `state.server` is, so that endless answers can end with it."""
+    app.state.server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
+    )
+    return app.state.server
+
+
+def serve(app: Starlette, listener: socket.socket) -> None:
+    """Answer at the port until Ctrl-C, which is raised as KeyboardInterrupt."""
+    server_of(app).run(sockets=[listener])
