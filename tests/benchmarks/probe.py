@@ -1,6 +1,6 @@
 """What a base knows of comparisons before any training: a linear model on its hidden states, by source.
 
-    python tests/benchmarks/probe.py MODEL DATA [--columns source=tranche] [--chat-template chatml] [--max-length 256]
+    python tests/benchmarks/probe.py MODEL DATA [--columns source=tranche] [--chat-template chatml] [--dtype bfloat16]
 
 The base reads prompt + response; the mean of its last hidden states over the response, the better one's less the worse
 one's, goes through a logistic regression without intercept (each state over its standard deviation; five folds). What
@@ -73,9 +73,10 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS")
     parser.add_argument("--chat-template")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--max-length", type=int, default=256)
     options = parser.parse_args()
-    base = Base(options.model, chat_template=options.chat_template)
+    base = Base(options.model, chat_template=options.chat_template, dtype=options.dtype)
     columns = dict(word.split("=", 1) for word in options.columns)
     source = Stage(options.data, columns=columns, heldout=0.0)
     pairs = prepare("reward", source, load_tokenizer(base), options.max_length, 0).train.to_list()
