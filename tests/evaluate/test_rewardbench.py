@@ -318,7 +318,7 @@ def test_what_is_longer_than_the_context_keeps_its_end(finished: Path, recipe: R
         (["--models", "ppo"], "--models is of comparing models, which --rewardbench does not do"),
         (["--samples", "2"], "--samples is of comparing models"),
         (["--split", "test"], "--split is of --comparisons"),
-        (["--judge", "nobody"], "it is none of gold, reward and judge"),
+        (["--judge", "nobody"], "it is none of gold, people, reward and judge"),
         (["--judge", "{base}"], "it is asked about pairs of answers, and --rewardbench needs a score of each"),
     ],
 )

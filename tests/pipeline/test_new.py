@@ -154,14 +154,23 @@ def test_thin_and_wrong_data_are_named() -> None:
     whole: dict[str, Any] = {
         "source": "pairs.csv", "rows": 900, "used": 800, "train": 700, "problems": ["No row is held out."],
         "dropped": {"empty": 70, "too long": 30}, "duplicates": {"rows": 200}, "pairs": {"longer": 70, "shorter": 30},
+        "opposed": [{"source": "helpful", "rate": 0.7}, {"source": "harmless", "rate": 0.2}],
     }  # fmt: skip
     said = list(warnings("reward", whole))
     assert [line.removeprefix("pairs.csv: ")[:24] for line in said] == [
         "No row is held out.",
         "100 of 900 rows cannot b",
         "200 of 800 rows are ther",
+        "in helpful (in 70%) the ",
         "800 comparisons are few;",
         "the better response is t",
     ]
-    fine = {**whole, "used": 6_000, "problems": [], "dropped": {}, "pairs": {"longer": 60, "shorter": 40}}
+    fine = {
+        **whole,
+        "opposed": [],
+        "used": 6_000,
+        "problems": [],
+        "dropped": {},
+        "pairs": {"longer": 60, "shorter": 40},
+    }
     assert not list(warnings("reward", fine))
