@@ -25,9 +25,10 @@ it from then on. What was judged is data for the next reward model: reward.data=
 def _run(options: argparse.Namespace) -> None:
     with notes_to_stderr():
         from ..evaluate.arena import arena
-        from ..evaluate.judges import PEOPLE, labels_file
+        from ..evaluate.judges import labels_file
         from ..evaluate.plan import EvaluationSettings
         from ..evaluate.tables import evaluation_tables
+        from ..recipe.values import PEOPLE
 
     settings = EvaluationSettings(**{name: getattr(options, name) for name in ANSWERS})
     page = {name: getattr(options, name) for name in PAGE}

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..feedback.label import serve_label_page
+from ..recipe.values import PEOPLE
 from .evaluation import evaluate
-from .judges import PEOPLE, labels_file
+from .judges import labels_file
 from .people import samples_file
 from .plan import EvaluationSettings
 

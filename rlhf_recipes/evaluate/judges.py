@@ -19,7 +19,7 @@ from ..feedback.ledger import Prices
 from ..feedback.rows import Row
 from ..model.base import known_weights, longest_row, model_path
 from ..recipe.lookup import code_file, code_hash, function, is_function
-from ..recipe.values import Base, Recipe
+from ..recipe.values import PEOPLE, Base, Recipe
 from ..records.digest import digest
 from ..records.files import read_rows
 from ..records.folder import adapter_folder, last_model, newest_round_first, read_recipe
@@ -29,7 +29,6 @@ from ..stages.scores import ExternalRewardModel, aggregate_ensemble
 from .models import Answer, Bench, adapter_digest
 
 PROXY = "reward"  # what PPO was trained against, so that it says nothing of quality
-PEOPLE = "people"  # who judge in the arena: the judge's name and, as what they said is kept, its identity
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
         if recipe.gold is None:
             raise ValueError(f"--judge gold: the recipe of {run_dir} knows no true quality (it has no `gold`).")
         return _function_judge(name, recipe.gold)
-    if name == PEOPLE:
+    if name == PEOPLE:  # whose labels are kept by that name, whoever they are
         return Judge(PEOPLE, "people", PEOPLE)
     if name in (PROXY, JUDGE):
         folders = reward_folders(run_dir, name)

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..feedback.rows import Row
+from ..recipe.values import PEOPLE
 from ..records.files import write_text
 from ..records.rates import Z, effective_number, interval, mean_rate
-from .judges import PEOPLE, Pair, Verdict, labels_file, labels_of_pairs, read_verdicts, sample_of
+from .judges import Pair, Verdict, labels_file, labels_of_pairs, read_verdicts, sample_of
 from .wins import fit_logistic, sigmoid
 
 Compared = Sequence[tuple[str, str, Sequence[Pair]]]  # a model, another, and the pairs of their answers

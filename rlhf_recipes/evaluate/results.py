@@ -10,10 +10,11 @@ import pandas as pd
 
 from ..feedback.rows import Row
 from ..feedback.sample import prompt_id
+from ..recipe.values import PEOPLE
 from ..records.files import read_rows, write_json, write_text
 from . import wins
 from .behaviour import behaviour_panel
-from .judges import PEOPLE, Pair, Verdict, known_identity, labels_file, read_verdicts
+from .judges import Pair, Verdict, known_identity, labels_file, read_verdicts
 from .measurements import Measurements
 from .people import Verdicts, people_interval, people_results, people_verdicts, read_votes
 from .verdict import evaluation_warnings, policy_to_ship

@@ -7,8 +7,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ..recipe.values import PEOPLE
 from ..records.terminal import printable
-from .judges import PEOPLE
 from .verdict import Result, percent
 
 PANEL = {  # of what `behaviour_panel` says: heading and format

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ..recipe.values import PEOPLE
 from ..records.rates import clear_fall
-from .judges import PEOPLE, PROXY
+from .judges import PROXY
 
 Result = Mapping[str, Any]  # what evaluation.json holds
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 STAGES = ("sft", "reward", "ppo", "dpo")
-PEOPLE = "people"  # the labeler of rounds for which a run waits
+PEOPLE = "people"  # the labeler of rounds for which a run waits, and in evaluations who judged in the arena
 
 
 @dataclass(frozen=True)

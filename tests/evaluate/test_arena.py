@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhf_recipes.evaluate.judges import PEOPLE, labels_file, sample_of
+from rlhf_recipes.evaluate.judges import labels_file, sample_of
 from rlhf_recipes.evaluate.models import Answer
 from rlhf_recipes.evaluate.people import (
     COLUMNS,
@@ -21,11 +21,12 @@ from rlhf_recipes.evaluate.people import (
     strengths,
     write_samples,
 )
+from rlhf_recipes.recipe.values import PEOPLE
 from rlhf_recipes.records.rates import mean_rate
 
 
 def answer(model: str, row: int, text: str) -> Answer:
-    return Answer("", model, row, 0, [], True, None, text)  # type: ignore[arg-type]
+    return Answer("", model, row, 0, [], True, None, text)
 
 
 def votes_of(*votes: tuple[Any, ...]) -> pd.DataFrame:

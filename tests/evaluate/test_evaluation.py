@@ -26,7 +26,7 @@ from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.evaluate import behaviour, verdict, wins
 from rlhf_recipes.evaluate.evaluation import evaluate
-from rlhf_recipes.evaluate.judges import PEOPLE, find_judge, known_identity, labels_file
+from rlhf_recipes.evaluate.judges import find_judge, known_identity, labels_file
 from rlhf_recipes.evaluate.models import Answer, Bench, Cache, find_model
 from rlhf_recipes.evaluate.people import samples_file
 from rlhf_recipes.evaluate.plan import EvaluationSettings, plan_evaluation, unseen_prompts
@@ -34,6 +34,7 @@ from rlhf_recipes.evaluate.tables import evaluation_tables
 from rlhf_recipes.feedback.rows import read_samples
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import SharedBase
+from rlhf_recipes.recipe.values import PEOPLE
 from rlhf_recipes.records.folder import model_names, read_recipe, recipe_to_show, write_recipe
 from rlhf_recipes.report.write import write_report
 
