@@ -4,8 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # TRL 1.12.0 needs a virtual environment of its own.
 PARITY := .venv-parity
+# The lowest versions that pyproject.toml allows, likewise.
+LOWEST := .venv-lowest
 
-.PHONY: demo test test-long gpu lint parity control clean
+.PHONY: demo test test-long test-lowest gpu lint parity control clean
 
 demo: $(STAMP)  ## the whole pipeline on a tiny model, on a CPU
 	$(BIN)/rlhf-recipes run tiny
@@ -15,6 +17,9 @@ test: lint  ## and all tests that a machine without a GPU can run
 
 test-long: $(STAMP)  ## what proves the same at full size
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
+
+test-lowest: $(LOWEST)/.installed  ## the tests with the lowest versions that pyproject.toml allows
+	$(LOWEST)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 gpu: $(STAMP)  ## what a GPU measures in 12 minutes: make gpu ARGS="--model FOLDER"
 	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
@@ -42,6 +47,14 @@ $(PARITY)/.installed:
 		'trl==1.12.0' 'peft>=0.21,<0.22' 'torch>=2.11,<2.14' 'transformers>=5.17,<6'
 	@touch $@
 
+$(LOWEST)/.installed: pyproject.toml $(STAMP)
+	$(PYTHON) -m venv $(LOWEST)
+	@echo "Installing the lowest versions into $(LOWEST) (once, some minutes)"
+	@PYTHONPATH=tests $(BIN)/python tests/support/lowest.py > $(LOWEST)/constraints.txt
+	@$(LOWEST)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint $(LOWEST)/constraints.txt --editable '.[dev,notebooks]'
+	@touch $@
+
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/pip || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")' \
@@ -51,5 +64,5 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv $(PARITY) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

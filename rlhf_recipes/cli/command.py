@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..model.quiet import quiet_libraries
 from ..records.terminal import printable
+from .completion import recipes, settings_keys
 
 
 class Command(NamedTuple):
@@ -56,9 +57,21 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     return options
 
 
+def complete(action: argparse.Action, completer: Callable[..., list[str]]) -> None:
+    """Say what offers the words of an argument to a shell, as argcomplete asks for it."""
+    action.completer = completer  # type: ignore[attr-defined]
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The recipe's name."""
+    words = "a shipped recipe, or path/to/your_own.py"
+    complete(parser.add_argument("recipe", metavar="NAME", help=words), recipes)
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The words `key=value` that change a recipe."""
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="a change, for example ppo.kl_coef=0.1")
+    words = "a change, for example ppo.kl_coef=0.1"
+    complete(parser.add_argument("settings", nargs="*", metavar="key=value", help=words), settings_keys)
 
 
 def add_trust(parser: argparse._ActionsContainer) -> None:

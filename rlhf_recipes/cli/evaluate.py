@@ -14,11 +14,12 @@ from .command import Command, notes_to_stderr, positive_int
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
-A judge is gold (the recipe's, where true quality is known), people (who judged in `arena`), reward (what PPO was
-trained against), judge (the second reward model of reward.judge_share), module:function or file.py:function of TRL's
-signature, a reward adapter, a sequence classifier, or a model that is asked about each pair of answers, in both orders:
-a Hub id, a folder, a run, or the URL of an OpenAI-compatible endpoint. Answers are kept by content in RUN/evaluation,
-so that a second judge samples nothing; what earlier judges said stays. Stopped, the same command goes on.
+A judge is gold (the recipe's, where true quality is known), people (who judged in `arena`; people:FILE takes over a
+file of such judgements from elsewhere), reward (what PPO was trained against), judge (the second reward model of
+reward.judge_share), module:function or file.py:function of TRL's signature, a reward adapter, a sequence classifier, or
+a model that is asked about each pair of answers, in both orders: a Hub id, a folder, a run, or the URL of an OpenAI-
+compatible endpoint. Answers are kept by content in RUN/evaluation, so that a second judge samples nothing; what earlier
+judges said stays. Stopped, the same command goes on.
 
   rlhf-recipes evaluate runs/tiny
   rlhf-recipes evaluate runs/tiny --models sft,ppo,runs/other:ppo --against sft,base --samples 4

@@ -7,6 +7,8 @@ nor trl is imported until a run starts or an override has to be checked.
 import argparse
 from collections.abc import Sequence
 
+import argcomplete
+
 from .. import __version__
 from ..records.trust import trusting
 from . import (
@@ -32,6 +34,7 @@ from . import (
     watch,
 )
 from .command import exit_codes, parse_options
+from .completion import SHELL
 
 COMMANDS = {
     "list": recipes.LIST,
@@ -60,11 +63,17 @@ COMMANDS = {
 
 def main_cli(argv: Sequence[str] | None = None) -> None:
     """The `rlhf-recipes` command. Exits with 2 after a user's error and with 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="rlhf-recipes", description="RLHF on one GPU, from recipes.")
+    parser = argparse.ArgumentParser(
+        prog="rlhf-recipes",
+        description="RLHF on one GPU, from recipes.",
+        epilog=SHELL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(subparsers.add_parser(name, help=command.purpose, description=command.purpose))
+    argcomplete.autocomplete(parser)
     chosen = parse_options(parser, argv)
     with exit_codes(), trusting(getattr(chosen, "trust_functions", False)):
         COMMANDS[chosen.command].run(chosen)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..recipe.lookup import load
 from ..recipe.overrides import parse_overrides, replace
-from .command import Command, add_settings, notes_to_stderr
+from .command import Command, add_recipe, add_settings, notes_to_stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,7 @@ BESIDE = {"fragments": "fragments", "context": "CUDA context"}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="NAME", help="a shipped recipe, or path/to/your_own.py")
+    add_recipe(parser)
     add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--gpu", metavar="rtx4090", help="a GPU's name, or its memory (24GiB); default: this machine")

@@ -9,7 +9,8 @@ from ..recipe.lookup import load, load_module, recipe_file, recipe_names
 from ..recipe.overrides import differing_settings, parse_overrides, replace, settings, to_dict
 from ..recipe.values import STAGES, Recipe
 from ..records.folder import recipe_to_show
-from .command import Command, add_settings, notes_to_stderr
+from . import completion
+from .command import Command, add_settings, complete, notes_to_stderr
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -27,7 +28,8 @@ def recipe_table() -> str:
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="NAME", help="a shipped recipe, path/to/your_own.py, or a run folder")
+    words = "a shipped recipe, path/to/your_own.py, or a run folder"
+    complete(parser.add_argument("recipe", metavar="NAME", help=words), completion.recipes)
     add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--diff", metavar="OTHER", help="print only the settings in which another one differs")

@@ -11,14 +11,14 @@ from pathlib import Path
 from ..recipe.lookup import load
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
-from .command import Command, add_settings, exit_codes, parse_options, positive_int
+from .command import Command, add_recipe, add_settings, exit_codes, parse_options, positive_int
 from .launch import launch
 from .notify import notifying
 from .watch import watched
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="NAME", help="a shipped recipe, or path/to/your_own.py")
+    add_recipe(parser)
     _run_arguments(parser)
 
 
@@ -37,8 +37,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--notify",
         metavar="COMMAND",
-        help="run a command of the shell when the run has ended, with RUN_STATE (done, stopped, failed), RUN_DIR and "
-        "RUN_ERROR in its environment",
+        help="run a command of the shell when the run has ended, or has logged no step for half an hour and ten times "
+        "as long as ever before: with RUN_STATE (done, stopped, failed, stuck), RUN_DIR and RUN_ERROR in its "
+        "environment",
     )
     parser.add_argument("--watch", action="store_true", help="open a local page that grows with the run: see `watch`")
     ends = parser.add_mutually_exclusive_group()

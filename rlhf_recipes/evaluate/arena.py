@@ -16,18 +16,18 @@ from .people import samples_file
 from .plan import EvaluationSettings
 
 
-def arena(run_dir: Path, settings: EvaluationSettings, out: Path | None = None, **page: Any) -> dict[str, Any]:
+def arena(run_dir: Path, settings: EvaluationSettings, out: Path, **page: Any) -> dict[str, Any]:
     """Have the models answer, serve the page until Ctrl-C, and return what is in evaluation.json then.
 
     Args:
         settings: which models, and on which prompts; the judges are people, beside those that judged these answers
             before.
-        out: where results go (default: RUN/evaluation).
+        out: the folder of results.
         page: arguments of `serve_label_page`.
     Raises:
         ValueError: as `evaluate`, or the page cannot be shown.
     """
-    settings, out = replace(settings, judges=(PEOPLE,)), out or run_dir / "evaluation"
+    settings = replace(settings, judges=(PEOPLE,))
     evaluate(run_dir, settings, out)
     serve_label_page(samples_file(out), labels_file(out, PEOPLE), **page)
     return evaluate(run_dir, settings, out)

@@ -54,7 +54,7 @@ class Judge:
     kind: Literal["adapters", "function", "classifier", "pairs", "people"]
     identity: str  # what its verdicts depend on, beside the answers, as far as that is known
     folders: tuple[Path, ...] = ()  # of its adapters, an ensemble if there are several
-    source: str = ""  # the function, the classifier, or the model that is asked
+    source: str = ""  # the function, the classifier, the model that is asked, or a file of what people said elsewhere
 
     def score_func(self, today: str | None = None) -> RewardFunc:
         """What scores texts, of a judge that is a function or a classifier. A classifier is loaded.
@@ -71,8 +71,11 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
         if recipe.gold is None:
             raise ValueError(f"--judge gold: the recipe of {run_dir} knows no true quality (it has no `gold`).")
         return _function_judge(name, recipe.gold)
-    if name == PEOPLE:  # whose labels are kept by that name, whoever they are
-        return Judge(PEOPLE, "people", PEOPLE)
+    people, _, given = name.partition(":")
+    if people == PEOPLE:  # whose labels are kept by that name, whoever they are
+        if given and not Path(given).is_file():
+            raise ValueError(f"--judge {name}: there is no file {given}.")
+        return Judge(PEOPLE, "people", PEOPLE, source=given)
     if name in (PROXY, JUDGE):
         folders = reward_folders(run_dir, name)
         if not folders:

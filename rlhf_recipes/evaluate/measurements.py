@@ -15,7 +15,7 @@ from .behaviour import opinions
 from .judges import Pair, adapter_scores, compare_pairs, function_scores
 from .models import Answer, AnswerSettings, Bench, NamedModel
 from .opponents import opponent_answers
-from .people import write_samples
+from .people import take_labels, write_samples
 from .plan import EvaluationPlan, EvaluationSettings
 from .under_base import panel_under_base
 
@@ -47,12 +47,12 @@ class Measurements:
                 f"{model.name}: a prompt has {max(map(len, prompts))} of its tokens, and there is room for {room}."
             )
         stops = [stop_token_id(bench.tokenizer, self.plan.conversational)]
-        self._measure_model(model, bench, prompts, self._answer_settings(stops, with_kl=False))
+        self._measure_model(model, bench, prompts, self.answer_settings(stops, with_kl=False))
 
     def measure_own_base(self, bench: Bench) -> None:
         """Measure the models of the run's own base, and have its reward models score all answers."""
         prompts = [row["prompt_ids"] for row in self.plan.rows]
-        settings = self._answer_settings(self.plan.stop_token_ids, with_kl=True)
+        settings = self.answer_settings(self.plan.stop_token_ids, with_kl=True)
         for model in [model for model in self.plan.models if model.name not in self.answers]:
             self._measure_model(model, bench, prompts, settings)
             if self.plan.texts:
@@ -73,7 +73,8 @@ class Measurements:
                     name: list(islice(scores, len(answers))) for name, answers in self.answers.items()
                 }
 
-    def _answer_settings(self, stop_token_ids: Sequence[int], with_kl: bool) -> AnswerSettings:
+    def answer_settings(self, stop_token_ids: Sequence[int], with_kl: bool) -> AnswerSettings:
+        """How answers are drawn; `with_kl` as in `AnswerSettings`."""
         plan = self.plan
         return AnswerSettings(
             self.settings.seed, plan.response_length, plan.temperature, stop_token_ids, plan.conversational, with_kl
@@ -106,6 +107,8 @@ class Measurements:
                 pairs = [pair for _, _, pairs in self.compared_pairs() for pair in pairs]
                 if judge.kind == "people":  # who are asked by the arena
                     write_samples(folder, self.plan.rows, pairs)
+                    if judge.source:
+                        take_labels(folder, self.plan.rows, pairs, Path(judge.source))
                 else:
                     compare_pairs(judge, folder, self.plan.rows, pairs, self.settings.asking)
 

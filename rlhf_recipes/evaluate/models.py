@@ -49,17 +49,17 @@ class Cache:
         self.values = {row["key"]: row["value"] for row in self.journal.rows}
 
     def fill(
-        self, keys: Sequence[str], compute: Callable[[list[int]], list[Any]], label: str, at_once: int = 1
+        self, keys: Sequence[str], compute: Callable[[list[int]], list[Any]], label: str | None, at_once: int = 1
     ) -> list[Any]:
         """The values of keys. Those that are not known are computed, `at_once` at a time.
 
         Args:
             compute: takes places in `keys`, and returns their values.
-            label: of the progress bar.
+            label: of the progress bar; None: without one.
         """
         places = {key: place for place, key in enumerate(keys) if key not in self.values}  # a key may be there twice
         missing = list(places.values())
-        with tqdm(total=len(missing), desc=label, disable=not missing) as bar:
+        with tqdm(total=len(missing), desc=label, disable=not missing or label is None) as bar:
             for start in range(0, len(missing), at_once):
                 part = missing[start : start + at_once]
                 values = {keys[place]: value for place, value in zip(part, compute(part), strict=True)}
@@ -136,6 +136,7 @@ class Bench:
         self.batches = Batches(batch_size, "--batch-size")
         self.tokenizer = load_tokenizer(recipe.base)
         self.fingerprint = fingerprint(recipe.base, self.tokenizer)
+        self.watch: Callable[[Tensor], None] | None = None  # looks on while answers come: see `decode.decode`
         self._held: Path | None = None
 
     @property
@@ -166,6 +167,7 @@ class Bench:
     def sampler(self, response_length: int, temperature: float, stop_token_ids: Sequence[int]) -> Sampler:
         """What samples from the base."""
         sampler = Sampler(self.shared, self.tokenizer, response_length, temperature, self.batch_size, stop_token_ids)
+        sampler.watch = self.watch
         sampler.batches = self.batches  # what did not fit once is not tried again
         return sampler
 
@@ -175,9 +177,9 @@ class Bench:
         prompts: Sequence[list[int]],
         samples: int,
         settings: AnswerSettings,
-        label: str = "answers",
+        label: str | None = "answers",
     ) -> list[Answer]:
-        """A model's answers to prompts (token ids), `samples` of them to each; `label` is of the progress bar."""
+        """A model's answers to prompts (token ids), `samples` of them to each; `label` is of the bar, if any."""
         seed, response_length, temperature = settings.seed, settings.response_length, settings.temperature
         slots = [(row, sample) for row in range(len(prompts)) for sample in range(samples)]
         eos: Any = self.tokenizer.eos_token_id
@@ -201,7 +203,7 @@ class Bench:
             columns = zip(drawn.responses(), drawn.ended.tolist(), kl, strict=True)
             return [dict(zip(("ids", "ended", "kl"), row, strict=True)) for row in columns]
 
-        values = self.cache.fill(keys, draw, f"{model.name}: {label}", self.batch_size)
+        values = self.cache.fill(keys, draw, label and f"{model.name}: {label}", self.batch_size)
         texts = response_texts(self.tokenizer, [value["ids"] for value in values], settings.conversational)
         return [
             Answer(key, model.name, *slot, **value, text=text)

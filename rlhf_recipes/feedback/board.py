@@ -54,6 +54,7 @@ class Board:
         self.seed, self.sheet = seed, sheet
         self.samples = {row["id"]: row for row in samples if len(_distinct(row)) > 1}
         self.left_out = len(samples) - len(self.samples)
+        self.shown: dict[str, list[int]] = {}  # id -> the order in which its responses were shown already
         for row in self.samples.values():
             try:
                 json.dumps(row)
@@ -79,6 +80,20 @@ class Board:
         """Count a judgement or a skip that is on disk."""
         self.done[row["labeler"]][row["id"]] = row
         self.judged[row["id"]] += "ranking" in row
+
+    def add(self, labeler: str, sample: Row, order: list[int]) -> None:
+        """Give a labeler a new sample, whose responses he has been shown in this order of their indices.
+
+        Raises ValueError where its responses are the same, or somebody else has it before him or has judged it.
+        """
+        id = sample["id"]
+        if len(_distinct(sample)) < len(order):
+            raise ValueError("The responses are the same, so there is nothing to judge: ask something else.")
+        if id in self.samples and (id in self.done[labeler] or not self._is_open(id) or self._holder(labeler, id)):
+            raise ValueError("That has been asked before: ask something else.")
+        self.samples[id], self.shown[id] = sample, order
+        self.sequences.clear()
+        self._lease(labeler, id)
 
     def state(self, labeler: str) -> dict[str, Any]:
         """What the page shows: the labeler's sample (leased to him from now on), progress and pace."""
@@ -144,6 +159,8 @@ class Board:
     def _groups(self, labeler: str, id: str) -> list[list[int]]:
         """The indices of the responses in the order that this labeler sees them in, equal responses together."""
         groups = _distinct(self.samples[id])
+        if id in self.shown:
+            return [[index] for index in self.shown[id]]
         random.Random(f"{self.seed}\n{id}\n{labeler}").shuffle(groups)
         return groups
 

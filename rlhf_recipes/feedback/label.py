@@ -25,6 +25,7 @@ from ..report.server import (
     Response,
     Route,
     Starlette,
+    StreamingResponse,
     browser_of,
     check_admitted,
     link_to,
@@ -34,6 +35,7 @@ from ..report.server import (
     serve,
 )
 from .board import NOTE, Board, Mode
+from .live import Answerer, ask
 from .rows import Row, labels_beside, read_samples
 from .sheet import read_sheet, sheet_to_show
 
@@ -58,6 +60,7 @@ def label_app(
     mode: Mode = "rank",
     overlap: float = 0.2,
     seed: int = 0,
+    answer: Answerer | None = None,
     hosts: Sequence[str] = LOOPBACK,
 ) -> Starlette:
     """The page and what it asks for, without a socket; its `state.board` is the `Board`.
@@ -74,6 +77,7 @@ def label_app(
         mode: rank all responses at once, or compare them pair by pair.
         overlap: share of the samples that every labeler gets, 0 to 1.
         seed: of that share, and of all orders.
+        answer: has prompts answered that people type (default: none can be typed).
         hosts: names that the server may be called by: a foreign page must not reach it under a name of its own.
     Raises:
         ValueError: a file cannot be used.
@@ -83,11 +87,12 @@ def label_app(
     if labels.resolve() == samples.resolve():
         raise ValueError(f"{labels} holds the samples: labels need a file of their own (--labels).")
     questions = () if sheet is None else read_sheet(sheet)
-    board = Board(read_samples(samples), labels, overlap, seed, questions)
-    if not board.samples:
+    waiting = answer is None or (samples.is_file() and samples.stat().st_size > 0)  # else all are still to be typed
+    board = Board(read_samples(samples) if waiting else [], labels, overlap, seed, questions)
+    if not board.samples and answer is None:
         raise ValueError(f"{samples}: the responses to each prompt are all the same, so there is nothing to rank.")
     settings = {"mode": mode, "guidelines": guidelines, "note": NOTE, "sheet": sheet_to_show(questions)}
-    page = _LabelPage(board, access, settings)
+    page = _LabelPage(board, access, settings | {"live": answer is not None}, answer)
     app = page_app([Route("/", page.index), Route("/{action}", page.act, methods=["POST"])], hosts)
     app.state.board = board
     return app
@@ -98,10 +103,11 @@ class _LabelPage:
 
     Args:
         settings: what the page is told when it starts.
+        answer: see `label_app`.
     """
 
-    def __init__(self, board: Board, access: Access, settings: dict[str, Any]) -> None:
-        self.board, self.access, self.settings = board, access, settings
+    def __init__(self, board: Board, access: Access, settings: dict[str, Any], answer: Answerer | None) -> None:
+        self.board, self.access, self.settings, self.answer = board, access, settings, answer
         self.actions = {"start": board.stay, "stay": board.stay, "judge": board.rank}
         self.actions |= {"skip": board.skip, "undo": board.undo}
         self.html = Path(__file__).with_name("label.html").read_text(encoding="utf-8")
@@ -122,6 +128,10 @@ class _LabelPage:
         labeler = _name(sent.get("labeler"))
         sent["browser"] = digest(browser)
         action = request.path_params["action"]
+        if action == "ask" and self.answer is not None:
+            prompt = _prompt(sent.get("prompt"))
+            lines = ask(self.board, labeler, prompt, self.answer)
+            return StreamingResponse(lines, media_type="application/x-ndjson", headers=HEADERS)
         if action not in self.actions:
             raise Refusal(404, "There is no such page.")
         self.actions[action](labeler, sent)
@@ -155,6 +165,13 @@ def _name(given: Any) -> str:
     return name
 
 
+def _prompt(given: Any) -> str:
+    """A prompt that somebody has typed. Raises Refusal where it is none."""
+    if not isinstance(given, str) or not given.strip():
+        raise Refusal(422, "prompt: there must be text in it.")
+    return given.strip().encode(errors="replace").decode()  # half of a surrogate pair is no text
+
+
 def serve_label_page(
     samples: Path,
     labels: Path | None = None,
@@ -164,6 +181,7 @@ def serve_label_page(
     mode: Mode = "rank",
     overlap: float = 0.2,
     seed: int = 0,
+    answer: Answerer | None = None,
     port: int = 8008,
     share: bool = False,
 ) -> None:
@@ -177,6 +195,7 @@ def serve_label_page(
         mode: see `label_app`.
         overlap: see `label_app`.
         seed: see `label_app`.
+        answer: see `label_app`.
         port: to listen at; 0 takes a free one.
         share: listen to the whole network and not to this machine alone.
     Raises:
@@ -188,7 +207,7 @@ def serve_label_page(
     text = guidelines.read_text(encoding="utf-8", errors="replace") if guidelines is not None else ""
     with held(labels):
         access = Access(path=access_file("label", labels))
-        shown = {"guidelines": text, "sheet": sheet, "mode": mode, "overlap": overlap, "seed": seed}
+        shown = {"guidelines": text, "sheet": sheet, "mode": mode, "overlap": overlap, "seed": seed, "answer": answer}
         app = label_app(samples, labels, access=access, hosts=("*",) if share else LOOPBACK, **shown)
         board: Board = app.state.board
         before = len(board.labels.rows)

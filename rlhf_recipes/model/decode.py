@@ -6,6 +6,7 @@ prompts and thousands of responses that is most of a rollout's time.
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ def decode(
     temperature: float,
     stop_token_ids: Tensor,
     pad_token_id: int = 0,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Sample from the active role of a shared base.
 
@@ -138,6 +140,7 @@ def decode(
         uniforms: (B, T) float64, the random numbers that the tokens come from; T is the longest response.
         temperature: divides the logits.
         stop_token_ids: (S,) tokens that end a response.
+        watch: is shown the responses so far (B, t) behind each token.
     Returns:
         (B, T') responses, T' <= T. What follows a row's first stop token means nothing.
     """
@@ -160,6 +163,8 @@ def decode(
             start = end
         tokens = draw_tokens(model.logits(hidden[:, -1]).float() / temperature, uniforms[:, t])
         responses[alive, t] = tokens
+        if watch is not None:
+            watch(responses[:, : t + 1])
         finished |= torch.isin(tokens, stop_token_ids)
         gone = int(finished.sum())
         if gone == len(alive):

@@ -96,6 +96,7 @@ class Sampler:
         self.stop_token_ids = sorted({*stop_token_ids, eos})
         self.pad_token_id = 0 if padding is None else padding
         self.backend: Backend = self.generate  # see `backends.make_backend`
+        self.watch: Callable[[Tensor], None] | None = None  # looks on: see `decode.decode`
         self._static: bool | None = None  # whether `generate` decodes in static steps; None: where they can be captured
         self.decoding = ""  # which of its two ways `generate` went last, and why
 
@@ -154,7 +155,7 @@ class Sampler:
 
         def work(rows: Tensor) -> None:
             inputs = self.pad_left([prompts[row] for row in rows.tolist()])
-            sampled = self.model.generate(*inputs, uniforms[rows], self.temperature, stops)
+            sampled = self.model.generate(*inputs, uniforms[rows], self.temperature, stops, self.watch)
             for row, response in zip(rows.tolist(), sampled, strict=True):
                 responses[row] = response
 
@@ -182,6 +183,8 @@ class Sampler:
         """Why `generate` takes the eager loop for rows of up to so many tokens; None where it does not."""
         if self._static is False:
             return "ppo.generation_backend=eager"
+        if self.watch is not None:
+            return "somebody looks on"
         if self._static is None and self.model.device.type != "cuda":
             return "no CUDA device"
         return layers_refusal(self.model.causal.config, capacity) or self.model.static_refusal

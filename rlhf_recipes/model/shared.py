@@ -6,7 +6,7 @@ B rows, P prompt tokens (left-padded), T response tokens (right-padded), L any t
 import copy
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -333,10 +333,11 @@ class SharedBase(nn.Module):
         uniforms: Tensor,
         temperature: float,
         stop_token_ids: Tensor,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Sample from the active role: left-padded prompts (B, P) to responses (B, T). See `decode.decode`."""
         with self._evaluating():
-            return decode(self, input_ids, attention_mask, uniforms, temperature, stop_token_ids)
+            return decode(self, input_ids, attention_mask, uniforms, temperature, stop_token_ids, watch=watch)
 
     def generate_static(self, *args: Any) -> None:
         """Sample from the active role in steps that a CUDA graph replays. See `graph.decode_static`."""

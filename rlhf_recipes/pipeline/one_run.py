@@ -32,13 +32,15 @@ from ..records.lock import held
 from ..records.manifest import Manifest, open_run
 from ..records.summary import footnote, summarize, table
 from ..records.trust import remember_own
-from ..report.write import write_readme, write_report
+from ..report.write import write_pages
 from ..stages.configure import Configs, stages_of
 from ..stages.inputs import check_same_format, prepare_extras, prepare_stage
 from ..stages.scores import is_external, reward_tokenizer
 from .check import check_recipe
 from .rounds import fresh_prompts, later_rounds, run_rounds, unfinished_rounds
 from .stage import ActiveRun
+
+NEXT = 2  # commands that a run prints at its end
 
 
 def run_one(
@@ -99,7 +101,7 @@ def _run_stages(
         for stage in todo:
             run.train(run.job(stage, *inputs[stage]), manifest)
         waiting = run_rounds(run, rounds, prompts)
-    summary = on_main(lambda: write_results(recipe, run_dir, manifest))
+    summary, commands = on_main(lambda: write_results(recipe, run_dir, manifest))
     if recipe.artifacts and (todo or rounds) and is_main():
         tracking.upload_report(recipe, run_dir)
     if summary["models"]:
@@ -107,6 +109,10 @@ def _run_stages(
     console.print(Text(f"{footnote(summary)}. Run folder: {run_dir}; report: report.html"))
     if waiting is not None:
         console.print(Text(waiting, style="bold"))
+    elif commands:
+        console.print(Text("What now (more of it is in the folder's README.md):"))
+        for command in commands[:NEXT]:
+            console.print(Text(f"  {command}"), soft_wrap=True)
     return summary
 
 
@@ -151,11 +157,12 @@ def prepare_inputs(run: ActiveRun, stages: Sequence[str]) -> dict[str, tuple[Pre
     return {stage: (data[stage], extras[stage]) for stage in stages}
 
 
-def write_results(recipe: Recipe, run_dir: Path, manifest: Manifest) -> Summary:
-    """Write the summary and the report of all that is finished, in the run and its rounds. Returns the summary."""
+def write_results(recipe: Recipe, run_dir: Path, manifest: Manifest) -> tuple[Summary, list[str]]:
+    """Write the summary and the report of all that is finished, in the run and its rounds.
+
+    Returns the summary, and the commands that go on from the run.
+    """
     rounds = [Manifest.read(round_folder(run_dir, number)) for number in later_rounds(recipe)]
     summary = summarize(manifest, [later for later in rounds if later.stages])
     write_json(run_dir / "summary.json", summary)
-    write_report([run_dir], run_dir / "report.html")
-    write_readme(run_dir)
-    return summary
+    return summary, write_pages(run_dir)

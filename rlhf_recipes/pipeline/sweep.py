@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from threading import Lock
 from typing import TypedDict
 
@@ -24,6 +25,7 @@ from ..records.files import Row, read_json, read_rows, write_json, write_text
 from ..records.folder import recipe_to_show, write_recipe
 from ..records.lock import held
 from ..records.manifest import Manifest, open_run
+from ..records.progress import rough_duration
 from ..records.recorder import METRICS, SAMPLES
 from ..records.summary import models_table
 from ..report import overoptimization
@@ -174,6 +176,18 @@ class Sweep:
         records = self.manifest(name).stages.values()
         return sum(record["seconds"] for record in records if "copied_from" not in record)
 
+    def time_left(self) -> str:
+        """In brackets how long the stages still take that none has trained yet, as such stages took; "" if unknown."""
+        took, left = defaultdict[str, list[float]](list), []
+        for key, names in self.alike.items():
+            (stage, *_) = json.loads(key)
+            records = [found.stages[stage] for found in map(self.manifest, names) if found.is_done(stage)]
+            took[stage] += [record["seconds"] for record in records if "copied_from" not in record]
+            left += [] if records else [stage]
+        if not left or not all(took[stage] for stage in left):
+            return ""
+        return f" (of the sweep about {rough_duration(sum(fmean(took[stage]) for stage in left) / self.jobs)} left)"
+
     def execute(self, name: str, stages: Sequence[str] | None) -> None:
         """Run stages of a variant, here or in a process of its own.
 
@@ -183,7 +197,7 @@ class Sweep:
         left = [stage for stage in stages or self.wanted(name) if not manifest.is_done(stage)]
         title = f"{name}: {', '.join(left)}"
         if self.jobs == 1:
-            self.console.print(Text(title, style="bold"))
+            self.console.print(Text(title + self.time_left(), style="bold"))
             callbacks = (*self.callbacks, self.stop)
             run_one(self.variants[name], self.run_dir / name, stages, self.force, callbacks)
             return
@@ -194,7 +208,7 @@ class Sweep:
         if code:
             last_line = log.read_text().strip().rpartition("\n")[2]
             raise ValueError(f"variants: {title} failed, see {log}: {last_line}")
-        self.console.print(Text(f"{title} done"))
+        self.console.print(Text(f"{title} done{self.time_left()}"))
 
     def run_in_process(self, name: str, stages: Sequence[str] | None, log: Path) -> int:
         """Run stages of a variant in a process of its own, whose output goes to a file. Returns its exit code."""

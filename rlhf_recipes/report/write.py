@@ -6,7 +6,7 @@ from pathlib import Path
 from ..records.files import write_text
 from .gather import gather
 from .page import render
-from .what_now import readme
+from .what_now import next_steps, readme
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -26,7 +26,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def write_readme(run_dir: Path) -> None:
-    """Write the README.md of a run folder: what it is, and what can be done with it now."""
+def write_pages(run_dir: Path) -> list[str]:
+    """Write report.html and README.md into a run folder. Returns the commands that go on from the run."""
     (run,) = gather([run_dir])
+    write_text(run_dir / "report.html", render([run]))
     write_text(run_dir / "README.md", readme(run))
+    return [command for _, command in next_steps(run)]

@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and that an installed wheel has it all."""
 
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from rlhf_recipes.cli.run import main
 from rlhf_recipes.recipe.arguments import objection
 from rlhf_recipes.recipe.lookup import recipe_names
 from rlhf_recipes.recipe.overrides import to_dict
+from rlhf_recipes.records.progress import PROGRESS
 from rlhf_recipes.stages.configure import CONFIGS
 
 
@@ -263,3 +265,44 @@ def test_a_command_is_told_how_and_where_a_run_ended(tmp_path: Path, capsys: pyt
     assert lines[:2] == ["done runs/a ", "stopped runs/b "] and len(lines) == 4
     assert lines[2] == f"failed {tmp_path / 'run'} sft.data: there is no file absent.jsonl."
     assert lines[3].startswith("failed runs/tiny Recipe 'tiny' has no stage"), lines
+
+
+def test_a_command_is_told_once_when_a_run_is_silent_for_longer_than_ever(tmp_path: Path) -> None:
+    said, step = tmp_path / "said", tmp_path / "low-kl" / PROGRESS  # of a sweep's variant
+
+    def lines() -> list[str]:
+        return said.read_text().split() if said.is_file() else []
+
+    def log() -> None:
+        step.write_text("{}")
+        os.utime(step, ns=(next(times), next(times)))
+
+    times = itertools.count(time.time_ns())
+    step.parent.mkdir()
+    log()
+    with notifying(f'echo "$RUN_STATE" >> {said}', tmp_path, look=0.005, silent=0.05):
+        time.sleep(0.2)
+        assert not lines(), "it has not begun"
+        for silences in (1, 2):
+            log()
+            while len(lines()) < silences:
+                time.sleep(0.005)
+            time.sleep(0.03)
+    assert lines() == ["stuck", "stuck", "done"]
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("rlhf-recipes are", ["arena"]),
+        ("rlhf-recipes run smollm2-h", ["smollm2-hh"]),
+        ("rlhf-recipes run tiny ppo.kl_h", ["ppo.kl_horizon="]),
+        ("rlhf-recipes plan tiny base.quant", ["base.quantization="]),
+        ("rlhf-recipes show tiny ppo.total_", ["ppo.total_episodes="]),
+    ],
+)
+def test_a_shell_is_offered_commands_recipes_and_settings(line: str, offered: list[str], tmp_path: Path) -> None:
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    asked["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "offered")
+    subprocess.run([sys.executable, "-m", "rlhf_recipes"], env=os.environ | asked, check=True)
+    assert (tmp_path / "offered").read_text().split() == offered

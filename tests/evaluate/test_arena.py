@@ -19,6 +19,7 @@ from rlhf_recipes.evaluate.people import (
     read_votes,
     samples_file,
     strengths,
+    take_labels,
     write_samples,
 )
 from rlhf_recipes.recipe.values import PEOPLE
@@ -74,6 +75,20 @@ def test_votes_know_whose_answer_was_preferred_and_marked(tmp_path: Path) -> Non
     assert [(row["model"], row["rate"]) for row in results["all_bad"]] == [("ppo", pytest.approx(1 / 3))]
     assert {model: found["made_up"]["rate"] for model, found in results["sheet"].items()} == {"ppo": 0.0, "sft": 1.0}
     assert people_results(votes.iloc[:0], {}) is None
+
+
+def test_what_people_said_elsewhere_is_taken_over_once(tmp_path: Path) -> None:
+    given, own = tmp_path / "given.jsonl", labels_file(tmp_path, PEOPLE)
+    other = json.dumps({"id": "x", "prompt": "p", "responses": ["a", "b"], "ranking": [1, 2], "labeler": "Ann"}) + "\n"
+    given.write_text(other)
+    with pytest.raises(ValueError, match=r"people:.*given.jsonl: none of its labels is of two answers"):
+        take_labels(tmp_path, ROWS, PAIRS, given)
+    given.write_text(other + label(0, "Ann", [1, 2]) + label(1, "Bob", [2, 1]))
+    own.write_text(label(0, "Ann", [2, 1]))
+    for _ in range(2):
+        take_labels(tmp_path, ROWS, PAIRS, given)
+        assert people_verdicts(tmp_path, ROWS, PAIRS)[:2] == [(0.0, False), (1.0, False)], "Ann's own word stays"
+    assert len(own.read_text().splitlines()) == 2
 
 
 def test_a_scale_has_a_mean_with_an_interval_over_prompts() -> None:

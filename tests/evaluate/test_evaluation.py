@@ -423,6 +423,55 @@ def test_people_judge_in_the_arena_and_are_a_judge_from_then_on(
     assert "What people say" in page and "Wins by person" in page and "judged by people" in page
 
 
+def test_people_type_prompts_and_judge_the_answers_while_they_wait(
+    copied: Path,
+    opened: Callable[[str, str], Page],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is shown as it comes is what `evaluate` draws for the same prompts, and votes on it are counted."""
+    out = copied / "evaluation" / "typed"
+    shown_pairs: dict[str, list[str]] = {}
+    drawn: set[str] = set()
+
+    def in_browser(samples: Path, labels: Path, *, answer: Any, **options: Any) -> None:
+        with serving(samples, labels, answer=answer) as link:
+            page = opened(link, "Ann")
+            for prompt in (f"{WORDS[0]} {WORDS[-1]}", "w4 w5 w6 w7 " * 1200, *(f"w7 {word}" for word in WORDS[:6])):
+                page.locator("#question").fill(prompt)
+                press(page, "Control+Enter")
+                page.wait_for_selector("#ask:visible, .card button")
+                said = page.locator("#said").text_content()
+                if page.locator("#ask").is_visible():
+                    shown_pairs[prompt] = [said or ""]
+                    continue
+                shown_pairs[prompt] = shown(page)
+                assert "ppo" not in page.content() and "sft" not in page.content()
+                press(page, "1 Enter")
+                page.wait_for_selector("#ask:visible")
+            press(page, "Escape")
+        drawn.update(json.loads(line)["key"] for line in (out / "cache.jsonl").read_text().splitlines())
+
+    monkeypatch.setattr("rlhf_recipes.evaluate.live.serve_label_page", in_browser)
+    main_cli(["arena", str(copied), "--models", "ppo,sft", "--live", "--response-length", "8"])
+    assert "Wins against sft on" in capsys.readouterr().out
+    trained, long, *others = shown_pairs.values()
+    assert "were trained on this prompt" in trained[0] and "there is room for" in long[0]
+    judged = [pair for pair in others if len(pair) == 2]
+    assert judged, "some pair of answers differs"
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert {row["key"] for row in rows} <= drawn, "evaluate has drawn nothing anew"
+    texts = {prompt: {row["completion"] for row in rows if row["prompt"] == prompt} for prompt in shown_pairs}
+    assert [texts[prompt] for prompt, pair in shown_pairs.items() if pair in judged] == [set(pair) for pair in judged]
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["people"]["votes"] == len(judged) and win(found, "ppo", "people")["prompts"] >= len(judged)
+    labels = [json.loads(line) for line in labels_file(out, PEOPLE).read_text().splitlines()]
+    assert [[label["responses"][index] for index in label["order"]] for label in labels] == judged
+    with pytest.raises(SystemExit):
+        main_cli(["arena", str(copied), "--live", "--limit", "3"])
+    assert "leave out --prompts, --limit and --samples" in capsys.readouterr().err
+
+
 def test_a_model_that_is_asked_judges_in_both_orders(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Endpoint(longer) as endpoint:
         words = ["evaluate", str(copied), "--models", "ppo", "--judge", endpoint.url, "--parallel", "4"]
@@ -659,6 +708,7 @@ def test_equal_policies_are_seldom_called_over_optimised(models: int) -> None:
         (["--models", "pop"], "has no finished model 'pop'"),
         (["--models", "nowhere:ppo"], "is no run folder"),
         (["--judge", "nobody"], "it is none of gold, people, reward and judge"),
+        (["--judge", "people:nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["--judge", "math:nothing"], "has no function 'nothing'"),
         (["--judge", "http://127.0.0.1:9", "--retries", "0"], "failed, after 0 retries"),
         (["--tasks", "no_such_task"], "the harness has no task 'no_such_task'"),

@@ -2,12 +2,16 @@
 
 import csv
 import re
+import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Page
 from support.command_line import error_of
+from support.label_page import done, press, serving, shown
 from support.tiny_models import save_model
 from support.worded import WORDS
 
@@ -48,7 +52,17 @@ def words_of(files: dict[str, str], *more: str) -> list[str]:
     return ["new", "mine", "--base", "base", *(word for pair in files.items() for word in pair), *more]
 
 
-def test_from_three_files_to_a_run(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def commands_in(printed: str) -> list[list[str]]:
+    """The commands that are printed to be typed next."""
+    return [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("  rlhf-recipes")]
+
+
+def test_from_three_files_to_what_people_say_by_the_commands_that_are_printed(
+    files: dict[str, str],
+    opened: Callable[[str, str], Page],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     main_cli(words_of(files, "--yes", "--gpu", "8GiB"))
     printed = capsys.readouterr().out
     assert "choices.csv: 'question' is the prompt, 'better' is the chosen, 'worse' is the rejected." in printed
@@ -67,12 +81,33 @@ def test_from_three_files_to_a_run(files: dict[str, str], capsys: pytest.Capture
     assert recipe.sft.chat and recipe.reward.chat and recipe.ppo.chat, "questions and answers are turns"
     assert "questions.csv: plain text, taken as turns of a conversation (chat=True)." in printed
     assert recipe.reward.args["per_device_train_batch_size"] * recipe.reward.args["gradient_accumulation_steps"] == 8
-    commands = [line.split() for line in printed.splitlines() if line.startswith("  rlhf-recipes")]
-    assert [words[1] for words in commands] == ["check", "check", "check", "run"]
-    main_cli(commands[0][1:])
-    main_cli([*commands[-1][1:], "ppo.total_episodes=64", "ppo.save_steps=1", "ppo.eval_strategy=no"])
-    assert Path("runs/mine/summary.json").is_file()
+    commands = commands_in(printed)
+    assert [words[0] for words in commands] == ["check", "check", "check", "run"]
+    main_cli(commands[0])
     capsys.readouterr()
+    main_cli([*commands[-1], "ppo.total_episodes=64", "ppo.save_steps=1", "ppo.eval_strategy=no"])
+    assert Path("runs/mine/summary.json").is_file()
+
+    commands = commands_in(capsys.readouterr().out)
+    assert [words[0] for words in commands] == ["evaluate", "arena"]
+    judged = []
+
+    def likes_the_first(samples: Path, labels: Path, **options: Any) -> None:
+        with serving(samples, labels) as link:
+            page = opened(link, "Ann")
+            for count in range(1, 1 + len(samples.read_text().splitlines())):
+                judged.append(shown(page))
+                press(page, "1 Enter")
+                done(page, count)
+
+    monkeypatch.setattr("rlhf_recipes.evaluate.arena.serve_label_page", likes_the_first)
+    main_cli(commands[1])
+    printed = capsys.readouterr().out
+    assert judged and re.search(r"people +\d", printed), "a win rate by people"
+    (report,) = commands_in(printed)
+    main_cli(report)
+    page = Path(capsys.readouterr().out.strip()).read_text()
+    assert "judged by people" in page
     assert "is there already, and is not written over" in error_of(capsys, words_of(files))
 
 

@@ -32,7 +32,7 @@ from rlhf_recipes.report.sections import report_sections
 from rlhf_recipes.report.shared import shared_by_runs
 from rlhf_recipes.report.what_now import next_steps
 from rlhf_recipes.report.what_was_run import run_command
-from rlhf_recipes.report.write import write_readme, write_report
+from rlhf_recipes.report.write import write_pages, write_report
 
 
 def page_of(*folders: Path) -> str:
@@ -196,7 +196,7 @@ def test_what_can_be_done_next_is_said_in_this_runs_own_names(tmp_path: Path, mo
     write_evaluation(folder)
     (run,) = gather([folder])
     assert not any("evaluate" in command for _, command in next_steps(run)), "that has been done"
-    write_readme(folder)
+    assert write_pages(folder) == [command for _, command in next_steps(run)]
     written = (folder / "README.md").read_text()
     assert written.startswith("# my run") and all(command in written for _, command in next_steps(run))
 

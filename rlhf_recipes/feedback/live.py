@@ -1,0 +1,49 @@
+"""Prompts that people type on the page: two responses come while they wait, and are judged on the spot."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
+
+from .board import Board
+from .rows import Row
+
+Show = Callable[[int, str], None]  # takes the place of a response, 0 or 1, and its text so far
+
+
+class Asked(NamedTuple):
+    """A typed prompt with two responses."""
+
+    sample: Row  # with its `id`
+    order: list[int]  # the indices of the responses in the order in which they were shown
+
+
+# Has a prompt answered, in a thread of its own. Raises ValueError where it cannot be, or there is nothing to judge.
+Answerer = Callable[[str, Show], Asked]
+
+
+async def ask(board: Board, labeler: str, prompt: str, answer: Answerer) -> AsyncIterator[str]:
+    """Have a prompt answered and give the sample to who typed it, whether or not he is still there.
+
+    Yields a JSON object a line: `{"side": 0, "text": "so far"}`, and at last the labeler's `state` or an `error`.
+    """
+    loop, lines = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None]()
+
+    def say(line: dict[str, Any] | None) -> None:
+        loop.call_soon_threadsafe(lines.put_nowait, line)
+
+    def work() -> Asked:
+        return answer(prompt, lambda side, text: say({"side": side, "text": text}))
+
+    def conclude(done: asyncio.Future[Asked]) -> None:
+        try:
+            board.add(labeler, *done.result())
+            lines.put_nowait({"state": board.state(labeler)})
+        except ValueError as error:
+            lines.put_nowait({"error": str(error)})
+        finally:
+            lines.put_nowait(None)
+
+    loop.run_in_executor(None, work).add_done_callback(conclude)
+    while (line := await lines.get()) is not None:
+        yield json.dumps(line) + "\n"
