@@ -1,4 +1,4 @@
-"""Never run at its own size as a whole: people's comparisons (Anthropic's HH) and a real language model, on a laptop.
+"""People's comparisons (Anthropic's HH) and a real language model, on a laptop.
 
     rlhf-recipes run smollm2-hh
     rlhf-recipes evaluate runs/smollm2-hh --comparisons hf://datasets/Anthropic/hh-rlhf/helpful-base/test.jsonl.gz
@@ -11,11 +11,12 @@ is trained, judges what PPO did. Two CPU cores take as much as this of HH:
 HH has comparisons of two kinds, and this takes the helpful ones alone. In these people prefer the longer answer, in the
 harmless ones the shorter, and a model of this size learns nothing from both at once: recipes/README.md has the figures.
 
-What was run is the reward stage: both reward models are right on 63 % of the comparisons of dialogues that they have
-not seen. PPO was begun, and not run to its end.
+Run so, on 1,463 comparisons, both reward models are right on 63 % of those of dialogues that they have not seen, and PPO
+is not shown to be better than SFT: its 20 updates are few, and the judge prefers it on 55.9 % (48.6 to 63.0) of 178
+prompts. On all of helpful-base it was never run.
 
 Hardware: any GPU, or 2 CPU cores for so much of it. On two cores of an AMD EPYC in bfloat16, with other work beside it,
-the reward stage took 35 minutes, and PPO takes about two minutes an update.
+the reward stage took 35 minutes and PPO 77; alone an update takes about two.
 
 There is no SFT stage: the base is an instruct model, the policy starts there, and the KL is measured to it.
 
