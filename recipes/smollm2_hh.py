@@ -11,8 +11,8 @@ is trained, judges what PPO did. Two CPU cores take as much as this of HH:
 HH has comparisons of two kinds, and this takes the helpful ones alone. In these people prefer the longer answer, in the
 harmless ones the shorter, and a model of this size learns nothing from both at once: recipes/README.md has the figures.
 
-Run so, on 1,463 comparisons, both reward models are right on 63 % of those of dialogues that they have not seen, and PPO
-is not shown to be better than SFT: its 20 updates are few, and the judge prefers it on 55.9 % (48.6 to 63.0) of 178
+Run so, on 1,463 comparisons, both reward models are right on 63 % of those of dialogues that they have not seen, and
+PPO is not shown to be better than SFT: its 20 updates are few, and the judge prefers it on 55.9 % (48.6 to 63.0) of 178
 prompts. On all of helpful-base it was never run.
 
 Hardware: any GPU, or 2 CPU cores for so much of it. On two cores of an AMD EPYC in bfloat16, with other work beside it,

@@ -9,7 +9,7 @@ from support.paths import ROOT
 def lowest_versions() -> list[str]:
     """`name==version` of each dependency, those of extras too, that has a lower bound."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    listed = [*project["dependencies"], *(word for extra in project["optional-dependencies"].values() for word in extra)]
+    listed = sum(project["optional-dependencies"].values(), project["dependencies"])
     bounds = {
         requirement.name: bound.version
         for requirement in map(Requirement, listed)
