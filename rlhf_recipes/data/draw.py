@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from ..recipe.lookup import is_function
 from ..recipe.values import Source
 from .rows import Survey, row_prompt
-from .split import prompt_hash
+from .split import drawing_hash
 
 
 def draw(numbered: Iterable[tuple[int, Any]], source: Source, seed: int) -> Iterator[tuple[int, Any]]:
@@ -34,9 +34,6 @@ def draw(numbered: Iterable[tuple[int, Any]], source: Source, seed: int) -> Iter
 
 
 def _row_hash(row: Any, seed: int) -> int:
-    """A hash of a row's prompt or, where it has none that can be used, of the row.
-
-    It is hashed twice, so that what is drawn says nothing of what is held out, which goes by the first hash.
-    """
+    """A hash of a row's prompt or, where it has none that can be used, of the row."""
     prompt = row_prompt(row)
-    return prompt_hash(str(prompt_hash(repr(row) if prompt is None else prompt, seed)), seed)
+    return drawing_hash(repr(row) if prompt is None else prompt, seed)

@@ -20,6 +20,14 @@ def prompt_hash(prompt: Text, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{json.dumps(canonical)}".encode()).digest()[:8])
 
 
+def drawing_hash(prompt: Text, seed: int) -> int:
+    """By which some of many prompts are drawn. Hashed twice, it says nothing of what is held out.
+
+    That goes by the first hash of a dialogue's opening: prompts of one turn that are held out all have a low one.
+    """
+    return prompt_hash(str(prompt_hash(prompt, seed)), seed)
+
+
 def dialogue_hash(prompt: Text, seed: int) -> int:
     """`prompt_hash` of what all prompts of a dialogue begin with. The first 48 bits are the dialogue's position."""
     return prompt_hash(_opening(prompt), seed)

@@ -7,7 +7,7 @@ from typing import Any
 from ..data.prepare import Prepared, prepare, trained_on
 from ..data.read import first_row
 from ..data.rows import StageName
-from ..data.split import dialogue_hash, halve, prompt_hash
+from ..data.split import dialogue_hash, drawing_hash, halve, prompt_hash
 from ..feedback.judge import JudgeSettings
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
@@ -146,7 +146,7 @@ def _find_prompts(
             f"--response-length={response_length} leaves room for prompts of {room} tokens, and one is longer."
         )
     if settings.limit is not None:  # few prompts are then like all, in whatever order those stand
-        rows = sorted(rows, key=lambda row: prompt_hash(row["prompt"], recipe.seed))[: settings.limit]
+        rows = sorted(rows, key=lambda row: drawing_hash(row["prompt"], recipe.seed))[: settings.limit]
     return rows, warnings
 
 

@@ -24,6 +24,7 @@ from support.worded import WORDS, make_recipe, write
 from rlhf_recipes import Recipe, Source, replace, run
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
+from rlhf_recipes.data.split import dialogue_position, drawing_hash
 from rlhf_recipes.evaluate import behaviour, verdict, wins
 from rlhf_recipes.evaluate.evaluation import evaluate
 from rlhf_recipes.evaluate.judges import find_judge, known_identity, labels_file
@@ -260,6 +261,15 @@ def test_a_limit_draws_prompts_like_the_whole(recipe: Recipe, finished: Path, tm
     settings = EvaluationSettings(prompts=str(write(tmp_path / "rows.jsonl", rows)), limit=100, judges=("gold",))
     plan = plan_evaluation(finished, recipe, load_tokenizer(recipe.base), settings)
     assert len(plan.rows) == 100 and 30 < sum(row["red"] for row in plan.rows) < 70
+
+
+def test_a_limit_draws_from_what_was_held_out_whatever_its_number_of_turns() -> None:
+    """A prompt of one turn is the opening by whose hash its dialogue is held out, so that its own hash is low too."""
+    one = [[{"role": "user", "content": word}] for word in map(str, range(4_000))]
+    more = [[*prompt, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}] for prompt in one]
+    heldout = [prompt for prompt in one[:2_000] + more[2_000:] if dialogue_position(prompt, 0) < 0.1]
+    drawn = sorted(heldout, key=lambda prompt: drawing_hash(prompt, 0))[:100]
+    assert 30 < sum(len(prompt) == 1 for prompt in drawn) < 70
 
 
 def test_prompts_that_go_on_from_a_trained_one_are_left_out(recipe: Recipe, tmp_path: Path) -> None:
