@@ -4,8 +4,6 @@ import argparse
 import re
 from collections import defaultdict
 
-from argcomplete.completers import FilesCompleter
-
 from ..recipe.lookup import load, recipe_names, recipes_folder
 from ..recipe.overrides import settings
 from ..recipe.values import STAGES
@@ -16,6 +14,8 @@ SHELL = """To complete commands, recipes and settings with Tab in bash and zsh, 
 
 def recipes(prefix: str, **_: object) -> list[str]:
     """Shipped recipes, or the files that the shell would offer."""
+    from argcomplete.completers import FilesCompleter  # recipes, which import this room, need nothing installed
+
     return [name for name in recipe_names() if name.startswith(prefix)] or list(FilesCompleter([".py"])(prefix))
 
 

@@ -178,6 +178,12 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
     return model
 
 
+def enable_checkpointing(model: Any, options: dict[str, Any], **kwargs: Any) -> None:
+    """Have a model's layers run their forward again in the backward. transformers has renamed its method for that."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options, **kwargs)
+
+
 def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """What an adapter's scores and log-probs depend on beside its own weights, as plain JSON values.
 

@@ -25,7 +25,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..recipe.values import Lora
 from ..records.contents import Fingerprint
 from .architecture import excluded_modules, head_logits, text_decoder, token_states
-from .base import check_fingerprint, write_fingerprint
+from .base import check_fingerprint, enable_checkpointing, write_fingerprint
 from .check import Caching, caching, packs_rows, static_refusal
 from .decode import decode
 from .graph import decode_static
@@ -364,10 +364,7 @@ class SharedBase(nn.Module):
         if self.checkpointed == 0:
             return
         options = activation_checkpointing_kwargs or {"use_reentrant": False}
-        if hasattr(self.causal, "activation_checkpointing_enable"):
-            self.causal.activation_checkpointing_enable(options, **kwargs)
-        else:
-            self.causal.gradient_checkpointing_enable(options, **kwargs)
+        enable_checkpointing(self.causal, options, **kwargs)
         if options.get("use_reentrant"):
             # The embeddings are frozen, and reentrant checkpointing passes gradients only where an input wants one.
             self.causal.enable_input_require_grads()

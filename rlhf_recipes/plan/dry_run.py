@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from ..model import log_probs
-from ..model.base import autocast, precision
+from ..model.base import autocast, enable_checkpointing, precision
 from ..model.batches import TOKENS_AT_ONCE
 from ..model.decode import RoomyLayer, cached_forward, draw_tokens, roomy_cache
 from ..model.shared import SharedBase, lora_config
@@ -101,11 +101,11 @@ def largest(phase: str, *micro_batches: MicroBatchMemory) -> dict[str, float]:
     return {f"{phase}.{name}": max(column) for name, column in zip(MicroBatchMemory._fields, columns, strict=True)}
 
 
-def enable_checkpointing(model: Any, shape: Shape) -> None:
+def checkpoint(model: Any, shape: Shape) -> None:
     """Switch gradient checkpointing on where the shape has it."""
     if shape.checkpointing != "off":
         model.checkpointed = shape.checkpointed
-        model.activation_checkpointing_enable({"use_reentrant": shape.checkpointing == "reentrant"})
+        enable_checkpointing(model, {"use_reentrant": shape.checkpointing == "reentrant"})
 
 
 def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> dict[str, float]:
@@ -171,7 +171,7 @@ def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
         model.train()
         if not shape.dropout:
             disable_dropout_in_model(model)
-        enable_checkpointing(causal, shape)
+        checkpoint(causal, shape)
         if shape.checkpointing != "off":
             model.enable_input_require_grads()
         policy = metered(lambda: step(shape.rows))
@@ -239,7 +239,7 @@ def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
             scored = [metered(no_grad(lambda role=role: head_step(role, rows))) for role in list(shared.heads)[:1]]
             numbers |= largest("score", metered(no_grad(lambda: policy_step(rows, entropy=True))), *scored)
         shared.train()
-        enable_checkpointing(shared, shape)
+        checkpoint(shared, shape)
         critic = [metered(lambda: head_step("critic", shape.rows))] if "critic" in shared.heads else []
         return numbers | largest("update", metered(lambda: policy_step(shape.rows)), *critic)
 

@@ -49,7 +49,12 @@ STOPS = torch.arange(4, 12)  # so many that rows end early, and at different tim
 
 
 def classifier(base: Base) -> PreTrainedModel:
-    return load_base(base, AutoModelForSequenceClassification, num_labels=1)
+    try:
+        return load_base(base, AutoModelForSequenceClassification, num_labels=1)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        pytest.skip("this version of transformers has no classifier of this architecture")
 
 
 @dataclass

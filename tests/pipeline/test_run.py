@@ -274,7 +274,7 @@ def test_running_again_skips_what_is_finished(recipe: Recipe, finished: tuple[Pa
 
     def stamps() -> dict[Path, int]:
         trained = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".html"))
-        trained = (path for path in trained if path.name != "README.md")
+        trained = (path for path in trained if path.name not in ("README.md", ".lock"))
         return {path: path.stat().st_mtime_ns for path in trained}
 
     before, page = stamps(), (folder / "report.html").read_bytes()
