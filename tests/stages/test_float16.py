@@ -56,6 +56,8 @@ def trl_trainer(stage: str, base: Base, output_dir: Path, **arguments: Any) -> T
     rows, tokenizer = Dataset.from_dict(ROWS[stage]), load_tokenizer(base)
     if stage == "reward":
         model = load_base(base, AutoModelForSequenceClassification, num_labels=1)
+        # torch draws other random numbers in float16, before 2.12 or so.
+        model.score.weight.data.copy_(torch.linspace(-0.02, 0.02, model.score.in_features))
         kind, config, task = RewardTrainer, RewardConfig(**given), TaskType.SEQ_CLS
     else:
         model, task = load_base(base), TaskType.CAUSAL_LM
