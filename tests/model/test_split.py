@@ -49,12 +49,6 @@ OTHERS += (
 def two(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Within it bases that say so are split over two devices."""
     monkeypatch.setattr("rlhf_recipes.model.split.cards", lambda: [FIRST, SECOND])
-    # PEFT writes adapters from where they are, which are no addresses here.
-    save = peft.peft_model.safe_save_file
-    monkeypatch.setattr(
-        "peft.peft_model.safe_save_file",
-        lambda state, *args, **options: save({key: held(value) for key, value in state.items()}, *args, **options),
-    )
     return TwoDevices()
 
 
@@ -211,8 +205,19 @@ def test_a_run_of_one_device_goes_on_on_two(tmp_path: Path, two: TwoDevices, mon
     assert max(error(resumed[role], expected[role]) for role in expected) < 1e-6
 
 
+def let_peft_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT writes adapters from where they are, and the second device has no addresses."""
+    names, save = peft.peft_model.id_tensor_storage, peft.peft_model.safe_save_file
+    monkeypatch.setattr("peft.peft_model.id_tensor_storage", lambda tensor: names(held(tensor)))
+    monkeypatch.setattr(
+        "peft.peft_model.safe_save_file",
+        lambda state, *args, **options: save({key: held(value) for key, value in state.items()}, *args, **options),
+    )
+
+
 @LONG
-def test_all_stages_train_the_same(tmp_path: Path, two: TwoDevices) -> None:
+def test_all_stages_train_the_same(tmp_path: Path, two: TwoDevices, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_peft_save(monkeypatch)
     made = make_recipe(tmp_path)
     sgd = {"learning_rate": 0.1, "optim": "sgd", "gradient_checkpointing": True}
     dpo = DPOStage(f"{tmp_path}/pairs.jsonl", heldout=0.1, args={**sgd, "max_steps": 2, "response_length": 8})
