@@ -31,7 +31,7 @@ from ..records.cache import cache_folder, hash_of_files
 from ..records.contents import Fingerprint
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
-from .split import hook_layers, is_split, layer_map
+from .split import hook_layers, is_split, layer_map, lies_on_several
 
 FINGERPRINT = "base.json"  # beside each saved adapter
 
@@ -176,7 +176,7 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights for good in the first no-grad forward, and later gradients be wrong.
             module.support_avx512bf16_for_cpu = False
-    if is_split(base):
+    if lies_on_several(model):
         hook_layers(model)
     (check_classifier if scores else check_causal)(model.requires_grad_(False))
     return model

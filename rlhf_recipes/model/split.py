@@ -34,7 +34,7 @@ def is_split(base: Base) -> bool:
 
 
 def lies_on_several(model: Any) -> bool:
-    """Whether a model, or a shared base, does."""
+    """Whether a model, or a shared base, does lie on several: one of a single layer does not."""
     return len({*getattr(model, "hf_device_map", {}).values()}) > 1
 
 

@@ -279,6 +279,12 @@ def test_on_one_device_the_base_of_a_finished_run_loads_as_any_other(tmp_path: P
     assert {parameter.device for parameter in model.parameters()} == {FIRST} and not hasattr(model, "hf_device_map")
 
 
+def test_a_single_layer_stays_on_the_first(tmp_path: Path, two: TwoDevices) -> None:
+    with two:
+        model = load_base(Base(str(save_model(tmp_path, num_hidden_layers=1)), split="layers"))
+    assert {parameter.device for parameter in model.parameters()} == {FIRST}
+
+
 def test_other_ways_to_sample_are_refused() -> None:
     recipe = replace(load("tiny"), base={"split": "layers"}, tracker="none")
     with pytest.raises(ValueError, match=r"ppo\.generation_backend=static samples on one GPU only, .*: set native"):
