@@ -63,6 +63,8 @@ def _run(options: argparse.Namespace) -> None:
             settings = planned["fits_with"]
             with_what = f"fits with {settings}" if settings else "no setting that is known makes it fit"
             console.print(f"[bold]{stage}[/]: {with_what}", highlight=False)
+    if plan["several"] is not None:
+        console.print(plan["several"], highlight=False)
     console.print("Planned for rows of the longest lengths that the settings allow.")
     if any(stage["seconds"] for stage in plan["stages"].values()):
         console.print(

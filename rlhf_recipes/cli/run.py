@@ -117,7 +117,7 @@ def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequenc
     from ..model.processes import join, reported
 
     with reported():
-        join()
+        join(split=recipe.base.split is not None)
         from ..pipeline.run import run
 
         run(

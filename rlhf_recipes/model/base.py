@@ -31,6 +31,7 @@ from ..records.cache import cache_folder, hash_of_files
 from ..records.contents import Fingerprint
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
+from .split import hook_layers, is_split, layer_map, lies_on_several
 
 FINGERPRINT = "base.json"  # beside each saved adapter
 
@@ -44,10 +45,11 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def device_name() -> str:
-    """The hardware of this run: the GPU, as CUDA calls it, or the CPU's kind and cores."""
+def device_name(base: Base) -> str:
+    """The hardware of a run: the GPU, or those that its base lies on, as CUDA calls it, or the CPU's kind and cores."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+        name = torch.cuda.get_device_name(0)
+        return name if base.split is None else f"{torch.cuda.device_count()} x {name}"
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
@@ -131,7 +133,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
 
 def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
-    """The base's weights, frozen, on this run's device, quantized as the recipe says.
+    """The base's weights, frozen, on this run's device or split over several, quantized as the recipe says.
 
     Args:
         auto_class: AutoModelForCausalLM, or AutoModelForSequenceClassification to train the reward model.
@@ -158,7 +160,7 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
         trust_remote_code=base.trust_remote_code,
         use_safetensors=True,
         dtype=dtype,
-        device_map={"": device()},
+        device_map=device_map(base, auto_class),
         output_loading_info=True,
         **({"quantization_config": quantization} if quantization else {}),
         **({"attn_implementation": base.attn_implementation} if base.attn_implementation else {}),
@@ -174,6 +176,8 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights for good in the first no-grad forward, and later gradients be wrong.
             module.support_avx512bf16_for_cpu = False
+    if lies_on_several(model):
+        hook_layers(model)
     (check_classifier if scores else check_causal)(model.requires_grad_(False))
     return model
 
@@ -182,6 +186,15 @@ def enable_checkpointing(model: Any, options: dict[str, Any], **kwargs: Any) -> 
     """Have a model's layers run their forward again in the backward. transformers has renamed its method for that."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options, **kwargs)
+
+
+def device_map(base: Base, auto_class: Any) -> dict[str, torch.device]:
+    """Where each part of the base goes: to this run's device, or as `base.split` says."""
+    if not is_split(base):
+        return {"": device()}
+    with torch.device("meta"):
+        empty = auto_class.from_config(base_config(base), trust_remote_code=base.trust_remote_code)
+    return layer_map(empty, base.quantization, precision(base))
 
 
 def fingerprint(base: Base, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:

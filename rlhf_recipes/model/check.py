@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .architecture import head_logits, text_decoder, token_states
 from .decode import cached_forward, keep_rows, roomy_cache
 from .graph import NoLook, StaticDecoder
+from .split import lies_on_several
 
 TOKENS = 8
 PADDING = 2  # columns at the left of the row that has some
@@ -129,6 +130,8 @@ def static_refusal(model: Any) -> str | None:
     causal = model.causal
     if getattr(causal, "is_loaded_in_8bit", False):
         return "products in 8 bits make the host wait"
+    if lies_on_several(causal):
+        return "its layers lie on several GPUs"
     if not model.backbone._supports_attention_backend:
         return "its attention is not transformers' AttentionInterface"
     (row, _), _ = _probe(causal)  # (L,)

@@ -49,7 +49,7 @@ class RoomyLayer(DynamicLayer):
         # Keys and values one after the other, so that only one of the two is there twice.
         self.keys = self.values = None
         for i in range(2):
-            self.room[i] = self.room[i][beam_idx]
+            self.room[i] = self.room[i][beam_idx.to(self.room[i].device)]
         self.keys, self.values = (room[:, :, : self.length] for room in self.room)
 
 

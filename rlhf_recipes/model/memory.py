@@ -1,4 +1,4 @@
-"""Peak memory, of the GPU where there is one and else of this process, and what to do when it runs out."""
+"""Peak memory, of the GPU that holds most where there is one and else of this process, and what to do without."""
 
 import ctypes
 import logging
@@ -40,15 +40,16 @@ def give_back_at_once() -> None:
 def reset_peak_memory() -> None:
     """Start measuring anew."""
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
     elif CLEAR_REFS.exists():
         CLEAR_REFS.write_text("5")  # sets the resident high-water mark to what is resident now
 
 
 def peak_memory_mib() -> float:
-    """Peak since `reset_peak_memory` in MiB: allocated on the GPU, else resident in this process."""
+    """Peak since `reset_peak_memory` in MiB: allocated on a GPU, the most of several, else resident in this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 2**20
     if STATUS.exists():
         return status_mib("VmHWM")
     import resource

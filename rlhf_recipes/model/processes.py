@@ -43,18 +43,21 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def join() -> None:
+def join(split: bool = False) -> None:
     """Become one of the processes that torchrun has started; where it has started none, the only one.
 
     To be called before a trainer's configuration is made and before CUDA is used. The process sees its own GPU alone.
     Only the main one is heard: a terminal has one bar.
 
-    Raises ValueError where there are more processes than GPUs.
+    Args:
+        split: the base is to lie on several GPUs, and the only process sees all of them.
+    Raises:
+        ValueError: there are more processes than GPUs.
     """
     if dist.is_initialized():
         return
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpus:
+    if gpus and not (split and here == 1):
         if here > gpus:
             raise ValueError(f"{here} processes want a GPU each, and {gpus} can be seen: start {gpus}.")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))

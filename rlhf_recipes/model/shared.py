@@ -126,8 +126,13 @@ class SharedBase(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
-        return self.causal.device
+        """Where the base is; of one that is split, where ids go and what it says of them comes from."""
+        return self.causal.get_input_embeddings().weight.device
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device]:
+        """Of a base that is split, where each part lies: by it a Trainer knows that it has nothing to move."""
+        return self.causal.hf_device_map
 
     def add_role(
         self,
@@ -165,8 +170,9 @@ class SharedBase(nn.Module):
             self.load_role(name, folder)
         disable_dropout_in_model(self)
         for module in self.modules():
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                setattr(module, "attention_dropout", 0.0)  # noqa: B010 # the architectures that pass the rate to a function
+            for key, value in vars(module).items():
+                if key.endswith("dropout") and isinstance(value, float):  # a rate that is passed to a function
+                    setattr(module, key, 0.0)
         self._tuner_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
         self.__dict__.pop("siblings", None)  # the new adapter may be on other layers
         for layer in self._tuner_layers:

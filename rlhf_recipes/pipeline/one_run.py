@@ -19,6 +19,7 @@ from ..data.tokens import writes_date
 from ..model.base import fingerprint, load_tokenizer, model_path
 from ..model.processes import broadcast, is_main, on_main
 from ..model.quiet import quiet_libraries
+from ..model.split import check_split
 from ..plan.cards import this_card
 from ..plan.fit import check_memory
 from ..plan.hours import seconds_of_stages
@@ -56,6 +57,7 @@ def run_one(
     quiet_libraries()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    check_split(recipe.base)
     configs = check_recipe(recipe, run_dir)
     with writing_in(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
     Raises ValueError, with what to change, where it runs out of memory.
     """
     record = manifest.begin(job.stage, job.data.report)
-    record["device"] = device_name()
+    record["device"] = device_name(job.recipe.base)
     on_main(lambda: manifest.write(job.run_dir))  # all processes begin together
     job.folder.mkdir(parents=True, exist_ok=True)
     if sizes := getattr(job.config, "chosen_sizes", None):

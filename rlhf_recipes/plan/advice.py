@@ -84,6 +84,13 @@ def best_changes(recipe: Recipe, stage: str, configs: Configs, gpu: float | None
     return f"What helps most: {'; '.join(map(str, best))}." if best else "No single setting helps."
 
 
+def over_several(recipe: Recipe, plan: MemoryPlan) -> str | None:
+    """What there is beside settings where a plan of one GPU does not fit: more of them."""
+    if plan.fits or not plan.on_gpu or recipe.base.split is not None:
+        return None
+    return "base.split=layers lays the base over all GPUs of a machine, which then work one after another."
+
+
 def settings_that_fit(recipe: Recipe, stage: str, configs: Configs, gpu: float | None = None) -> str | None:
     """Settings, as the command line takes them, with which a stage fits that does not; None where none were found.
 
@@ -174,4 +181,4 @@ def plan_as_dict(
             "changes": [dataclasses.asdict(c) for c in helpful_changes(recipe, stage, configs, gpu)] if helped else [],
             "fits_with": None if plan.fits_in(stage) else settings_that_fit(recipe, stage, configs, gpu),
         }
-    return {"limit_mib": plan.limit_mib, "fits": plan.fits, "stages": stages}
+    return {"limit_mib": plan.limit_mib, "fits": plan.fits, "several": over_several(recipe, plan), "stages": stages}

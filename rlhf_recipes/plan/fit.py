@@ -14,7 +14,7 @@ from ..model.memory import give_back_at_once, peak_memory_mib
 from ..recipe.values import Recipe
 from ..stages.configure import Configs
 from ..stages.job import Job
-from .advice import best_changes, settings_that_fit
+from .advice import best_changes, over_several, settings_that_fit
 from .dry_run import NoPlan
 from .plan import MemoryPlan, StagePlan, for_device, gib, plan_memory, settle_auto_sizes, stage_plan
 
@@ -55,6 +55,7 @@ def refuse_misfit(recipe: Recipe, configs: Configs, plan: MemoryPlan) -> None:
         if not plan.fits_in(stage):
             settings = settings_that_fit(recipe, stage, configs)
             fits = "No setting that is known makes it fit." if settings is None else f"It fits with {settings}."
+            fits = " ".join(filter(None, [fits, over_several(recipe, plan)]))
             raise ValueError(
                 f"{stage} does not fit: it is planned to take {gib(stage_memory.peak_mib)} GiB, or with what is held "
                 f"beside its tensors {gib(stage_memory.needed_mib)}, of {gib(plan.limit_mib)}. "

@@ -126,7 +126,7 @@ def plan_memory(
             settle_auto_sizes(recipe, config, gpu)
         stages[stage] = stage_plan(device_recipe, stage, config, total)
     on_gpu = gpu is not None or torch.cuda.is_available()
-    return MemoryPlan(stages, (available_bytes() if gpu is None else gpu) / MIB, on_gpu)
+    return MemoryPlan(stages, (available_bytes(recipe.base) if gpu is None else gpu) / MIB, on_gpu)
 
 
 def for_device(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> tuple[float | None, Recipe, Any]:
@@ -234,7 +234,7 @@ def captured_decoding(recipe: Recipe, config: PPOConfig, shape: Shape, numbers: 
     and the state of the rows, while prompts go through the model eagerly.
     """
     text = read_config(recipe.base).get_text_config()
-    refused = config.generation_backend != "native" or recipe.base.quantization == "int8"
+    refused = config.generation_backend != "native" or recipe.base.quantization == "int8" or recipe.base.split
     if refused or layers_refusal(text, room(shape.prompt, config.response_length)) is not None:
         return {}
     token = numbers["kv_cache"] / (shape.more_rows * shape.length)
@@ -301,14 +301,16 @@ def rollout_bytes(config: PPOConfig) -> float:
     return config.rollout_size * (9 * (prompt + response) + 29 * response)
 
 
-def available_bytes() -> float:
+def available_bytes(base: Base) -> float:
     """Bytes that this process may take: of the GPU, or what the machine (or the container) has beside what is taken.
 
     Of the GPU they are those that its driver calls free, what the allocator holds, and CUDA's context, which is there
-    and which a plan counts.
+    and which a plan counts. Where the base is split over several GPUs they are those of all together: whole layers
+    leave some of that unused.
     """
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() + CONTEXT
+        gpus = range(torch.cuda.device_count() if base.split is not None else 1)
+        return sum(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) for gpu in gpus) + CONTEXT
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and limit.read_text().strip() != "max":
@@ -365,7 +367,7 @@ def fits_by(phases: Sequence[str], recipe: Recipe, config: PPOConfig, total: flo
     tried = stage_plan(recipe, "ppo", config, total)
     peak = max(tried.phases[phase] for phase in phases)
     beside = held_beside(peak * MIB, tried.parts["weights"] * MIB, total is not None)
-    return peak * MIB + sum(beside.values()) <= (available_bytes() if gpu is None else gpu)
+    return peak * MIB + sum(beside.values()) <= (available_bytes(recipe.base) if gpu is None else gpu)
 
 
 def work_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float | None]:

@@ -105,6 +105,7 @@ def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:
     What becomes of steps that are not finite is none of what it has given: so far there were none, or it stopped there.
     """
     recipe = copy.deepcopy(recipe)
+    recipe.get("base", {}).pop("split", None)
     for section in (recipe[stage] for stage in STAGES if recipe.get(stage)):
         args = section["args"]
         free = ["per_device_eval_batch_size", "gradient_checkpointing", "on_nonfinite"]

@@ -81,6 +81,11 @@ def check_ppo(recipe: Recipe, config: PPOConfig) -> None:
         check_reward_source(name, recipe.reward is not None)
     check_reward_weights(config.reward_weights, sources)
     check_backend(config.generation_backend, recipe.base.quantization, precision(recipe.base))
+    if recipe.base.split is not None and config.generation_backend not in ("native", "eager"):
+        raise ValueError(
+            f"ppo.generation_backend={config.generation_backend} samples on one GPU only, and "
+            f"base.split={recipe.base.split} lays the base over several: set native."
+        )
     if config.critic == "reward" and recipe.reward is None:
         raise ValueError(
             "ppo.critic=reward copies a reward model, and the recipe has no reward stage: set sft or head."

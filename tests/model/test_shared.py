@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.architectures import save_architecture
 from support.tiny_models import ARCHITECTURES, make_tokenizer, save_model
 from torch import Tensor, nn
 from transformers import (
@@ -546,6 +547,15 @@ def test_dropout_is_off_for_every_role(tmp_path: Path, name: tuple[str, str]) ->
 
 
 # --- Heads on a borrowed adapter, biases, copies ----------------------------------------------------------------------
+
+
+def test_dropout_that_is_no_module_is_off_too(tmp_path: Path) -> None:
+    model = SharedBase(load_base(Base(str(save_architecture(tmp_path, "opt")), dtype="float32")), LORA)
+    model.add_role("policy", trainable=True)
+    model.train()
+    ids, mask = torch.arange(4, 12)[None], torch.ones(1, 8, dtype=torch.long)
+    with model.role("policy"):
+        assert torch.equal(model.states(ids, mask), model.states(ids, mask))
 
 
 def test_a_head_on_another_roles_adapter_reads_it_and_is_saved_with_it(llama: Setup, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_cpus_plan_says_what_the_process_may_hold(recipe: Recipe, monkeypatch:
     saved: list[bool] = []
     monkeypatch.setattr(fit, "give_back_at_once", lambda: saved.append(True))
     for limit, times in ((1.05 * needed, 1), (10 * needed, 0)):
-        monkeypatch.setattr("rlhf_recipes.plan.plan.available_bytes", lambda limit=limit: limit * MIB)
+        monkeypatch.setattr("rlhf_recipes.plan.plan.available_bytes", lambda base, limit=limit: limit * MIB)
         saved.clear()
         fit.check_memory(recipe, configs, force=False, console=Console(quiet=True))
         assert len(saved) == times, "half as much is held, more slowly, where it would not fit"

@@ -19,7 +19,7 @@ from rlhf_recipes import Base, PPOStage, Recipe, Stage, replace, run
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.model.base import load_base
 from rlhf_recipes.pipeline.check import check_recipe
-from rlhf_recipes.plan.advice import helpful_changes, settings_that_fit
+from rlhf_recipes.plan.advice import helpful_changes, over_several, settings_that_fit
 from rlhf_recipes.plan.dry_run import dry_run, optimizer_bytes
 from rlhf_recipes.plan.meter import MicroBatchMemory
 from rlhf_recipes.plan.plan import (
@@ -199,7 +199,7 @@ def test_a_stage_that_cannot_fit_is_refused_before_anything_is_read(
     peaks = {stage: planned.needed_mib for stage, planned in plan_memory(recipe).stages.items()}
     assert plan_memory(recipe).fits
     limit = 2**20 * (max(peaks.values()) - 0.01)
-    monkeypatch.setattr("rlhf_recipes.plan.plan.available_bytes", lambda: limit)
+    monkeypatch.setattr("rlhf_recipes.plan.plan.available_bytes", lambda base: limit)
     with pytest.raises(
         ValueError, match=r"dpo does not fit: .* GiB, .* What helps most: .* same results.*It fits with dpo.*--force"
     ):
@@ -210,6 +210,18 @@ def test_a_stage_that_cannot_fit_is_refused_before_anything_is_read(
     assert run(recipe, tmp_path / "run", ["sft"], force=True)
     record = manifest_of(tmp_path / "run")["stages"]["sft"]
     assert record["planned_peak_mib"] > peaks["sft"] and record["peak_memory_mib"] > 0
+
+
+def test_where_one_gpu_is_too_small_several_are_named(recipe: Recipe) -> None:
+    plan = plan_memory(recipe, gpu=2**20, only=["sft"])
+    assert "base.split=layers lays the base over all GPUs" in str(over_several(recipe, plan))
+    split = replace(recipe, base={"split": "layers"})
+    none = [
+        (split, plan),
+        (recipe, dataclasses.replace(plan, on_gpu=False)),
+        (recipe, plan_memory(recipe, only=["sft"])),
+    ]
+    assert [over_several(*given) for given in none] == [None, None, None]
 
 
 def test_a_run_plans_for_the_longest_rows_of_its_data(

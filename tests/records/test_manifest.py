@@ -49,3 +49,9 @@ def test_both_of_our_ways_to_sample_give_the_same_run() -> None:
         )
     )
     assert unset == eager != other
+
+
+def test_where_a_base_lies_does_not_change_a_run() -> None:
+    bases = ({"model": "a"}, {"model": "a", "split": "layers"}, {"model": "b"})
+    before, split, other = (_without_memory({"base": base}) for base in bases)
+    assert before == split != other

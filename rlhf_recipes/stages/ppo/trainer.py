@@ -35,6 +35,7 @@ from ...model.memory import halved, peak_memory_mib, ran_out
 from ...model.processes import all_gather, all_sum_, count, rank, same_random_numbers, take_summed
 from ...model.sampler import Sampler, state_values, text_loss
 from ...model.shared import SharedBase
+from ...model.split import lies_on_several
 from ...records.contents import Sample
 from ..callbacks import StartOnce
 from ..compare import Evaluator, held_out_texts, quality
@@ -114,7 +115,7 @@ class PPOTrainer(WritesOnce):
             ptx: pretraining texts (`prepare("ptx", ...)`) to mix in, and held-out ones to measure perplexity on.
         """
         self.config = args
-        check_fit(args, len(train_dataset), ptx is not None)
+        check_fit(args, len(train_dataset), ptx is not None, lies_on_several(model))
         # Left in its table until it is drawn: as lists of Python's numbers a token would take 40 bytes.
         self.texts = None if ptx is None else ptx.train.with_format("numpy", ["input_ids"])
         self.kl_coef = args.kl_coef  # which target_kl adapts
@@ -636,9 +637,13 @@ class PPOTrainer(WritesOnce):
         return found | {"stopped_early": state.global_step < state.max_steps}
 
 
-def check_fit(config: PPOConfig, prompts: int, has_texts: bool) -> None:
-    """Raises ValueError where the configuration does not fit the processes, the number of prompts or the texts."""
-    if config.world_size > 1 or config.n_gpu > 1:
+def check_fit(config: PPOConfig, prompts: int, has_texts: bool, split: bool = False) -> None:
+    """Raises ValueError where the configuration does not fit the processes, the number of prompts or the texts.
+
+    Args:
+        split: the base lies on several GPUs, which are this process's.
+    """
+    if config.world_size > 1 or (config.n_gpu > 1 and not split):
         raise ValueError(
             f"PPOTrainer wants a process for each GPU, and none of accelerate's: there are "
             f"{max(config.world_size, config.n_gpu)}. Set CUDA_VISIBLE_DEVICES=0 for one process. For several, start "
