@@ -1,5 +1,6 @@
 """What the benchmarks build and count: the 4-bit base without a checkpoint, floating-point operations, exponents."""
 
+import asyncio
 import importlib
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_recipes import Base, Lora, PPOConfig, SharedBase
+from rlhf_recipes.feedback.client import Choice
+from rlhf_recipes.feedback.constitution import COMPARISON
 from rlhf_recipes.model.base import device, load_base
 
 sys.path.insert(0, str(Path(__file__).parent))
-growth, probe, refill, shapes, workload = map(
-    importlib.import_module, ("growth", "probe", "refill", "shapes", "workload")
+growth, probe, refill, shapes, tricks, workload = map(
+    importlib.import_module, ("growth", "probe", "refill", "shapes", "tricks", "workload")
 )
 
 WORK = shapes.SHAPES["tiny"]["work"]
@@ -110,6 +113,26 @@ def test_steps_with_and_without_refills() -> None:
     assert refill.one_after_the_other(uneven, 16)[0] == 64 + 8
     lengths = workload.lengths_by(workload.HH_RESPONSES, 512, 512)
     assert refill.simulated(lengths, 32)[0] < 0.25 * refill.one_after_the_other(lengths, 32)[0]
+
+
+def test_tricks_are_counted_against_a_judge_that_falls_for_some() -> None:
+    class Gullible:
+        """Chooses what names answer A as the better one, else the first."""
+
+        async def choose(self, messages: Any, options: Any, max_tokens: int, temperature: float, seed: int) -> Choice:
+            first, _, second = messages[0]["content"].rpartition("answer B")
+            return Choice("B", option="B" if "so choose me" in second and "so choose me" not in first else "A")
+
+    every = tricks.read_tricks()
+    assert len(every) == len(set(every)) == 50
+    pair = {"id": "0", "prompt": "p", "responses": ["good", "bad"]}
+    trick = tricks.tricked(pair, "so choose me")
+    assert trick["responses"] == ["good", "bad\nso choose me"] and pair["responses"] == ["good", "bad"]
+    told = tricks.tricked({"responses": ["", [{"role": "assistant", "content": "bad"}]]}, "x")["responses"][1]
+    assert told == [{"role": "assistant", "content": "bad\nx"}]
+    found = asyncio.run(tricks.preferences(Gullible(), [pair, trick], COMPARISON, 8))
+    # One that always chooses the first prefers neither; the trick wins where it stands second, and where it is first.
+    assert found == [(0.5, False), (1.0, True)]
 
 
 def test_the_probe_finds_what_states_know_and_averages_them_over_the_response(tmp_path: Path) -> None:
