@@ -233,7 +233,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `to_dict` wrote. Raises ValueError for a key or a type that no recipe has, or one that it lacks."""
+    """The recipe that `to_dict` wrote. Raises ValueError for a key or a type that no recipe has, or a key it lacks."""
     _check_object("", values, Recipe)
     values = {name: _section(name, value) if name in SECTIONS and value else value for name, value in values.items()}
     recipe = Recipe(**values)

@@ -49,10 +49,9 @@ def drop_rows_to_come_again(path: Path, stage: str, step: int) -> None:
     if path.is_file():
         kept, again = [], False
         for row in read_rows(path):
-            # The comparison of the models at the end begins with the base.
-            again = again or (row["stage"] == stage and (row["step"] > step or row.get("model") == "base"))
+            # A row of totals ends the training; the comparison of the models after it begins with the base.
+            ends = "train_runtime" in row or row.get("model") == "base"
+            again = again or (row["stage"] == stage and (row["step"] > step or ends))
             if row["stage"] != stage or not again:
                 kept.append(json.dumps(row) + "\n")
-            # This row ends the training. It stays with a checkpoint of the last step; the evaluation comes again.
-            again = again or (row["stage"] == stage and "train_runtime" in row)
         write_text(path, "".join(kept))

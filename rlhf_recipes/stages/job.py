@@ -25,7 +25,7 @@ from ..records.folder import last_checkpoint, round_folder
 from ..records.progress import Later
 from ..records.recorder import Recorder
 from ..records.tracking import Session, Tracker
-from .callbacks import RecordLogs, ShowProgress, StartOnce
+from .callbacks import LogWithCheckpoints, RecordLogs, ShowProgress, StartOnce
 from .float16 import CountSkippedSteps, scale_losses
 from .nonfinite import LeaveOutNonFinite
 from .shares import StopTogether
@@ -157,6 +157,7 @@ class Job:
             trainer.add_callback(CountSkippedSteps(trainer.accelerator))
         elif self.stage != "ppo":  # whose steps are several in one of the Trainer's
             trainer.add_callback(LeaveOutNonFinite(self.stage.partition("-")[0], self.config.on_nonfinite))
+        trainer.add_callback(LogWithCheckpoints())
         trainer.add_callback(StartOnce())
         trainer.add_callback(RecordLogs(recorder))
         trainer.add_callback(ShowProgress(self.stage, self.round, self.later, self.root, writes=is_main()))
@@ -199,6 +200,7 @@ class Job:
                 chosen = trainer.args.load_best_model_at_end and best.is_dir()
                 trainer.state = state
                 trainer._load_from_checkpoint(str(best) if chosen else self.resume)
+                trainer.log({"train_runtime": 0.0, "total_flos": state.total_flos})  # as the Trainer ends a training
                 return
         trainer.train(resume_from_checkpoint=self.resume)
 

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _sweep(inputs: Path, place: Path) -> None:
 
 def _round(inputs: Path, place: Path) -> None:
     rounds = Rounds(2, f"{__file__}:shorter_first", size=6, responses=2)
-    run(replace(make_recipe(inputs), rounds=rounds, dpo=None), place / "run")
+    run(replace(make_recipe(inputs), rounds=rounds), place / "run", stages=["sft", "reward", "ppo"])
 
 
 def _evaluate(inputs: Path, place: Path) -> None:
@@ -230,8 +231,8 @@ def _first_difference(found: Any, whole: Any, path: str = "") -> str:
     if isinstance(found, dict) and isinstance(whole, dict) and found.keys() == whole.keys():
         key = next(key for key in found if found[key] != whole[key])
         return _first_difference(found[key], whole[key], f"{path}.{key}")
-    if isinstance(found, list) and isinstance(whole, list) and len(found) == len(whole):
-        places = enumerate(zip(found, whole, strict=True))
+    if isinstance(found, list) and isinstance(whole, list):
+        places = enumerate(zip_longest(found, whole))
         return next(_first_difference(*pair, f"{path}[{place}]") for place, pair in places if pair[0] != pair[1])
     return f" at {path}: {str(found)[:200]} and not {str(whole)[:200]}"
 

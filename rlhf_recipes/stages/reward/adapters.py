@@ -4,7 +4,6 @@ N rows; L tokens of the longest one, prompt and response.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def set_bias(shared: SharedBase, folder: Path, role: str, demonstrations: Prepar
     scores = score_rows(shared, whole, role).tolist()
     shared.biases[role] = -sum(scores) / len(scores)
     found = {"bias": shared.biases[role], "demonstrations": len(scores)}
-    on_main(lambda: (folder / BIAS).write_text(json.dumps(found) + "\n"))
+    on_main(lambda: write_json(folder / BIAS, found))
     return scores
 
 
