@@ -139,6 +139,7 @@ def test_a_line_that_would_fill_the_memory_is_refused(
         load_rows("ppo", Source(str(tmp_path / name)))
 
 
+@pytest.mark.long
 def test_ten_thousand_columns_are_read(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", **{f"column {m}": m for m in range(10_000)}} for n in range(2)]
     data = prepared("ppo", written(tmp_path / "rows.jsonl", *map(json.dumps, rows)))

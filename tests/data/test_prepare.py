@@ -152,9 +152,7 @@ def test_unusable_template_is_refused(name: str, message: str) -> None:
         make_tokenizer(template=name)
 
 
-@pytest.mark.parametrize(
-    "template", ["{{ 1 / 0 }}", "{{ messages[0] + 1 }}", "{{ (1, 2)[messages[0].content] }}", "\ud800"]
-)
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[0] + 1 }}", "{{ {}.a.b.c }}", "\ud800"])
 def test_a_template_that_fails_as_programs_do_is_refused(tmp_path: Path, template: str) -> None:
     path = tmp_path / "mine.jinja"
     path.write_bytes(template.encode("utf-8", "surrogatepass"))

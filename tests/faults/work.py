@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -188,6 +189,9 @@ OTHERWISE = ("time", "memory/", "tokens_per_second", "seconds", "peak_memory_mib
 OTHERWISE += ("train_runtime", "train_samples", "train_steps", "train_loss", "eval_runtime", "eval_samples_per")
 OTHERWISE += ("eval_steps_per", "eval_num_tokens", "eval_model_preparation_time", "total_flos")
 
+# What these hold comes from a model's forwards on whatever was still to be asked. Rounding depends on the batch.
+BATCHED = ("labels", "run/evaluation/")
+
 
 def _same_each_time(value: Any) -> Any:
     """A JSON value without what no two runs have alike."""
@@ -220,21 +224,23 @@ def differences(found: dict[str, Any], whole: dict[str, Any]) -> list[str]:
     """In words what differs from a place where nobody was killed."""
     words = [f"{name} is left over" for name in found.keys() - whole.keys()]
     words += [f"{name} is missing" for name in whole.keys() - found.keys()]
-    for name in sorted(found.keys() & whole.keys()):
-        if found[name] != whole[name]:
-            words.append(f"{name} differs{_first_difference(found[name], whole[name])}")
+    for name in found.keys() & whole.keys():
+        told = _first_difference(found[name], whole[name], tolerance=1e-6 * name.startswith(BATCHED))
+        words += [] if told is None else [f"{name} differs{told}"]
     return sorted(words)
 
 
-def _first_difference(found: Any, whole: Any, path: str = "") -> str:
-    """Where two JSON values differ first."""
+def _first_difference(found: Any, whole: Any, path: str = "", tolerance: float = 0.0) -> str | None:
+    """Where two JSON values differ first; None where they are the same, numbers to a relative tolerance."""
     if isinstance(found, dict) and isinstance(whole, dict) and found.keys() == whole.keys():
-        key = next(key for key in found if found[key] != whole[key])
-        return _first_difference(found[key], whole[key], f"{path}.{key}")
-    if isinstance(found, list) and isinstance(whole, list):
-        places = enumerate(zip_longest(found, whole))
-        return next(_first_difference(*pair, f"{path}[{place}]") for place, pair in places if pair[0] != pair[1])
-    return f" at {path}: {str(found)[:200]} and not {str(whole)[:200]}"
+        pairs = [(found[key], whole[key], f"{path}.{key}") for key in found]
+    elif isinstance(found, list) and isinstance(whole, list):
+        pairs = [(*pair, f"{path}[{place}]") for place, pair in enumerate(zip_longest(found, whole))]
+    elif found == whole or (isinstance(found, float) and math.isclose(found, whole, rel_tol=tolerance)):
+        return None
+    else:
+        return f" at {path}: {str(found)[:200]} and not {str(whole)[:200]}"
+    return next(filter(None, (_first_difference(*pair, tolerance) for pair in pairs)), None)
 
 
 def use_cache(root: Path) -> None:
