@@ -107,8 +107,12 @@ def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{key}: {path}, line {error.lineno}: not JSON ({error.msg}).") from error
     except RecursionError as error:
         raise ValueError(f"{key}: cannot read {path}: it is nested too deep.") from error
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
         raise ValueError(f"{key}: cannot read {path}: {error}") from error
+    except (OverflowError, LookupError) as error:  # of tables
+        raise ValueError(
+            f"{key}: cannot read {path}: it holds a day or a time zone that there is not ({error})."
+        ) from error
 
 
 def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, Any]]:

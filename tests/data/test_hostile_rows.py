@@ -82,6 +82,13 @@ def test_a_table_of_dates_and_bytes_becomes_json(tmp_path: Path) -> None:
     assert row["at"] == "2026-03-31 12:00:00" and row["responses"] == ["a", "b"]
 
 
+@pytest.mark.parametrize("column", [pa.array([10**7], pa.date32()), pa.array([1], pa.timestamp("s", "Mars/Olympus"))])
+def test_days_and_zones_that_there_are_not_are_refused(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"prompt": pa.array(["p"]), "day": column}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"ppo\.data: cannot read .*rows\.parquet: it holds a day or a time zone"):
+        load_rows("ppo", Source(str(tmp_path / "rows.parquet")))
+
+
 def message(id: str, parent: str | None, role: str = "prompter", rank: int | None = None) -> dict[str, Any]:
     return {"message_id": id, "parent_id": parent, "role": role, "text": id, "rank": rank}
 
