@@ -7,7 +7,7 @@ PARITY := .venv-parity
 # The lowest versions that pyproject.toml allows, likewise.
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-long test-lowest gpu lint parity control clean
+.PHONY: demo test test-long test-lowest faults fuzz gpu lint parity control clean
 
 demo: $(STAMP)  ## the whole pipeline on a tiny model, on a CPU
 	$(BIN)/rlhf-recipes run tiny
@@ -20,6 +20,12 @@ test-long: $(STAMP)  ## what proves the same at full size
 
 test-lowest: $(LOWEST)/.installed  ## the tests with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+faults: $(STAMP)  ## kills of all that writes, each with one more start: make faults ARGS="--kills 20 --only sft,ppo"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python tests/faults/kills.py $(ARGS)
+
+fuzz: $(STAMP)  ## new inputs for all that reads, so many of each kind: make fuzz EXAMPLES=20000
+	EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/pytest -s tests/invariants/test_refusals.py
 
 gpu: $(STAMP)  ## what a GPU measures in 12 minutes: make gpu ARGS="--model FOLDER"
 	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)

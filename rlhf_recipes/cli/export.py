@@ -53,7 +53,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """\
 What was written is loaded by plain transformers and compared with what was trained, on the model's own answers to
-held-out prompts of the run. Stopped, it leaves no folder.
+held-out prompts of the run. Stopped, it leaves no folder; killed, one that the next of that name takes away.
 
   rlhf-recipes export runs/mine --to exports/mine
   rlhf-recipes export runs/mine --model sft --to exports/sft --dtype float16

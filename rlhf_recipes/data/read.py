@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import datasets
 import fsspec
@@ -23,6 +23,8 @@ from datasets.exceptions import DatasetsError
 from ..recipe.lookup import function, holds_secret, is_function, secret_refused
 from ..recipe.values import Source
 from .sources import conversion, recognized, resolve_source
+
+LONGEST_LINE = 2**26  # characters: what is longer is no row
 
 
 def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
@@ -105,13 +107,25 @@ def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{key}: {path}, line {error.lineno}: not JSON ({error.msg}).") from error
     except RecursionError as error:
         raise ValueError(f"{key}: cannot read {path}: it is nested too deep.") from error
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
         raise ValueError(f"{key}: cannot read {path}: {error}") from error
+    except (OverflowError, LookupError) as error:  # of tables
+        raise ValueError(
+            f"{key}: cannot read {path}: it holds a day or a time zone that there is not ({error})."
+        ) from error
 
 
 def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """JSON lines."""
-    return _json_lines(io.TextIOWrapper(file, encoding="utf-8-sig"))
+    return _json_lines(_lines(io.TextIOWrapper(file, encoding="utf-8-sig")))
+
+
+def _lines(text: TextIO) -> Iterator[str]:
+    """The lines of a text. Raises ValueError for one that is too long: a packed file may hold one of gigabytes."""
+    while line := text.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"a line is longer than {LONGEST_LINE:,} characters.")
+        yield line
 
 
 def _read_json(file: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -120,7 +134,7 @@ def _read_json(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     while (first := text.read(1)).isspace():
         pass
     text.seek(0)
-    return iter(enumerate(json.load(text), 1)) if first == "[" else _json_lines(text)
+    return iter(enumerate(json.load(text), 1)) if first == "[" else _json_lines(_lines(text))
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
@@ -143,7 +157,7 @@ def _read_csv(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """A table with a header. All cells are text, but for messages."""
     # Read by the standard library, not pyarrow, which fails a whole column for one cell of another type.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    for number, row in enumerate(csv.DictReader(text), 1):
+    for number, row in enumerate(csv.DictReader(_lines(text)), 1):
         yield number, {column: _decode(cell) for column, cell in row.items()}
 
 

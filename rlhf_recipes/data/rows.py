@@ -339,8 +339,10 @@ def _check_ranking(responses: list[Text], ranking: list[int]) -> None:
             raise BadRow("equal texts ranked differently", "responses", f"ranks {first_rank} and {second_rank}")
 
 
-def _split_messages(messages: Messages, stage: str) -> tuple[Text, dict[str, Text]]:
+def _split_messages(messages: Text, stage: str) -> tuple[Text, dict[str, Text]]:
     """All before the last assistant message, and that message; for PPO all messages if there is none. Raises BadRow."""
+    if isinstance(messages, str):
+        raise BadRow("wrong type", "messages", "text, not a list of messages")
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if answers:
         return messages[: answers[-1]], {"completion": messages[answers[-1] : answers[-1] + 1]}

@@ -197,7 +197,7 @@ OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 def _is_message(row: Any) -> bool:
     """Whether a row is one of oasst1's, as far as `_oasst1` reads it."""
-    if not isinstance(row, dict) or row.get("role") not in OASST_ROLES:
+    if not isinstance(row, dict) or row.get("role") not in tuple(OASST_ROLES):
         return False
     texts = row.get("message_id"), row.get("text"), row.get("parent_id") or ""
     return all(isinstance(text, str) for text in texts) and isinstance(row.get("rank"), int | float | None)

@@ -62,9 +62,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None, toda
             tokenizer.chat_template = CHAT_TEMPLATES["transcript"]
         return
     if name.endswith(".jinja"):
-        if not Path(name).is_file():
-            raise ValueError(f"base.chat_template: there is no file {name}.")
-        template = Path(name).read_text(encoding="utf-8")
+        try:
+            template = Path(name).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise ValueError(f"base.chat_template: there is no file {name}.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"base.chat_template: {name} cannot be read: {error}") from error
     elif name in CHAT_TEMPLATES:
         template = CHAT_TEMPLATES[name]
     else:
@@ -270,6 +273,18 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tok
     return text
 
 
+# A template is a small program, and fails as programs do.
+RAISED_BY_TEMPLATES = (
+    TemplateError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    RecursionError,
+)
+
+
 class RefusedByTemplate(ValueError):
     """The chat template refuses a conversation: it has no system role, say, or wants turns in turn."""
 
@@ -284,7 +299,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generatio
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except TemplateError as error:
+    except RAISED_BY_TEMPLATES as error:
         raise RefusedByTemplate(f"The chat template refuses these messages: {error}") from error
     assert isinstance(text, str)
     return text

@@ -11,7 +11,7 @@ import pandas as pd
 from ..feedback.rows import Row
 from ..feedback.sample import prompt_id
 from ..recipe.values import PEOPLE
-from ..records.files import read_rows, write_json, write_text
+from ..records.files import read_json, read_rows, write_json, write_text
 from . import wins
 from .behaviour import behaviour_panel
 from .judges import Pair, Verdict, known_identity, labels_file, read_verdicts
@@ -27,7 +27,7 @@ def write_results(run_dir: Path, out: Path, measured: Measurements) -> dict[str,
     not named this time, stands in both again.
     """
     path, plan = out / "evaluation.json", measured.plan
-    before = json.loads(path.read_text()) if path.is_file() else {"judges": {}, "models": {}}
+    before = read_json(path) or {"judges": {}, "models": {}}
     identities = {judge.name: judge.identity for judge in plan.judges}
     earlier = {
         name: identity

@@ -148,9 +148,12 @@ def draw_principle(principles: Sequence[Principle], seed: int, key: str) -> Prin
 
 def read_template(path: Path) -> str:
     """A template of comparisons from a file. Raises ValueError where it lacks a field."""
-    if not path.is_file():
-        raise ValueError(f"--template: there is no file {path}.")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ValueError(f"--template: there is no file {path}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--template: {path} cannot be read: {error}") from error
     for field in ("prompt", "first", "second"):
         if f"{{{field}}}" not in text:
             raise ValueError(f"--template: {path} has no field {{{field}}}.")

@@ -179,7 +179,7 @@ def _count(value: Any) -> int | None:
 
 
 # What may stand before an option in its line, and after it.
-LEAD = r"(?i:the|my|final|better|best|preferred|answer|response|option|choice|verdict|one|is|:)"
+LEAD = r"(?i:the|my|final|better|best|preferred|answer|response|option|choice|verdict|one|is)"
 TAIL = r"(?:[).:\]*-].*| (?i:is (?:the )?(?:better|best|preferred))\b.*)"
 
 

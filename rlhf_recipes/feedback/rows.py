@@ -1,7 +1,6 @@
 """Files of samples, which wait for a judgement, and of labels (their rows: see `rlhf_recipes.feedback`)."""
 
 from collections.abc import Iterable
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def _check_judgement(row: Row, where: str) -> None:
         raise ValueError(
             f"{where}, field 'order': {order!r} is not the responses' numbers, 0 to {count - 1}, in the order shown."
         )
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and isfinite(seconds) and seconds >= 0
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < 1e9
     if seconds is not None and not number:
         raise ValueError(f"{where}, field 'seconds': {seconds!r} is no number of seconds.")
 

@@ -21,7 +21,7 @@ from ..model.sampler import Sampler
 from ..model.shared import SharedBase
 from ..recipe.values import Recipe, Source
 from ..records.digest import row_id
-from ..records.files import Journal, write_text
+from ..records.files import Journal, read_json, write_text
 from ..records.folder import adapter_folder, read_recipe
 from ..records.lock import held
 from .rows import Row
@@ -160,8 +160,8 @@ def different_prompts(table: Dataset, limit: int | None = None) -> list[tuple[st
 def keep_sample_settings(out: Path, settings: SampleSettings) -> None:
     """Write the settings beside the samples. Raises ValueError where samples of other settings are there."""
     path, now = out.with_suffix(".settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
-    if out.is_file() and path.is_file():
-        before = json.loads(path.read_text())
+    before = read_json(path) if out.is_file() else None
+    if before is not None:
         other = [key for key in now if before.get(key) != now[key]]
         if other:
             changes = "; ".join(f"{key}: {before.get(key)!r} there, {now[key]!r} here" for key in other)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..recipe.lookup import code_hash, function, is_function
 from ..recipe.values import Base
 from ..records.cache import cache_folder, hash_of_files
 from ..records.contents import Fingerprint
+from ..records.files import read_json
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
 from .split import hook_layers, is_split, layer_map, lies_on_several
@@ -83,9 +84,10 @@ def model_path(base: Base) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # a process that wants the same base waits for it
         if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                build(Path(scratch) / "base")
-                os.replace(Path(scratch) / "base", folder)
+            scratch = folder.with_name(f"{folder.name}-unfinished")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            build(scratch)
+            os.replace(scratch, folder)
     return str(folder)
 
 
@@ -249,9 +251,9 @@ def write_fingerprint(folder: Path, identity: Fingerprint) -> None:
 def check_fingerprint(folder: Path, wanted: Fingerprint) -> None:
     """Raises ValueError if the adapter in `folder` was trained on another base than `wanted` describes."""
     path = folder / FINGERPRINT
-    if not path.is_file():
+    saved = read_json(path)
+    if saved is None:
         raise ValueError(f"{folder} holds no {FINGERPRINT}: it was not written by this package, or not finished.")
-    saved = json.loads(path.read_text())
     others = [key for key in wanted if saved.get(key) != wanted[key]]
     if others:
         differences = "; ".join(f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in others)

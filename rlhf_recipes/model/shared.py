@@ -24,6 +24,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..recipe.values import Lora
 from ..records.contents import Fingerprint
+from ..records.files import read_json
 from .architecture import excluded_modules, head_logits, text_decoder, token_states
 from .base import check_fingerprint, enable_checkpointing, write_fingerprint
 from .check import Caching, caching, packs_rows, static_refusal
@@ -165,7 +166,7 @@ class SharedBase(nn.Module):
         if head:
             self.add_head(name)
             if folder is not None and (folder / BIAS).is_file():
-                self.biases[name] = json.loads((folder / BIAS).read_text())["bias"]
+                self.biases[name] = read_json(folder / BIAS)["bias"]
         if folder is not None:
             self.load_role(name, folder)
         disable_dropout_in_model(self)
@@ -404,9 +405,9 @@ class SharedBase(nn.Module):
         config.inference_mode = True
         if name in self.heads:
             config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["classifier", "score"]
-        config.save_pretrained(str(folder))
         state = {key: value.detach().cpu().contiguous() for key, value in self.role_state(name).items()}
         safetensors.torch.save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder))  # after the weights, as PEFT does: by it a whole adapter is known
         if name in self.biases:
             (folder / BIAS).write_text(json.dumps({"bias": self.biases[name]}) + "\n")
         if self.fingerprint is not None:

@@ -9,8 +9,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,9 +33,7 @@ def kept_dry_run(shape: Shape, layers: int, training_only: bool = False) -> dict
     numbers = dry_run(shape, layers, training_only)
     with suppress(OSError):  # a plan needs no disk, which may be full or read-only
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=entry.parent) as scratch:  # another process may be writing the same entry
-            write_json(Path(scratch) / entry.name, numbers)
-            os.replace(Path(scratch) / entry.name, entry)
+        write_json(entry, numbers)
     return numbers
 
 

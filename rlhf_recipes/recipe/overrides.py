@@ -81,7 +81,13 @@ def check_type(key: str, value: Any, annotation: Any) -> None:
     Annotations that it does not know (of classes that are not ours) pass: their own constructor judges those.
     """
     if not _fits(value, annotation):
-        raise ValueError(f"{key} must be {_in_words(annotation)}, not {value!r} ({type(value).__name__}).")
+        raise ValueError(f"{key} must be {_in_words(annotation)}, not {_shown(value)} ({type(value).__name__}).")
+
+
+def _shown(value: Any) -> str:
+    """A value as it would be written, or the beginning of it."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _in_words(annotation: Any) -> str:
@@ -178,9 +184,11 @@ def parse_value(text: str) -> Any:
     if text.lower() in words:
         return words[text.lower()]
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        repr(value)  # raises ValueError for a number of thousands of digits, which nothing could write again
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two of what is nested too deep
         return text
+    return value
 
 
 def _keep_text(kind: type, name: str, text: str) -> Any:
@@ -225,17 +233,31 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `to_dict` wrote. Raises ValueError for a key or a type that no recipe has."""
-    _check_keys("", values, Recipe)
+    """The recipe that `to_dict` wrote. Raises ValueError for a key or a type that no recipe has, or a key it lacks."""
+    _check_object("", values, Recipe)
     values = {name: _section(name, value) if name in SECTIONS and value else value for name, value in values.items()}
     recipe = Recipe(**values)
     _check_types("", recipe)
+    try:
+        to_dict(recipe)
+    except RecursionError as error:
+        raise ValueError("It is nested too deep.") from error
     return recipe
+
+
+def _check_object(prefix: str, values: Any, kind: type) -> None:
+    """Raises ValueError unless `values` has keys, those that the dataclass `kind` needs and no others."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'A recipe'} must have keys, and is {_shown(values)}.")
+    _check_keys(prefix, values, kind)
+    for field in fields(kind):
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
+            raise ValueError(f"The key {prefix}{field.name} is missing.")
 
 
 def _section(name: str, values: Mapping[str, Any]) -> Any:
     """A section with its tuples, of which JSON has made lists. A stage's `args` stay as they are."""
-    _check_keys(f"{name}.", values, SECTIONS[name])
+    _check_object(f"{name}.", values, SECTIONS[name])
     section = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     result = SECTIONS[name](**section)
     _check_types(f"{name}.", result)

@@ -29,11 +29,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: to a neighbour, flushed to disk, then renamed."""
     scratch = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # another one may be writing the same file
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)  # where the disk is full it would take what room is left
     _sync(path.parent)
 
 

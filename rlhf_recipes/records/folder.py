@@ -34,7 +34,10 @@ def recipe_to_show(run_dir: Path) -> Recipe:
     values = read_json(run_dir / "recipe.json")
     if values is None:
         raise ValueError(f"{run_dir} is no run folder: it has no recipe.json. `rlhf-recipes run` writes one.")
-    return from_dict(values)
+    try:
+        return from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{run_dir / 'recipe.json'}: {error}") from error
 
 
 def write_recipe(run_dir: Path, recipe: Recipe) -> None:
@@ -121,7 +124,7 @@ def last_checkpoint(folder: Path) -> str | None:
     for checkpoint in reversed(checkpoints(folder)):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):  # the second of what is no JSON, and no UTF-8
             shutil.rmtree(checkpoint)
             continue
         return str(checkpoint)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .contents import Sample
-from .files import write_text
+from .files import read_rows, write_text
 from .tracking import Tracker
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -48,12 +48,10 @@ def drop_rows_to_come_again(path: Path, stage: str, step: int) -> None:
     """Drop a stage's rows that are about to be written again: after the step it resumes from, or after its training."""
     if path.is_file():
         kept, again = [], False
-        for line in path.read_text().split("\n")[:-1]:  # what follows the last line end is torn
-            row = json.loads(line)
-            # The comparison of the models at the end begins with the base.
-            again = again or (row["stage"] == stage and (row["step"] > step or row.get("model") == "base"))
+        for row in read_rows(path):
+            # A row of totals ends the training; the comparison of the models after it begins with the base.
+            ends = "train_runtime" in row or row.get("model") == "base"
+            again = again or (row["stage"] == stage and (row["step"] > step or ends))
             if row["stage"] != stage or not again:
-                kept.append(line + "\n")
-            # This row ends the training. It stays with a checkpoint of the last step; the evaluation comes again.
-            again = again or (row["stage"] == stage and "train_runtime" in row)
+                kept.append(json.dumps(row) + "\n")
         write_text(path, "".join(kept))

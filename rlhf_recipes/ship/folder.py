@@ -3,7 +3,6 @@
 import copy
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,22 +13,30 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..model.base import base_config
 from ..recipe.values import Base
+from ..records.lock import held
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which has its name once the block is done. Whatever ends the block before leaves none.
 
-    Raises ValueError where there is something by that name.
+    What a kill leaves, `.NAME-unfinished` beside it, is taken away by the next one of that name.
+
+    Raises ValueError where there is something by that name, or another process is filling it.
     """
     if path.exists():
         raise ValueError(f"{path} is there already, and is not written over: choose another --to, or delete it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-unfinished-", dir=path.parent) as scratch:
-        folder = Path(scratch) / path.name
-        folder.mkdir()
-        yield folder
-        os.replace(folder, path)
+    scratch = path.with_name(f".{path.name}-unfinished")
+    scratch.mkdir(parents=True, exist_ok=True)
+    with held(scratch):
+        shutil.rmtree(scratch / "here", ignore_errors=True)
+        folder = scratch / "here" / path.name
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            os.replace(folder, path)
+        finally:
+            shutil.rmtree(scratch)
 
 
 def check_room(path: Path, base: Base, dtype: torch.dtype, copies: float = 1.0) -> None:

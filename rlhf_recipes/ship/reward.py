@@ -1,6 +1,5 @@
 """A reward model of a run as a sequence classifier of transformers, which gives the scores of its probes."""
 
-import json
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from ..model.base import base_config, load_base
 from ..model.memory import release
 from ..model.shared import BIAS
+from ..records.files import read_json
 from ..stages.reward.adapters import PROBES, rounding
 from .folder import check_room, new_folder, write_config
 from .merge import merged_layers, write_shards
@@ -76,24 +76,24 @@ def check_classifier_exists(trained: Trained) -> None:
 @torch.no_grad()
 def compare_scores(trained: Trained, model: Any) -> MeasuredScores:
     """What a sequence classifier says of the probe rows, beside what training wrote of them."""
-    probes = json.loads((trained.folder / PROBES).read_text())
+    probes = read_json(trained.folder / PROBES)
     model.eval()
     rows = [torch.tensor([row], device=model.device) for row in probes["input_ids"]]
     scores = torch.tensor([model(input_ids=ids).logits.item() for ids in rows])  # (N,)
     wanted = _trained_scores(trained)
     differences = (scores - wanted).abs()
-    bias = trained.folder / BIAS
+    bias = read_json(trained.folder / BIAS)
     return MeasuredScores(
         probes=len(rows),
         mean_difference=differences.mean().item(),
         largest_difference=differences.max().item(),
         spread=(wanted.max() - wanted.min()).item(),
-        bias=json.loads(bias.read_text())["bias"] if bias.is_file() else 0.0,
+        bias=0.0 if bias is None else bias["bias"],
     )
 
 
 def _trained_scores(trained: Trained) -> Tensor:
-    return torch.tensor(json.loads((trained.folder / PROBES).read_text())["scores"])
+    return torch.tensor(read_json(trained.folder / PROBES)["scores"])
 
 
 def _check_close(measured: MeasuredScores, trained: Trained, settings: ExportSettings, dtype: torch.dtype) -> None:

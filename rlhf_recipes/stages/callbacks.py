@@ -25,6 +25,16 @@ class RecordLogs(TrainerCallback):
         self.recorder.metrics(state.global_step, logs)
 
 
+class LogWithCheckpoints(TrainerCallback):
+    """Logs a row with each checkpoint: what is summed since the last one is lost to a run that goes on from there."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)
+
+
 class StartOnce(TrainerCallback):
     """`eval_on_start` is for training's start: from a checkpoint on, it would evaluate one step a second time."""
 

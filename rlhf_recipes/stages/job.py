@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.prepare import Prepared
 from ..data.split import halve
@@ -24,7 +25,7 @@ from ..records.folder import last_checkpoint, round_folder
 from ..records.progress import Later
 from ..records.recorder import Recorder
 from ..records.tracking import Session, Tracker
-from .callbacks import RecordLogs, ShowProgress, StartOnce
+from .callbacks import LogWithCheckpoints, RecordLogs, ShowProgress, StartOnce
 from .float16 import CountSkippedSteps, scale_losses
 from .nonfinite import LeaveOutNonFinite
 from .shares import StopTogether
@@ -156,6 +157,7 @@ class Job:
             trainer.add_callback(CountSkippedSteps(trainer.accelerator))
         elif self.stage != "ppo":  # whose steps are several in one of the Trainer's
             trainer.add_callback(LeaveOutNonFinite(self.stage.partition("-")[0], self.config.on_nonfinite))
+        trainer.add_callback(LogWithCheckpoints())
         trainer.add_callback(StartOnce())
         trainer.add_callback(RecordLogs(recorder))
         trainer.add_callback(ShowProgress(self.stage, self.round, self.later, self.root, writes=is_main()))
@@ -187,14 +189,18 @@ class Job:
                 parameter.data = parameter.data.float()
         if self.resume is not None:
             state: Any = trainer_state(self.resume)
+            # The path of the best one in its state may be that of a folder that has been moved since.
+            best = self.folder / f"checkpoint-{state.best_global_step}"
+            # A kill may have come while the Trainer deleted a checkpoint: the rest would be taken for a whole one.
+            kept = str(best) if best.is_dir() else None
+            rotate_checkpoints(str(self.folder), trainer.args.save_total_limit, kept)
             # True of the last step, and where training stopped early or beyond max_kl.
             if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
-                # From such a checkpoint the Trainer would take one more step, so it is only loaded. The path of the
-                # best one in its state may be that of a folder that has been moved since.
-                best = self.folder / f"checkpoint-{state.best_global_step}"
+                # From such a checkpoint the Trainer would take one more step, so it is only loaded.
                 chosen = trainer.args.load_best_model_at_end and best.is_dir()
                 trainer.state = state
                 trainer._load_from_checkpoint(str(best) if chosen else self.resume)
+                trainer.log({"train_runtime": 0.0, "total_flos": state.total_flos})  # as the Trainer ends a training
                 return
         trainer.train(resume_from_checkpoint=self.resume)
 

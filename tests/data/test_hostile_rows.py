@@ -82,6 +82,13 @@ def test_a_table_of_dates_and_bytes_becomes_json(tmp_path: Path) -> None:
     assert row["at"] == "2026-03-31 12:00:00" and row["responses"] == ["a", "b"]
 
 
+@pytest.mark.parametrize("column", [pa.array([10**7], pa.date32()), pa.array([1], pa.timestamp("s", "Mars/Olympus"))])
+def test_days_and_zones_that_there_are_not_are_refused(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"prompt": pa.array(["p"]), "day": column}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"ppo\.data: cannot read .*rows\.parquet: it holds a day or a time zone"):
+        load_rows("ppo", Source(str(tmp_path / "rows.parquet")))
+
+
 def message(id: str, parent: str | None, role: str = "prompter", rank: int | None = None) -> dict[str, Any]:
     return {"message_id": id, "parent_id": parent, "role": role, "text": id, "rank": rank}
 
@@ -126,3 +133,43 @@ def test_a_url_with_a_secret_is_refused_without_it(url: str) -> None:
     with pytest.raises(ValueError, match=r"example\.com/rows\.jsonl.* is given with a name or password") as refused:
         load_rows("sft", Source(url))
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz", "rows.csv.gz"])
+def test_a_line_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("rlhf_recipes.data.read.LONGEST_LINE", 10_000)
+    bomb = b"prompt" + b" " * 10_000_000  # packed, ten thousand bytes
+    (tmp_path / name).write_bytes(gzip.compress(bomb) if name.endswith(".gz") else bomb)
+    with pytest.raises(ValueError, match=rf"ppo\.data: cannot read .*{name}: a line is longer than 10,000 characters"):
+        load_rows("ppo", Source(str(tmp_path / name)))
+
+
+@pytest.mark.long
+def test_ten_thousand_columns_are_read(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", **{f"column {m}": m for m in range(10_000)}} for n in range(2)]
+    data = prepared("ppo", written(tmp_path / "rows.jsonl", *map(json.dumps, rows)))
+    assert len(data.train) == 2 and len(data.train.column_names) == 10_002
+
+
+def test_letters_that_are_no_words_stay_as_they_are(tmp_path: Path) -> None:
+    texts = [
+        "nul \0 nul",
+        "\u202ehidden",
+        "\x1b[31mred",
+        "\ufeffmark",
+        "a\r\nb\rc\u2028d",
+        "👩\u200d👩\u200d👧",
+        "e\u0301",
+    ]
+    data = written(tmp_path / "rows.jsonl", *(json.dumps({"prompt": text}) for text in texts))
+    assert prepared("ppo", data).train["prompt"][:] == texts
+
+
+def test_texts_where_messages_belong_are_bad_rows(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = written(tmp_path / "rows.jsonl", *(json.dumps({"messages": cell}) for cell in (talk, "Human: a", [], 1)))
+    assert prepared("sft", data).report["dropped"] == {"wrong type": 2, "missing field": 1}
+    strange = {**message("a", None), "role": []}
+    assert list(conversion("x", "oasst1")([strange])) == [strange]

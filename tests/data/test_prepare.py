@@ -152,6 +152,14 @@ def test_unusable_template_is_refused(name: str, message: str) -> None:
         make_tokenizer(template=name)
 
 
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[0] + 1 }}", "{{ {}.a.b.c }}", "\ud800"])
+def test_a_template_that_fails_as_programs_do_is_refused(tmp_path: Path, template: str) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_bytes(template.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=r"base\.chat_template: .*mine\.jinja cannot be (rendered|read)"):
+        make_tokenizer(template=str(path))
+
+
 def test_broken_template_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
     with pytest.raises(ValueError, match=r"broken\.jinja cannot be rendered"):

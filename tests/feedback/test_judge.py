@@ -168,6 +168,7 @@ def test_ranks_are_by_pairs_won_and_what_is_not_understood_is_a_tie() -> None:
         ("A\nB", None),
         ("Both are good.", None),
         ("=== 12345678 end\nA B", None),
+        ("the:" * 5_000 + "x", None),  # no answer takes more than a moment to read
         ("", None),
     ],
 )

@@ -89,6 +89,7 @@ def test_a_full_disk_costs_no_row_but_the_one_that_did_not_fit(tmp_path: Path) -
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
     assert Journal(path).rows == [{"id": "a"}, {"id": "c"}]
+    assert list(tmp_path.iterdir()) == [path], "what was not written whole takes no room"
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------

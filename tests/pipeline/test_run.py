@@ -351,7 +351,10 @@ def test_a_run_that_was_stopped_after_its_last_step_trains_no_further_and_has_no
 ) -> None:
     for stage in STAGES:
         mark_running(copied, stage)
+    (copied / "ppo" / "checkpoint-1" / "policy").mkdir(parents=True)  # the kill came while it was deleted
+    (copied / "ppo" / "checkpoint-1" / "policy" / "adapter_config.json").touch()
     assert run(recipe, copied)["reward_score"] == finished[1]["reward_score"]
+    assert not (copied / "ppo" / "checkpoint-1").exists()
     assert weights(copied) == weights(finished[0])
     assert by_stage(reproducible(copied)) == by_stage(reproducible(finished[0]))
     assert rows_of(copied, None, "samples.jsonl") == rows_of(finished[0], None, "samples.jsonl")
@@ -370,6 +373,8 @@ def test_no_checkpoint_is_found_where_there_is_none(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{number}").mkdir()
         (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_bytes(b"\xff\xfe")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 

@@ -1,10 +1,12 @@
 """Recipes: the override grammar, `replace`, loading by name or path, and that the shipped recipes are inert values."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.paths import ROOT
@@ -13,6 +15,7 @@ from rlhf_recipes import Base, PPOStage, Recipe, Stage, load, replace
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.recipe.lookup import function, is_function, recipe_file, recipe_names
 from rlhf_recipes.recipe.overrides import check_args, parse_overrides, parse_value, settings
+from rlhf_recipes.records.folder import recipe_to_show
 
 
 @pytest.fixture
@@ -185,6 +188,30 @@ def test_args_are_checked_against_the_config(args: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_args("sft", Stage("data.jsonl", args=args), Config)
     check_args("sft", Stage("data.jsonl", args={"learning_rate": 1, "loss_weights": [1.0]}), Config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], r"A recipe must have keys, and is \[\]"),
+        ({"base": {"model": "m"}}, "The key name is missing"),
+        ({"name": "n", "base": [["model"]]}, r"base must have keys, and is \[\['model'\]\]"),
+        ({"name": "n", "base": {"dtype": "auto"}}, r"The key base\.model is missing"),
+        ({"name": "n", "base": {"model": "m"}, "seed": "1" * 5_000}, r"seed must be int, not '1{299}\.\.\. \(str\)"),
+        (
+            {"name": "n", "base": {"model": "m"}, "variants": {"a": {"b": json.loads("[" * 900 + "]" * 900)}}},
+            "too deep",
+        ),
+    ],
+)
+def test_a_damaged_recipe_is_refused_in_words(tmp_path: Path, values: Any, message: str) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"recipe.json: .*{message}"):
+        recipe_to_show(tmp_path)
+
+
+def test_a_number_that_nothing_can_write_is_text() -> None:
+    assert parse_value("0x" + "f" * 5_000) == "0x" + "f" * 5_000
 
 
 def test_load_takes_dashes_underscores_and_paths(tmp_path: Path) -> None:

@@ -178,12 +178,23 @@ def test_what_cannot_be_exported_is_said_first(
     assert "is there already" in error_of(capsys, words)
 
 
+def test_what_a_killed_export_left_is_taken_away(tmp_path: Path) -> None:
+    left = tmp_path / ".out-unfinished" / "here" / "out"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").touch()
+    with shipped_folder.new_folder(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == []
+        with pytest.raises(ValueError, match="is in use by process"), shipped_folder.new_folder(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_stopped_it_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path)
     before = sorted(tmp_path.iterdir())
 
     def stop(*_: Any) -> None:
-        assert next(tmp_path.glob(".out-unfinished-*/out/model.safetensors")).is_file()
+        assert (tmp_path / ".out-unfinished" / "here" / "out" / "model.safetensors").is_file()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rlhf_recipes.ship.merged.compare", stop)

@@ -10,7 +10,7 @@ from transformers import TrainerState
 
 from rlhf_recipes.records.progress import Later
 from rlhf_recipes.stages import callbacks
-from rlhf_recipes.stages.callbacks import ShowProgress
+from rlhf_recipes.stages.callbacks import LogWithCheckpoints, ShowProgress
 
 
 @pytest.mark.parametrize("writes", [True, False])
@@ -44,3 +44,10 @@ def test_the_bar_and_the_folder_say_what_is_left_of_the_whole_run(
         **{"stage": "reward-1", "round": 2, "step": 50, "steps": 100, "seconds": [1100.0, 1100.0], "then": 0}
     }
     assert found["then"] == ["dpo"] and moment == found, "it is not written at every step"
+
+
+def test_each_checkpoint_has_a_row() -> None:
+    for saves, logs in ((True, False), (False, True), (False, False)):
+        control = SimpleNamespace(should_save=saves, should_log=logs)
+        LogWithCheckpoints().on_step_end(None, None, control)
+        assert control.should_log == (saves or logs)

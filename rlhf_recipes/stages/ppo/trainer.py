@@ -37,6 +37,7 @@ from ...model.sampler import Sampler, state_values, text_loss
 from ...model.shared import SharedBase
 from ...model.split import lies_on_several
 from ...records.contents import Sample
+from ...records.files import read_json
 from ..callbacks import StartOnce
 from ..compare import Evaluator, held_out_texts, quality
 from ..configure import check_shares
@@ -615,7 +616,7 @@ class PPOTrainer(WritesOnce):
         folder = Path(resume_from_checkpoint)
         for role in (*self.trained, *copies(self.config)):
             self.model.load_role(role, folder / role)
-        state = json.loads((folder / STATE).read_text())
+        state = read_json(folder / STATE)
         self.kl_coef, self.best_reward = state["kl_coef"], state["best_reward"]
         self.rewards.load_state_dict(state["rewards"])
 

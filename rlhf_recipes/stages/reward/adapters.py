@@ -4,7 +4,6 @@ N rows; L tokens of the longest one, prompt and response.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ...model.batches import TOKENS_AT_ONCE, Batches
 from ...model.processes import on_main
 from ...model.sampler import autocast_of, pad_right
 from ...model.shared import BIAS, SharedBase
-from ...records.files import write_json
+from ...records.files import read_json, write_json
 from ..job import Job
 from .trainer import RewardTrainer
 
@@ -64,7 +63,7 @@ def set_bias(shared: SharedBase, folder: Path, role: str, demonstrations: Prepar
     scores = score_rows(shared, whole, role).tolist()
     shared.biases[role] = -sum(scores) / len(scores)
     found = {"bias": shared.biases[role], "demonstrations": len(scores)}
-    on_main(lambda: (folder / BIAS).write_text(json.dumps(found) + "\n"))
+    on_main(lambda: write_json(folder / BIAS, found))
     return scores
 
 
@@ -83,7 +82,7 @@ def write_scores(trainer: RewardTrainer, job: Job) -> None:
 
 def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None:
     """Score the probe rows with a role. Raises RuntimeError where they differ from what training wrote."""
-    probes = json.loads((folder / PROBES).read_text())
+    probes = read_json(folder / PROBES)
     scores = score_rows(shared, probes["input_ids"], role) - shared.biases.get(role, 0.0)  # (N,)
     trained = torch.tensor(probes["scores"])  # (N,)
     if not (scores - trained).abs().max().item() < rounding(trained, shared.causal.dtype):

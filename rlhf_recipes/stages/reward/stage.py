@@ -7,7 +7,6 @@ N held-out rows; K responses to each, or to the row that has most; R responses i
 """
 
 import dataclasses
-import json
 from contextlib import nullcontext
 from functools import partial
 from itertools import combinations
@@ -26,7 +25,7 @@ from ...model.memory import release
 from ...model.processes import on_main
 from ...model.shared import HEAD, SharedBase, lora_config, set_adapter
 from ...records.contents import Fingerprint, StageResults
-from ...records.files import Row
+from ...records.files import Row, read_json
 from ...records.progress import Later
 from ..job import Job
 from .adapters import (
@@ -130,7 +129,7 @@ def evaluate_adapters(job: Job) -> StageResults:
         add_reward_roles(shared, {role: folder})
         demonstrations = set_bias(shared, folder, role, job.extras.get("demonstrations"))
         # The scores (R,) of the held-out responses, and with the bias that has been set since then.
-        trained = torch.tensor(json.loads((folder / HELDOUT).read_text())) + shared.biases.get(role, 0.0)
+        trained = torch.tensor(read_json(folder / HELDOUT)) + shared.biases.get(role, 0.0)
         scores = fold(trained, ranking)  # (N, K)
         # Not TRL's figure, which is a mean over batches of unequal size.
         accuracies[role] = (scores[row_index, better] > scores[row_index, worse]).float().mean().item()
