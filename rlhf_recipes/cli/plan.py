@@ -97,9 +97,9 @@ def _on_several(options: argparse.Namespace, recipe: Any, configs: Any, card: An
 
 # What the ways are called in the table.
 WAYS = {
-    "data": "data parallel: the whole base on each (--processes)",
-    "layers": "layers laid over the cards of one machine, one works at a time",
-    "shards": "shards: each layer gathered before use",
+    "data": "data: all of it on each card (--processes)",
+    "layers": "layers: laid over the cards of a machine",
+    "shards": "shards: of each layer, gathered for use",
 }
 
 
@@ -121,11 +121,11 @@ def _print_several(options: argparse.Namespace, stages: Mapping[str, Any]) -> No
         built = all(plan.get("built", True) for plan in plans)
         table.add_row(words + ("" if built else "; not built"), style="bold")
         row("GiB of a card", way, lambda plan: f"{plan['needed_mib'] / 1024:.1f}{'' if plan['fits'] else ', too much'}")
-        row("GB sent a step", way, lambda plan: f"{plan['sent_gb']:.2g}")
+        row("GB sent a step", way, lambda plan: _short(plan["sent_gb"]))
         if any(plan.get("seconds") for plan in plans):
             row("seconds a step", way, lambda plan: _range(plan["seconds"]))
             row("of them to send", way, lambda plan: _range(plan["sending"]))
-            row("network limits below, GB/s", way, lambda plan: f"{plan['limit_gb_per_s']:.2g}")
+            row("network limits below, GB/s", way, lambda plan: _short(plan["limit_gb_per_s"]))
         table.add_section()
     table.add_row("best of what fits", *(stage["best"] or "?" for stage in stages.values()), style="bold")
     console = Console()
@@ -137,13 +137,18 @@ def _print_several(options: argparse.Namespace, stages: Mapping[str, Any]) -> No
         sizes = ways["ways"]["data"].get("sizes")
         if sizes:
             settings = " ".join(f"{key}={size}" for key, size in sizes.items())
-            console.print(f"{stage}: so many processes share a step with {settings}, same results", highlight=False)
-    console.print("Bytes over rates and operations over rates, least to most; latencies are left out.")
+            console.print(f"{stage}: data and shards with {settings}, same results", highlight=False)
+    console.print("Least to most: bytes and operations over rates, without latencies.")
 
 
 def _range(seconds: Sequence[float] | None) -> str:
     """`12 to 95`, in two digits each."""
-    return "?" if seconds is None else " to ".join(f"{float(f'{number:.2g}'):,g}" for number in seconds)
+    return "?" if seconds is None else " to ".join(map(_short, seconds))
+
+
+def _short(number: float) -> str:
+    """`2,600`, in two digits."""
+    return f"{float(f'{number:.2g}'):,g}"
 
 
 def _plan_table(plan: Mapping[str, Any]) -> "Table":
