@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,12 @@ def launch_on_ray(address: str, workers: int, words: Sequence[str], run_dir: Pat
     from ..stages.stop import STOPPED
 
     ray.init(address)
-    # Ray writes a mark here that each worker must find: what says that the folder is shared.
     scratch = run_dir.resolve() / "ray"
+    mark = scratch / uuid.uuid4().hex
+    scratch.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     # The process that was lost may hold the folder for a second more.
-    order = {"words": [*words, "--wait"], "folder": os.getcwd()}
+    order = {"words": [*words, "--wait"], "folder": os.getcwd(), "mark": str(mark)}
     gpus = ray.cluster_resources().get("GPU", 0)
     for attempt in range(LOST + 1):
         trainer = TorchTrainer(
@@ -77,6 +81,12 @@ def work(order: dict[str, Any]) -> None:
 
     Raises ProcessFailed.
     """
+    mark = Path(order["mark"])
+    if not mark.is_file():
+        where = f"{socket.gethostname()} does not see {mark.parent}"
+        raise ProcessFailed(
+            2, {"message": f"ValueError: {where}: --run-dir must be on storage that all machines share"}
+        )
     import torch.distributed as dist
     from torch.distributed.elastic.utils.distributed import get_free_port
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from support.worded import make_recipe, weights
 
 from rlhf_recipes import Recipe, main, replace, run
+from rlhf_recipes.cli.launch import end_after_failure
+from rlhf_recipes.cli.ray_workers import ProcessFailed, work
 from rlhf_recipes.model.processes import rank
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.recipe.overrides import to_dict
@@ -156,6 +159,16 @@ def test_ray_workers_come_to_the_same_and_go_on_without_what_they_lose(recipe: R
     failed = start(recipe, tmp_path / "failed", 2, "--ray local --workers", ENDS_AT="1 1", ENDS_BY="error")
     assert failed.returncode == 1 and "was lost" not in failed.stderr, failed.stderr
     assert "error: process 1 of 2: KeyError: 'no such key'" in failed.stderr
+
+
+def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ProcessFailed) as failed:
+        work({"mark": str(tmp_path / "elsewhere" / "mark")})
+    _, written = failed.value.args
+    with pytest.raises(SystemExit, match="2"):
+        end_after_failure(1, 2, written, "", failed.value)
+    said = capsys.readouterr().err
+    assert re.search("error: process 1 of 2: .* does not see .*elsewhere: --run-dir must be on storage that all", said)
 
 
 def test_what_is_told_wrong_about_workers_is_refused(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
