@@ -6,7 +6,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 
 def launch(processes: int, words: Sequence[str]) -> None:
@@ -49,17 +49,25 @@ def launch(processes: int, words: Sequence[str]) -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode in STOPPED:  # by the clock
             raise SystemExit(failure.exitcode) from error
-        written: Any = failure.error_file_data["message"]  # by `reported`, or a sentence where nothing was written
-        is_users = False
-        if isinstance(written, dict):
-            kind, _, said = written["message"].partition(": ")
-            is_users = kind == "ValueError"
-            if not is_users:
-                print(written["extraInfo"]["py_callstack"], file=sys.stderr)
-                said = written["message"]
-        else:
-            said = failure.message if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        print(f"error: process {rank} of {processes}: {said}", file=sys.stderr)
+        said = failure.message if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        end_after_failure(rank, processes, failure.error_file_data["message"], said, error)
+
+
+def end_after_failure(rank: int, processes: int, written: Any, otherwise: str, error: Exception) -> NoReturn:
+    """Say which process failed and why, and exit: with 2 after a user's error, else with 1.
+
+    Args:
+        written: what `model.processes.reported` wrote of it; anything but a dict where that wrote nothing.
+        otherwise: what is said then.
+    """
+    is_users, said = False, otherwise
+    if isinstance(written, dict):
+        kind, _, said = written["message"].partition(": ")
+        is_users = kind == "ValueError"
         if not is_users:
-            print("the others were ended; run the same command again to resume", file=sys.stderr)
-        raise SystemExit(2 if is_users else 1) from error
+            print(written["extraInfo"]["py_callstack"], file=sys.stderr)
+            said = written["message"]
+    print(f"error: process {rank} of {processes}: {said}", file=sys.stderr)
+    if not is_users:
+        print("the others were ended; run the same command again to resume", file=sys.stderr)
+    raise SystemExit(2 if is_users else 1) from error

@@ -3,12 +3,12 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..recipe.lookup import load
 from ..recipe.overrides import parse_overrides, replace
-from .command import Command, add_recipe, add_settings, notes_to_stderr
+from .command import Command, add_recipe, add_settings, notes_to_stderr, positive_int
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,10 +24,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--gpu", metavar="rtx4090", help="a GPU's name, or its memory (24GiB); default: this machine")
+    parser.add_argument("--gpus", type=positive_int, metavar="N", help="compare ways of running it on so many GPUs")
+    parser.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="the machines that have them")
+    parser.add_argument("--network", metavar="25Gbit", help="the rate between machines, of each in one direction")
 
 
 def _run(options: argparse.Namespace) -> None:
     """Print the plan of a recipe as a table or as JSON."""
+    if options.gpus is None and (options.nodes > 1 or options.network is not None):
+        raise ValueError("--nodes and --network are of several GPUs: say with --gpus how many in all.")
     recipe = replace(load(options.recipe), **parse_overrides(options.settings))
     with notes_to_stderr():
         from ..pipeline.variants import checked_variants
@@ -42,12 +47,21 @@ def _run(options: argparse.Namespace) -> None:
             (plan_memory(variant, configs, gpu), variant, configs) for variant, configs in checked_variants(recipe)
         ]
         largest, recipe, configs = max(plans, key=lambda planned: planned[0].peak_mib)
-        plan = plan_as_dict(recipe, configs, largest, gpu, card)
+        if options.gpus is None:
+            plan = plan_as_dict(recipe, configs, largest, gpu, card)
+        else:
+            plan = _on_several(options, recipe, configs, card)
     if len(plans) > 1:
         print(f"Of {len(plans)} variants, {recipe.name} takes the most.", file=sys.stderr)
     if options.json:
         print(json.dumps(plan, indent=2))
-        return
+    elif options.gpus is None:
+        _print_plan(plan)
+    else:
+        _print_several(options, plan)
+
+
+def _print_plan(plan: Mapping[str, Any]) -> None:
     from rich.console import Console
 
     console = Console()
@@ -74,9 +88,69 @@ def _run(options: argparse.Namespace) -> None:
         )
 
 
+def _on_several(options: argparse.Namespace, recipe: Any, configs: Any, card: Any) -> dict[str, Any]:
+    from ..plan.several import Cluster, network_of, several_as_dict
+
+    if card is None:
+        raise ValueError("--gpus needs --gpu, the name of a GPU: this machine has none that is known.")
+    network = None if options.network is None else network_of(options.network)
+    return several_as_dict(recipe, configs, Cluster(card, options.gpus, options.nodes, network))
+
+
+# What the ways are called in the table.
+WAYS = {
+    "data": "data: all of it on each card (--processes)",
+    "layers": "layers: laid over the cards of a machine",
+    "shards": "shards: of each layer, gathered for use",
+}
+
+
+def _print_several(options: argparse.Namespace, stages: Mapping[str, Any]) -> None:
+    """What `several_as_dict` gives, with a column a stage and a section a way."""
+    from rich.console import Console
+    from rich.table import Table
+
+    machines = f" in {options.nodes} machines, {options.network} between them" if options.nodes > 1 else ""
+    table = Table("", title=f"{options.gpus} x {options.gpu or 'this GPU'}{machines}: computed, never measured")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+
+    def row(name: str, way: str, text: Callable[[Mapping[str, Any]], str]) -> None:
+        table.add_row(name, *("" if "refused" in s["ways"][way] else text(s["ways"][way]) for s in stages.values()))
+
+    for way, words in WAYS.items():
+        plans = [stage["ways"][way] for stage in stages.values()]
+        built = all(plan.get("built", True) for plan in plans)
+        table.add_row(words + ("" if built else "; not built"), style="bold")
+        row("GiB of a card", way, lambda plan: f"{plan['needed_mib'] / 1024:.1f}{'' if plan['fits'] else ', too much'}")
+        row("GB sent a step", way, lambda plan: _short(plan["sent_gb"]))
+        if any(plan.get("seconds") for plan in plans):
+            row("seconds a step", way, lambda plan: _range(plan["seconds"]))
+            row("of them to send", way, lambda plan: _range(plan["sending"]))
+            row("network limits below, GB/s", way, lambda plan: _short(plan["limit_gb_per_s"]))
+        table.add_section()
+    table.add_row("best of what fits", *(stage["best"] or "?" for stage in stages.values()), style="bold")
+    console = Console()
+    console.print(table)
+    for stage, ways in stages.items():
+        for way, plan in ways["ways"].items():
+            if "refused" in plan:
+                console.print(f"{stage}, {way}: {plan['refused']}.", highlight=False)
+        sizes = ways["ways"]["data"].get("sizes")
+        if sizes:
+            settings = " ".join(f"{key}={size}" for key, size in sizes.items())
+            console.print(f"{stage}: data and shards with {settings}, same results", highlight=False)
+    console.print("Least to most: bytes and operations over rates, without latencies.")
+
+
 def _range(seconds: Sequence[float] | None) -> str:
     """`12 to 95`, in two digits each."""
-    return "?" if seconds is None else " to ".join(f"{float(f'{number:.2g}'):,g}" for number in seconds)
+    return "?" if seconds is None else " to ".join(map(_short, seconds))
+
+
+def _short(number: float) -> str:
+    """`2,600`, in two digits."""
+    return f"{float(f'{number:.2g}'):,g}"
 
 
 def _plan_table(plan: Mapping[str, Any]) -> "Table":

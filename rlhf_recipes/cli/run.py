@@ -30,9 +30,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="so many variants of a sweep at once (default: 1)"
     )
-    parser.add_argument(
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
         "--processes", type=positive_int, metavar="N", help="share the work among so many, each with a GPU (default: 1)"
     )
+    several.add_argument("--ray", metavar="ADDRESS", help="share it among --workers of a Ray cluster: auto, local, ...")
+    parser.add_argument("--workers", type=positive_int, metavar="N", help="of --ray; each is a process with a GPU")
     parser.add_argument("--wait", action="store_true", help="wait for a process that works in the run folder")
     parser.add_argument(
         "--notify",
@@ -114,6 +117,14 @@ def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequenc
     stages = tuple(options.stages.split(",")) if options.stages is not None else None
     if (options.processes or 1) > 1:
         return launch(options.processes, [*program, *_words(options)])
+    if options.ray is not None:
+        from ..records.folder import default_run_dir
+        from .ray_workers import launch_on_ray
+
+        if options.workers is None:
+            raise ValueError("--ray needs --workers, the number of processes that share the work.")
+        run_dir = options.run_dir or default_run_dir(recipe)
+        return launch_on_ray(options.ray, options.workers, [*program, *_words(options)], run_dir)
     from ..model.processes import join, reported
 
     with reported():
@@ -132,7 +143,7 @@ def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequenc
 
 
 def _words(options: argparse.Namespace) -> list[str]:
-    """The options of the command line again, without `--processes` and `--notify`, which are for this process."""
+    """The options of the command line again, without those that are for this process alone."""
     given = {"--run-dir": options.run_dir, "--stages": options.stages, "--jobs": options.jobs}
     given["--stop-at"] = None if options.stop_at is None else options.stop_at.isoformat()
     words = [str(word) for option, value in given.items() if value is not None for word in (option, value)]

@@ -187,7 +187,7 @@ class Continuous(Generate):
         )
         longest = max(map(len, prompts)) + sampler.response_length
         # Room for what the rows need; by default it is most of what the machine has left.
-        page = settings.page_size if hasattr(settings, "page_size") else settings.block_size  # before transformers 5.2x
+        page: int = getattr(settings, "page_size", None) or vars(settings)["block_size"]  # in older transformers
         settings.num_blocks = rows * (longest // page + 1)
         # transformers seeds the global generators; what is drawn after a rollout is not to follow from that.
         with sampling(sampler.model, role), torch.random.fork_rng():

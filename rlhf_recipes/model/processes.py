@@ -6,6 +6,7 @@ added up here: a tensor that holds zeros for the rows of the others, or gradient
 process every function is an identity.
 """
 
+import functools
 import os
 import sys
 import time
@@ -43,6 +44,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
+@functools.cache
+def visible_gpus() -> list[str]:
+    """What CUDA calls the GPUs that this process could see when it began, before `join` has chosen one of them."""
+    gpus = torch.cuda.device_count()
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",") if gpus else []
+
+
 def join(split: bool = False) -> None:
     """Become one of the processes that torchrun has started; where it has started none, the only one.
 
@@ -56,14 +64,14 @@ def join(split: bool = False) -> None:
     """
     if dist.is_initialized():
         return
-    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, here = len(visible_gpus()), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus and not (split and here == 1):
         if here > gpus:
             raise ValueError(f"{here} processes want a GPU each, and {gpus} can be seen: start {gpus}.")
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(os.environ.get("LOCAL_RANK", 0))]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[int(os.environ.get("LOCAL_RANK", 0))]
         if gpus > here == 1:
-            print(f"{gpus} GPUs can be seen, and one is used: --processes {gpus} uses all.", file=sys.stderr)
+            ways = f"--processes {gpus} uses all, and --jobs {gpus} those of a sweep"
+            print(f"{gpus} GPUs can be seen, and one is used: {ways}.", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     # One may write, sample or wait for labels alone for long; a process that dies is the launcher's to notice.

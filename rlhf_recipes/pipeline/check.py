@@ -1,6 +1,7 @@
 """What is wrong with a recipe, found before anything is loaded."""
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     Raises ValueError naming the key and the nearest right one.
     """
     check_secrets(to_dict(recipe))
+    check_launcher()
     tracking.check_tracker(recipe)
     configs = configure(recipe, run_dir)
     if recipe.rounds is not None:
@@ -34,6 +36,16 @@ def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     if recipe.gold:
         function(recipe.gold)
     return configs
+
+
+def check_launcher() -> None:
+    """Raises ValueError where accelerate is told to shard the model: it finds one process, and would share nothing."""
+    for engine in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"ACCELERATE_USE_{engine} is set, as by `accelerate launch`: it would save no memory, because each "
+                "process has the whole base here. Start the run with --processes or torchrun instead."
+            )
 
 
 def check_secrets(values: Any, key: str = "") -> None:

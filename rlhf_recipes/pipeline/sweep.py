@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
 from threading import Lock
 from typing import TypedDict
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TrainerCallback
 
+from ..model.processes import visible_gpus
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records.contents import Summary
@@ -66,8 +68,8 @@ def run_sweep(
     quality, it also writes what `report.overoptimization` makes of them; `report.html` compares all variants.
 
     Args:
-        jobs: with more than 1 each variant runs in a process of its own, its output in `log.txt` of its folder, and
-            the CPU's cores are divided among them.
+        jobs: with more than 1 each variant runs in a process of its own, its output in `log.txt` of its folder, on a
+            GPU of its own as long as there are enough, and the CPU's cores are divided among them.
         stop: what ends a variant in order.
     Raises:
         ValueError: as `run`, for any of the variants before the first one runs; a variant that failed.
@@ -102,6 +104,10 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.processes: set[subprocess.Popen[str]] = set()  # of variants that run now
+        self.places = SimpleQueue[dict[str, str]]()  # the environments that are free, as many as there are jobs
+        for job in range(self.jobs):
+            gpus = visible_gpus()
+            self.places.put({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {})
         self.locks: defaultdict[str, Lock] = defaultdict(Lock)  # one for each stage that is trained once
         self.alike: defaultdict[str, list[str]] = defaultdict(list)  # the variants that need it
         for name in self.variants:
@@ -212,6 +218,13 @@ class Sweep:
 
     def run_in_process(self, name: str, stages: Sequence[str] | None, log: Path) -> int:
         """Run stages of a variant in a process of its own, whose output goes to a file. Returns its exit code."""
+        place = self.places.get()
+        try:
+            return self._run_in_process(name, stages, log, place)
+        finally:
+            self.places.put(place)
+
+    def _run_in_process(self, name: str, stages: Sequence[str] | None, log: Path, place: dict[str, str]) -> int:
         folder = self.run_dir / name
         order = {"recipe": to_dict(self.variants[name]), "run_dir": str(folder), "stages": stages, "force": self.force}
         order["stop_at"] = self.stop.at
@@ -227,7 +240,7 @@ class Sweep:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env=os.environ | environment,
+                env=os.environ | environment | place,
                 text=True,
                 start_new_session=True,  # Ctrl-C is heard here, and said to it once
             ) as process,

@@ -21,6 +21,7 @@ class Card:
     tflops: float | None = None  # dense products of 16-bit numbers, added up in float32
     bfloat16: bool = True
     device: str = ""  # a part of what CUDA calls it
+    link: float | None = None  # GB/s to another card of the machine, in one direction
 
 
 # Bandwidth and rate are those that NVIDIA states in data sheets and whitepapers (half of a rate "with sparsity"), of
@@ -28,32 +29,35 @@ class Card:
 # second table, the others with none. Of a card that is sold in several forms it is the slowest one that is not named.
 # The memory is what PyTorch calls the total capacity where it runs out, as far as public issues show it (4090, 5090,
 # L40S, T4, A30, A4000, A5000), of H200 what was measured, and else about 2 % less than the name says.
+# The link is PCIe's by the data sheets: 1 (version 3), 2 (4) or 4 GB/s (5) a lane, of which RTX 4060 Ti has 8 and all
+# others 16; or NVLink's, half of what they state of both directions. Bridges between pairs are left out, and so is
+# NVLink of V100 and A100, which are sold without. That GeForce cards reach each other through the CPU's memory is too.
 CARDS = (
-    Card("t4", 14.5, 300, 65, False, "T4"),
-    Card("v100-16", 15.7, 900, 112, False, "V100"),
-    Card("v100-32", 31.7, 900, 112, False, "V100"),
-    Card("rtx2080ti", 10.7, 616, 53.8, False, "RTX 2080 Ti"),
-    Card("rtx3060-12", 11.7, 360, 25.5, True, "RTX 3060"),
-    Card("rtx3090", 23.6, 936, 71, True, "RTX 3090"),
-    Card("a10", 22.0, 600, 125, True, "A10"),
-    Card("a30", 23.5, 933, 165, True, "A30"),
-    Card("a40", 44.3, 696, 149.7, True, "A40"),
-    Card("a4000", 15.6, 448, 76.7, True, "RTX A4000"),
-    Card("a5000", 23.6, 768, 111.1, True, "RTX A5000"),
-    Card("a6000", 47.4, 768, 154.8, True, "RTX A6000"),
-    Card("a100-40", 39.4, 1555, 312, True, "A100"),
-    Card("a100-80", 79.1, 1935, 312, True, "A100"),
-    Card("rtx4060ti-16", 15.6, 288, 44.1, True, "RTX 4060 Ti"),
-    Card("rtx4080", 15.6, 717, 97.5, True, "RTX 4080"),
-    Card("rtx4090", 23.5, 1008, 165.2, True, "RTX 4090"),
-    Card("rtx6000ada", 47.4, 960, 364.2, True, "RTX 6000 Ada"),
-    Card("l4", 22.0, 300, 121, True, "L4"),
-    Card("l40s", 44.4, 864, 362, True, "L40S"),
-    Card("rtx5080", 15.4, 960, 112.6, True, "RTX 5080"),
-    Card("rtx5090", 31.3, 1792, 209.5, True, "RTX 5090"),
-    Card("h100-pcie", 79.1, 2000, 756, True, "H100 PCIe"),
-    Card("h100", 79.1, 3350, 989, True, "H100"),
-    Card("h200", 139.7, 4800, 989, True, "H200"),
+    Card("t4", 14.5, 300, 65, False, "T4", 16),
+    Card("v100-16", 15.7, 900, 112, False, "V100", 16),
+    Card("v100-32", 31.7, 900, 112, False, "V100", 16),
+    Card("rtx2080ti", 10.7, 616, 53.8, False, "RTX 2080 Ti", 16),
+    Card("rtx3060-12", 11.7, 360, 25.5, True, "RTX 3060", 32),
+    Card("rtx3090", 23.6, 936, 71, True, "RTX 3090", 32),
+    Card("a10", 22.0, 600, 125, True, "A10", 32),
+    Card("a30", 23.5, 933, 165, True, "A30", 32),
+    Card("a40", 44.3, 696, 149.7, True, "A40", 32),
+    Card("a4000", 15.6, 448, 76.7, True, "RTX A4000", 32),
+    Card("a5000", 23.6, 768, 111.1, True, "RTX A5000", 32),
+    Card("a6000", 47.4, 768, 154.8, True, "RTX A6000", 32),
+    Card("a100-40", 39.4, 1555, 312, True, "A100", 32),
+    Card("a100-80", 79.1, 1935, 312, True, "A100", 32),
+    Card("rtx4060ti-16", 15.6, 288, 44.1, True, "RTX 4060 Ti", 16),
+    Card("rtx4080", 15.6, 717, 97.5, True, "RTX 4080", 32),
+    Card("rtx4090", 23.5, 1008, 165.2, True, "RTX 4090", 32),
+    Card("rtx6000ada", 47.4, 960, 364.2, True, "RTX 6000 Ada", 32),
+    Card("l4", 22.0, 300, 121, True, "L4", 32),
+    Card("l40s", 44.4, 864, 362, True, "L40S", 32),
+    Card("rtx5080", 15.4, 960, 112.6, True, "RTX 5080", 64),
+    Card("rtx5090", 31.3, 1792, 209.5, True, "RTX 5090", 64),
+    Card("h100-pcie", 79.1, 2000, 756, True, "H100 PCIe", 64),
+    Card("h100", 79.1, 3350, 989, True, "H100", 450),
+    Card("h200", 139.7, 4800, 989, True, "H200", 450),
 )
 
 

@@ -45,13 +45,14 @@ def ours(shape: dict[str, int], precision: Any, updates: int) -> dict[str, Any]:
 
     from rlhf_recipes import Base, Lora, PPOConfig, PPOTrainer, SharedBase
     from rlhf_recipes.model.base import load_base
+    from rlhf_recipes.model.processes import broadcast, on_main
 
     imports = peak_mib()
-    marks: list[float] = []
+    marks: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            marks.append(time.perf_counter())
+            marks.append((time.perf_counter(), time.process_time()))
 
     with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(
@@ -62,7 +63,8 @@ def ours(shape: dict[str, int], precision: Any, updates: int) -> dict[str, Any]:
             num_attention_heads=4,
             max_position_embeddings=1024,
         )
-        LlamaForCausalLM(config).save_pretrained(folder)
+        folder = broadcast(folder)  # of several processes the first writes
+        on_main(lambda: LlamaForCausalLM(config).save_pretrained(folder))
         shared = SharedBase(load_base(Base(folder, dtype=precision)), Lora(r=16, alpha=32))
         add_roles(shared)
         arguments = PPOConfig(
@@ -88,10 +90,14 @@ def ours(shape: dict[str, int], precision: Any, updates: int) -> dict[str, Any]:
         phases = [row for row in trainer.state.log_history if "time/update" in row][WARM_UP:]
         with Flops() as flops:
             trainer.training_step(trainer.model, rows.to_list()[:BATCH])
-    seconds = (marks[-1] - marks[WARM_UP - 1]) / (updates - WARM_UP)
+    seconds, own = (
+        (last - first) / (updates - WARM_UP) for first, last in zip(marks[WARM_UP - 1], marks[-1], strict=True)
+    )
     names = [name for name in phases[0] if name.startswith("time/")]
     return {
         "episodes_per_s": BATCH / seconds,
+        "processor_s": own,  # of this process, an update
+        "summed_mib": phases[-1].get("processes/summed_mib", 0.0),  # of several processes, an update
         "memory_mib": memory,
         "phases": {name: statistics.fmean(row[name] for row in phases) / seconds for name in names},
         "of_floor": flops.count / matrix_rate(getattr(torch, precision)) / seconds,

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,24 @@ import pytest
 import torch
 from support.worded import make_recipe, weights
 
-from rlhf_recipes import Recipe, replace, run
+from rlhf_recipes import Recipe, main, replace, run
+from rlhf_recipes.cli.launch import end_after_failure
+from rlhf_recipes.cli.ray_workers import ProcessFailed, work
 from rlhf_recipes.model.processes import rank
+from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.recipe.overrides import to_dict
 from rlhf_recipes.recipe.values import DPOStage
 
 
 def deadly(prompts: list[Any], completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
-    """A reward for short answers. In the process and at the update that the environment names, this is its end."""
-    if os.environ.get("ENDS_AT") == f"{rank()} {getattr(trainer_state, 'global_step', None)}":
+    """A reward for short answers. In the process and at the update that the environment names, this is its end.
+
+    With ENDS_ONCE, a folder to be made, only once.
+    """
+    if os.environ.get("ENDS_AT") == f"{rank()} {getattr(trainer_state, 'global_step', None)}" and is_first():
+        if os.environ["ENDS_BY"] == "worker":
+            os.kill(os.getppid(), signal.SIGKILL)  # Ray's, whose process this is
+            time.sleep(60)
         if os.environ["ENDS_BY"] == "signal":
             os.kill(os.getppid(), signal.SIGTERM)  # the launcher
             time.sleep(2)
@@ -32,6 +43,15 @@ def deadly(prompts: list[Any], completions: list[str], trainer_state: Any, **col
             os.environ["ENDS_BY"]
         ]
     return [-float(len(text)) for text in completions]
+
+
+def is_first() -> bool:
+    folder = os.environ.get("ENDS_ONCE")
+    if folder is not None and Path(folder).is_dir():
+        return False
+    if folder is not None:
+        Path(folder).mkdir()
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +67,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return replace(made, ppo={"reward_funcs": ("reward", f"{__file__}:deadly")})
 
 
-def start(recipe: Recipe, folder: Path, processes: int, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(
+    recipe: Recipe, folder: Path, processes: int, how: str = "--processes", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`python recipe.py --processes N`, a run of the recipe into a folder."""
     file = folder.with_suffix(".py")
     file.write_text(
@@ -55,7 +77,7 @@ def start(recipe: Recipe, folder: Path, processes: int, **environment: str) -> s
         f"recipe = from_dict(json.loads({json.dumps(to_dict(recipe))!r}))\n"
         "if __name__ == '__main__':\n    main(recipe)\n"
     )
-    command = [sys.executable, str(file), "--run-dir", str(folder), "--processes", str(processes)]
+    command = [sys.executable, str(file), "--run-dir", str(folder), *how.split(), str(processes)]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=400)
 
@@ -120,6 +142,49 @@ def test_a_run_that_lost_a_process_goes_on_with_another_number_of_them(recipe: R
     run(recipe, folder)
     run(recipe, tmp_path / "one")
     check_same(tmp_path / "one", folder)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'rlhf_recipes[ray]'")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="Ray gives each worker a core of its own")
+def test_ray_workers_come_to_the_same_and_go_on_without_what_they_lose(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(recipe, dpo=None, ppo={"total_episodes": 36})
+    run(recipe, tmp_path / "one")
+    for lost in ("kill", "worker"):
+        once, folder = tmp_path / f"{lost} once", tmp_path / lost
+        done = start(recipe, folder, 2, "--ray local --workers", ENDS_AT="1 1", ENDS_BY=lost, ENDS_ONCE=str(once))
+        assert done.returncode == 0, done.stderr
+        assert once.is_dir() and done.stderr.count("of 2 was lost; the run goes on from its last checkpoint") == 1
+        check_same(tmp_path / "one", folder)
+    failed = start(recipe, tmp_path / "failed", 2, "--ray local --workers", ENDS_AT="1 1", ENDS_BY="error")
+    assert failed.returncode == 1 and "was lost" not in failed.stderr, failed.stderr
+    assert "error: process 1 of 2: KeyError: 'no such key'" in failed.stderr
+
+
+def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ProcessFailed) as failed:
+        work({"mark": str(tmp_path / "elsewhere" / "mark")})
+    _, written = failed.value.args
+    with pytest.raises(SystemExit, match="2"):
+        end_after_failure(1, 2, written, "", failed.value)
+    said = capsys.readouterr().err
+    assert re.search("error: process 1 of 2: .* does not see .*elsewhere: --run-dir must be on storage that all", said)
+
+
+def test_what_is_told_wrong_about_workers_is_refused(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in ((["--ray", "local"], "--ray needs --workers"), (["--ray", "x", "--processes", "2"], "allowed")):
+        with pytest.raises(SystemExit):
+            main(recipe, words)
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
+def test_engines_that_would_share_nothing_are_refused(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{engine} is set.* no memory.*--processes"):
+        check_recipe(recipe)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_sizes_that_can(recipe: Recipe, tmp_path: Path) -> None:

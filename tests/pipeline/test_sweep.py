@@ -12,17 +12,21 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 from support.worded import make_recipe, read, same
 
 from rlhf_recipes import Recipe, replace, run
 from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.model.processes import visible_gpus
 from rlhf_recipes.pipeline.stage import run_stage
+from rlhf_recipes.pipeline.sweep import Sweep
 from rlhf_recipes.pipeline.variants import expand
 from rlhf_recipes.recipe.lookup import load, recipe_names
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, settings, to_dict
 from rlhf_recipes.records.folder import read_recipe
 from rlhf_recipes.stages.job import Job
-from rlhf_recipes.stages.stop import Stopped
+from rlhf_recipes.stages.stop import StopInOrder, Stopped
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "free": {"ppo": {"kl_coef": 0.0}},
@@ -107,6 +111,16 @@ def test_jobs_are_of_variants(one: Recipe, recipe: Recipe, tmp_path: Path) -> No
         run(one, tmp_path / "run", jobs=2)
     with pytest.raises(ValueError, match="--jobs must be above 0, not 0"):
         run(recipe, tmp_path / "run", jobs=0)
+
+
+def test_each_of_the_variants_that_run_at_once_has_a_gpu(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("rlhf_recipes.pipeline.sweep.visible_gpus", visible_gpus.__wrapped__)
+    sweep = Sweep(expand(recipe), Path("run"), None, False, (), 3, Console(), StopInOrder())
+    assert [sweep.places.get()["CUDA_VISIBLE_DEVICES"] for _ in range(3)] == ["4", "6", "4"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus.__wrapped__() == []
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,12 @@ LLAMA_8B = {  # meta-llama/Llama-3.1-8B
     "rope_theta": 5e5,
     "tie_word_embeddings": False,
 }
+LLAMA_70B = LLAMA_8B | {  # meta-llama/Llama-3.1-70B
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "intermediate_size": 28672,
+}
 SMOLLM3_3B = {  # HuggingFaceTB/SmolLM3-3B-Base
     "model_type": "smollm3",
     "hidden_size": 2048,
