@@ -46,7 +46,8 @@ class DPOTrainer(SharesBatches, trl.DPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         # Older versions of transformers (5.17 does) load the reference alone, whose folder lies in the checkpoint's.
-        (model or self.model).load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        policy: Any = model or self.model
+        policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = super().prediction_step(model, inputs, *args, **kwargs)
