@@ -70,7 +70,9 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError("Then say which they are: --columns reward.prompt=... and so on.")
     with path.open("x", encoding="utf-8") as file:
         file.write(made.text)
-    PLAN.run(argparse.Namespace(recipe=str(path), settings=[], json=False, gpu=options.gpu))
+    plan = argparse.ArgumentParser()
+    PLAN.arguments(plan)
+    PLAN.run(plan.parse_args([str(path), *(["--gpu", options.gpu] if options.gpu else [])]))
     print(f"\n{path} is written. Read it, and then:\n")
     for stage in data:
         print(f"  rlhf-recipes check --recipe {path} --stage {stage}")

@@ -86,8 +86,11 @@ def model_path(base: Base) -> str:
         if not folder.is_dir():
             scratch = folder.with_name(f"{folder.name}-unfinished")
             shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-            build(scratch)
-            os.replace(scratch, folder)
+            try:
+                build(scratch)
+                os.replace(scratch, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     return str(folder)
 
 

@@ -13,7 +13,7 @@ import torch
 from support.worded import make_recipe, weights
 from transformers import TrainerCallback
 
-from rlhf_recipes import load, replace, run
+from rlhf_recipes import Base, load, replace, run
 from rlhf_recipes.pipeline import stage
 from rlhf_recipes.records.manifest import Manifest
 
@@ -40,7 +40,7 @@ def test_a_stage_is_done_once_all_that_it_wrote_is_on_disk(tmp_path: Path, monke
         yield job
 
     job: Any = SimpleNamespace(stage="sft", run_dir=tmp_path, folder=tmp_path / "sft", config=None, tracked=tracked)
-    job.data, job.recipe = SimpleNamespace(report={}), SimpleNamespace(seed=0)
+    job.data, job.recipe = SimpleNamespace(report={}), SimpleNamespace(seed=0, base=Base("any"))
     job.conclude = lambda results: None
     monkeypatch.setattr(os, "fsync", watched)
     monkeypatch.setitem(stage.TRAIN, "sft", trains)

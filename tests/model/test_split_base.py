@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf_recipes import load, replace, run
 from rlhf_recipes.model.base import load_base
-from rlhf_recipes.model.processes import join
+from rlhf_recipes.model.processes import join, visible_gpus
 from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.model.split import check_split, layer_map
 from rlhf_recipes.recipe.values import Base, DPOStage
@@ -304,6 +304,7 @@ def test_the_only_process_of_a_split_base_sees_all_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("rlhf_recipes.model.processes.visible_gpus", visible_gpus.__wrapped__)  # it is kept
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     join(split=True)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5" and capsys.readouterr().err == ""
