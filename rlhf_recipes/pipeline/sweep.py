@@ -170,9 +170,14 @@ class Sweep:
         return Manifest.read(self.run_dir / name)
 
     def is_finished(self, name: str) -> bool:
-        """Whether a variant's summary is of all its stages and rounds."""
-        summary, wanted = read_json(self.run_dir / name / "summary.json"), self.wanted(name)
-        if summary is None or not all(self.manifest(name).is_done(stage) for stage in wanted):
+        """Whether a variant's summary is of all its stages and rounds, and its README.md, the last file, is there."""
+        folder, wanted = self.run_dir / name, self.wanted(name)
+        summary = read_json(folder / "summary.json")
+        if (
+            summary is None
+            or not (folder / "README.md").is_file()
+            or not all(self.manifest(name).is_done(stage) for stage in wanted)
+        ):
             return False
         later = unfinished_rounds(self.variants[name], self.run_dir / name) if "ppo" in wanted else []
         return not later and summary["seconds"].keys() >= set(wanted)
