@@ -128,7 +128,7 @@ def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequenc
     from ..model.processes import join, reported
 
     with reported():
-        join(split=recipe.base.split is not None)
+        join(split=recipe.base.split == "layers")
         from ..pipeline.run import run
 
         run(

@@ -1,5 +1,6 @@
 """The one base: where it lies, its precision, its tokenizer, its weights and its fingerprint."""
 
+import functools
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from ..records.contents import Fingerprint
 from ..records.files import read_json
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
+from .shards import is_sharded, load_in_shards
 from .split import hook_layers, is_split, layer_map, lies_on_several
 
 FINGERPRINT = "base.json"  # beside each saved adapter
@@ -146,6 +148,15 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
     Raises:
         ValueError: the architecture is not one that this package computes rightly (see `check`).
     """
+    read = functools.partial(_read_base, base, auto_class, **kwargs)
+    model = load_in_shards(read, device()) if is_sharded(base) else read()
+    scores = auto_class is AutoModelForSequenceClassification
+    (check_classifier if scores else check_causal)(model.requires_grad_(False))
+    return model
+
+
+def _read_base(base: Base, auto_class: Any, **kwargs: Any) -> PreTrainedModel:
+    """What `load_base` loads, unchecked; where it is to be shared, whole and on the CPU."""
     dtype, scores = precision(base), auto_class is AutoModelForSequenceClassification
     if scores:
         register_classifier(base_config(base))
@@ -183,7 +194,6 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
             module.support_avx512bf16_for_cpu = False
     if lies_on_several(model):
         hook_layers(model)
-    (check_classifier if scores else check_causal)(model.requires_grad_(False))
     return model
 
 
@@ -195,6 +205,8 @@ def enable_checkpointing(model: Any, options: dict[str, Any], **kwargs: Any) -> 
 
 def device_map(base: Base, auto_class: Any) -> dict[str, torch.device]:
     """Where each part of the base goes: to this run's device, or as `base.split` says."""
+    if is_sharded(base):
+        return {"": torch.device("cpu")}
     if not is_split(base):
         return {"": device()}
     with torch.device("meta"):

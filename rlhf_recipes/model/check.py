@@ -132,6 +132,8 @@ def static_refusal(model: Any) -> str | None:
         return "products in 8 bits make the host wait"
     if lies_on_several(causal):
         return "its layers lie on several GPUs"
+    if hasattr(causal, "shards"):
+        return "each of its layers is gathered from several processes"
     if not model.backbone._supports_attention_backend:
         return "its attention is not transformers' AttentionInterface"
     (row, _), _ = _probe(causal)  # (L,)

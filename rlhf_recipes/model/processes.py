@@ -27,6 +27,7 @@ PATIENCE = 60  # seconds in which the launcher ends a process whose group has lo
 
 _alone = False  # within `on_main`
 _summed = 0  # bytes since `take_summed`
+_help: Callable[[], None] | None = None  # see `while_waiting`
 
 
 def count() -> int:
@@ -107,13 +108,41 @@ def reported() -> Iterator[None]:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """A block that all processes go through. Where another has died, the launcher says which, and ends this one."""
+def _patient() -> Iterator[None]:
+    """A block that waits for the others. Where one of them has died, the launcher says which, and ends this one."""
     try:
         yield
     except RuntimeError:
         time.sleep(PATIENCE)
         raise
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """A block that all processes go through, each after it has helped those that are not there yet."""
+    if _help is not None:
+        _help()
+    with _patient():
+        yield
+
+
+def while_waiting(help_others: Callable[[], None]) -> None:
+    """From now on call this before each wait for the other processes, which all do the same."""
+    global _help
+    _help = help_others
+
+
+def gather_tensors(own: Tensor, place: Tensor | None = None) -> Tensor:
+    """The tensors of all processes, of one length, one behind another: in `place`, or in a new one.
+
+    It asks nobody for help, and goes to all processes within `on_main` too.
+    """
+    place = own.new_empty(dist.get_world_size() * len(own)) if place is None else place
+    # torch 2.13 has renamed it.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    with _patient():
+        gather(place, own)
+    return place
 
 
 def all_sum_(tensors: Sequence[Tensor]) -> None:
@@ -169,6 +198,16 @@ def on_main(work: Callable[[], T]) -> T:
         finally:
             _alone = False
     return broadcast(result)
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """Let the processes do work one after another. Returns what this one's returned."""
+    result: Any = None
+    for turn in range(count()):
+        if turn == rank():
+            result = work()
+        broadcast(None)
+    return result
 
 
 def same_random_numbers() -> None:

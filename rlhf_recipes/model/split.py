@@ -29,8 +29,11 @@ def cards() -> list[torch.device]:
 
 
 def is_split(base: Base) -> bool:
-    """Whether a base is to lie on several cards. With a single one a recipe that says so loads as any other."""
-    return base.split is not None and len(cards()) > 1
+    """Whether a base is to lie on several cards. With a single one a recipe that says so loads as any other.
+
+    One that was trained in shards is laid over the cards by the commands that are one process.
+    """
+    return base.split is not None and count() == 1 and len(cards()) > 1
 
 
 def lies_on_several(model: Any) -> bool:
@@ -41,6 +44,13 @@ def lies_on_several(model: Any) -> bool:
 def check_split(base: Base) -> None:
     """Raises ValueError where a recipe's base is to be split, and cannot be here."""
     if base.split is None:
+        return
+    if base.split == "shards":
+        if count() == 1:
+            raise ValueError(
+                "base.split=shards shares the base's layers among processes, and this is the only one: add --processes "
+                "and their number, or set base.split=layers."
+            )
         return
     if count() > 1:
         raise ValueError(
