@@ -100,8 +100,8 @@ def _on_several(options: argparse.Namespace, recipe: Any, configs: Any, card: An
 # What the ways are called in the table.
 WAYS = {
     "data": "data: all of it on each card (--processes)",
-    "layers": "layers: laid over the cards of a machine",
-    "shards": "shards: of each layer, gathered for use",
+    "layers": "layers: over a machine's cards (base.split)",
+    "shards": "shards: of each layer (both of these)",
 }
 
 
@@ -120,8 +120,7 @@ def _print_several(options: argparse.Namespace, stages: Mapping[str, Any]) -> No
 
     for way, words in WAYS.items():
         plans = [stage["ways"][way] for stage in stages.values()]
-        built = all(plan.get("built", True) for plan in plans)
-        table.add_row(words + ("" if built else "; not built"), style="bold")
+        table.add_row(words, style="bold")
         row("GiB of a card", way, lambda plan: f"{plan['needed_mib'] / 1024:.1f}{'' if plan['fits'] else ', too much'}")
         row("GB sent a step", way, lambda plan: _short(plan["sent_gb"]))
         if any(plan.get("seconds") for plan in plans):

@@ -34,7 +34,11 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument(
         "--processes", type=positive_int, metavar="N", help="share the work among so many, each with a GPU (default: 1)"
     )
-    several.add_argument("--ray", metavar="ADDRESS", help="share it among --workers of a Ray cluster: auto, local, ...")
+    several.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="on a Ray cluster (auto, local, ...): share it among --workers, or place the variants of a sweep",
+    )
     parser.add_argument("--workers", type=positive_int, metavar="N", help="of --ray; each is a process with a GPU")
     parser.add_argument("--wait", action="store_true", help="wait for a process that works in the run folder")
     parser.add_argument(
@@ -117,7 +121,7 @@ def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequenc
     stages = tuple(options.stages.split(",")) if options.stages is not None else None
     if (options.processes or 1) > 1:
         return launch(options.processes, [*program, *_words(options)])
-    if options.ray is not None:
+    if options.ray is not None and not recipe.variants:
         from ..records.folder import default_run_dir
         from .ray_workers import launch_on_ray
 
@@ -125,6 +129,8 @@ def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequenc
             raise ValueError("--ray needs --workers, the number of processes that share the work.")
         run_dir = options.run_dir or default_run_dir(recipe)
         return launch_on_ray(options.ray, options.workers, [*program, *_words(options)], run_dir)
+    if options.workers is not None:
+        raise ValueError("--workers is of --ray, and the variants of a sweep have one process each: see --jobs.")
     from ..model.processes import join, reported
 
     with reported():
@@ -139,6 +145,7 @@ def _run_or_launch(recipe: Recipe, options: argparse.Namespace, program: Sequenc
             jobs=options.jobs,
             wait=options.wait,
             stop_at=options.stop_at,
+            ray=options.ray,
         )
 
 

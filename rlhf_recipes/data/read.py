@@ -25,6 +25,7 @@ from ..recipe.values import Source
 from .sources import conversion, recognized, resolve_source
 
 LONGEST_LINE = 2**26  # characters: what is longer is no row
+LONGEST_LIST = 2**31  # characters of a JSON list, which is in memory whole
 
 
 def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
@@ -134,7 +135,12 @@ def _read_json(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     while (first := text.read(1)).isspace():
         pass
     text.seek(0)
-    return iter(enumerate(json.load(text), 1)) if first == "[" else _json_lines(_lines(text))
+    if first != "[":
+        return _json_lines(_lines(text))
+    whole = text.read(LONGEST_LIST + 1)
+    if len(whole) > LONGEST_LIST:
+        raise ValueError(f"a list of more than {LONGEST_LIST:,} characters: write it as JSON lines (.jsonl).")
+    return iter(enumerate(json.loads(whole), 1))
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:

@@ -6,6 +6,7 @@ its layer does, and so do a layer's keys and values.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,9 +72,7 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 def layer_map(model: PreTrainedModel, quantization: str | None, dtype: torch.dtype) -> dict[str, torch.device]:
     """Where each part of a model lies, as accelerate's device maps say it.
 
-    What is outside the layers is on the first card, and each card has as many bytes as whole layers allow: of the
-    layers' bytes in one row, the first part makes up the first card's share, the others are equal, and a layer is on
-    the card in whose part its middle lies. The first layer is always on the first card (see `HandOn`).
+    What is outside the layers is on the first card (see `deal`).
 
     Args:
         model: on the meta device, unquantized.
@@ -87,18 +86,28 @@ def layer_map(model: PreTrainedModel, quantization: str | None, dtype: torch.dty
     prefixes = tuple(f"{name}." for name in layers)
     outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(prefixes)) * dtype.itemsize
     sizes = [layer_bytes(layer, quantization, dtype) for layer in layers.values()]
-    first = max(0.0, (outside + sum(sizes)) / len(devices) - outside)
-    part = (sum(sizes) - first) / (len(devices) - 1)
-    middles = [end - size / 2 for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
-    places = {
-        name: devices[1 + int((at - first) / part) if at > first else 0]
-        for name, at in zip(layers, middles, strict=True)
-    }
-    places[next(iter(layers))] = devices[0]
+    places = {name: devices[card] for name, card in zip(layers, deal(sizes, outside, len(devices)), strict=True)}
     holders = {name[:at] for name in layers for at in (0, *(i for i, c in enumerate(name) if c == "."))}
     tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     rest = [n for n in (*dict(model.named_modules()), *tensors) if n not in holders and n.rpartition(".")[0] in holders]
     return dict.fromkeys(rest, devices[0]) | places
+
+
+def deal(sizes: Sequence[float], outside: float, count: int) -> list[int]:
+    """The number of the card on which each layer lies, so that each of them has as many bytes as whole layers allow.
+
+    Of the layers' bytes in one row, the first part makes up the first card's share, the others are equal, and a layer
+    is on the card in whose part its middle lies. The first layer is always on the first card (see `HandOn`).
+
+    Args:
+        sizes: of the layers, in bytes.
+        outside: bytes of all else, which is on the first card.
+        count: of the cards, two or more.
+    """
+    first = max(0.0, (outside + sum(sizes)) / count - outside)
+    part = (sum(sizes) - first) / (count - 1)
+    middles = [end - size / 2 for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+    return [0, *(1 + int((middle - first) / part) if middle > first else 0 for middle in middles[1:])]
 
 
 def layer_bytes(layer: nn.Module, quantization: str | None, dtype: torch.dtype) -> float:

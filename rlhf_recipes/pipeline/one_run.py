@@ -121,7 +121,7 @@ def _run_stages(
 def same_sizes(configs: Configs) -> None:
     """Let the sizes that a plan has chosen be alike in all processes, whatever memory each has found free."""
     for config in configs.values():
-        for name in getattr(config, "chosen_sizes", {}):
+        for name in config.chosen_sizes:
             setattr(config, name, broadcast(getattr(config, name)))
 
 

@@ -25,6 +25,7 @@ def run(
     jobs: int = 1,
     wait: bool = False,
     stop_at: datetime | None = None,
+    ray: str | None = None,
 ) -> Summary | SweepSummary:
     """Run a recipe's stages in order into `run_dir` (default `runs/<name>`), and return the summary.
 
@@ -42,6 +43,7 @@ def run(
         jobs: of a recipe with variants, run so many of them at once.
         wait: for a process that works in the folder, in place of refusing.
         stop_at: end then as by SIGTERM; a time without a zone is the machine's.
+        ray: of a recipe with variants, the address of a Ray cluster on which they run.
     Raises:
         Stopped: a KeyboardInterrupt, where a signal or the clock ended it.
         ValueError: anything wrong with the recipe, its data or the folder, or a stage that cannot fit, before a weight
@@ -52,12 +54,14 @@ def run(
         raise ValueError(f"The variants of {recipe.name!r} share stages, and run in one process each: see --jobs.")
     if jobs != 1 and not recipe.variants:
         raise ValueError(f"Recipe {recipe.name!r} has no variants to run {jobs} of at once: leave out --jobs.")
+    if ray is not None and not recipe.variants:
+        raise ValueError(f"Recipe {recipe.name!r} has no variants: `rlhf-recipes run --ray --workers` shares its work.")
     stop = StopInOrder(stop_at)
-    cell = ShowInNotebook(run_dir) if in_notebook() and jobs == 1 else None
+    cell = ShowInNotebook(run_dir) if in_notebook() and jobs == 1 and ray is None else None
     watching = (*callbacks, cell) if cell is not None else tuple(callbacks)
     with stop.listening():
         if recipe.variants:
-            summary = run_sweep(recipe, run_dir, stages, force, watching, jobs, wait, stop)
+            summary = run_sweep(recipe, run_dir, stages, force, watching, jobs, wait, stop, ray)
         else:
             summary = run_one(recipe, run_dir, stages, force, (*watching, stop), wait)
     if cell is not None:

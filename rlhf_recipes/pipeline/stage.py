@@ -129,7 +129,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
     record["device"] = device_name(job.recipe.base)
     on_main(lambda: manifest.write(job.run_dir))  # all processes begin together
     job.folder.mkdir(parents=True, exist_ok=True)
-    if sizes := getattr(job.config, "chosen_sizes", None):
+    if sizes := job.config.chosen_sizes:
         record["chosen_sizes"] = sizes
     if plan is not None:
         # On a CPU the measured peak is that of the process, with all that it has loaded before.

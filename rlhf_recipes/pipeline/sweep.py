@@ -1,16 +1,12 @@
 """Sweeps: each variant of a recipe in a run folder of its own, and what several need alike trained once."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from statistics import fmean
 from threading import Lock
 from typing import TypedDict
@@ -19,7 +15,6 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TrainerCallback
 
-from ..model.processes import visible_gpus
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records.contents import Summary
@@ -37,6 +32,7 @@ from ..stages.stop import STOPPED, StopInOrder, Stopped
 from .one_run import dated, run_one
 from .rounds import unfinished_rounds
 from .variants import checked_variants, expand, naming_variant
+from .workers import Here, OnRay, Workers
 
 # What decides a stage's result, beside the base: stages with the same of it are trained once. DPO ends a recipe.
 BUILDS_ON = {
@@ -61,6 +57,7 @@ def run_sweep(
     jobs: int,
     wait: bool,
     stop: StopInOrder,
+    ray: str | None = None,
 ) -> SweepSummary:
     """Run every variant in a folder inside `run_dir`, and return their summaries as `{"variants": {name: summary}}`.
 
@@ -71,18 +68,22 @@ def run_sweep(
         jobs: with more than 1 each variant runs in a process of its own, its output in `log.txt` of its folder, on a
             GPU of its own as long as there are enough, and the CPU's cores are divided among them.
         stop: what ends a variant in order.
+        ray: the address of a Ray cluster on which the variants run, all at once if there is room and `jobs` is 1.
     Raises:
         ValueError: as `run`, for any of the variants before the first one runs; a variant that failed.
     """
     if jobs < 1:
         raise ValueError(f"--jobs must be above 0, not {jobs}.")
-    if jobs > 1 and callbacks:
-        raise ValueError("callbacks cannot reach the processes that run variants side by side: leave out jobs.")
+    if (jobs > 1 or ray is not None) and callbacks:
+        raise ValueError("callbacks cannot reach the processes that run variants side by side: leave out jobs and ray.")
     checked_variants(recipe)
+    if ray is not None and jobs == 1:
+        jobs = len(recipe.variants)
+    workers = OnRay(ray) if ray is not None else Here(jobs) if jobs > 1 else None
     run_dir.mkdir(parents=True, exist_ok=True)
     with held(run_dir, wait):
         recipe = dated(recipe, run_dir)  # one day for all, because they share stages
-        sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, Console(), stop)
+        sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, workers, Console(), stop)
         sweep.open()
         write_recipe(run_dir, recipe)
         sweep.run_all()
@@ -99,15 +100,11 @@ class Sweep:
     force: bool
     callbacks: Sequence[TrainerCallback]
     jobs: int  # variants that run at one time
+    workers: Workers | None  # what runs them; None: this process
     console: Console
     stop: StopInOrder
 
     def __post_init__(self) -> None:
-        self.processes: set[subprocess.Popen[str]] = set()  # of variants that run now
-        self.places = SimpleQueue[dict[str, str]]()  # the environments that are free, as many as there are jobs
-        for job in range(self.jobs):
-            gpus = visible_gpus()
-            self.places.put({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {})
         self.locks: defaultdict[str, Lock] = defaultdict(Lock)  # one for each stage that is trained once
         self.alike: defaultdict[str, list[str]] = defaultdict(list)  # the variants that need it
         for name in self.variants:
@@ -135,7 +132,7 @@ class Sweep:
 
     def run_all(self) -> None:
         """Run every variant. A signal ends those that run in order, and none is begun after it."""
-        if self.jobs == 1:
+        if self.workers is None:
             for name in self.variants:
                 self.run_variant(name)
             return
@@ -144,8 +141,7 @@ class Sweep:
                 list(pool.map(self.run_variant, self.variants))
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in tuple(self.processes):
-                    process.terminate()
+                self.workers.stop()
                 raise
 
     def run_variant(self, name: str) -> None:
@@ -207,56 +203,20 @@ class Sweep:
         manifest = self.manifest(name)
         left = [stage for stage in stages or self.wanted(name) if not manifest.is_done(stage)]
         title = f"{name}: {', '.join(left)}"
-        if self.jobs == 1:
+        if self.workers is None:
             self.console.print(Text(title + self.time_left(), style="bold"))
             callbacks = (*self.callbacks, self.stop)
             run_one(self.variants[name], self.run_dir / name, stages, self.force, callbacks)
             return
         log = self.run_dir / name / "log.txt"
-        code = self.run_in_process(name, stages, log)
+        order = {"recipe": to_dict(self.variants[name]), "run_dir": str(log.parent), "stages": stages}
+        code = self.workers.run(order | {"force": self.force, "stop_at": self.stop.at}, log)
         if code in STOPPED:
             raise Stopped(code)
         if code:
             last_line = log.read_text().strip().rpartition("\n")[2]
             raise ValueError(f"variants: {title} failed, see {log}: {last_line}")
         self.console.print(Text(f"{title} done{self.time_left()}"))
-
-    def run_in_process(self, name: str, stages: Sequence[str] | None, log: Path) -> int:
-        """Run stages of a variant in a process of its own, whose output goes to a file. Returns its exit code."""
-        place = self.places.get()
-        try:
-            return self._run_in_process(name, stages, log, place)
-        finally:
-            self.places.put(place)
-
-    def _run_in_process(self, name: str, stages: Sequence[str] | None, log: Path, place: dict[str, str]) -> int:
-        folder = self.run_dir / name
-        order = {"recipe": to_dict(self.variants[name]), "run_dir": str(folder), "stages": stages, "force": self.force}
-        order["stop_at"] = self.stop.at
-        environment = {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)),
-            # What is found here (functions of a recipe, the package itself) is found there too.
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        with (
-            log.open("a") as output,
-            subprocess.Popen(
-                [sys.executable, "-m", "rlhf_recipes.cli.variant"],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=os.environ | environment | place,
-                text=True,
-                start_new_session=True,  # Ctrl-C is heard here, and said to it once
-            ) as process,
-        ):
-            assert process.stdin is not None
-            self.processes.add(process)
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-            code = process.wait()  # its input stays open until it ends: see `cli.variant.end_with_parent`
-            self.processes.remove(process)
-            return code
 
     def conclude(self) -> SweepSummary:
         """Write the summary and the report of all variants, and print the table of what each trained last."""

@@ -52,8 +52,8 @@ def helpful_changes(recipe: Recipe, stage: str, configs: Configs, gpu: float | N
 def candidate_changes(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> Iterator[tuple[str, bool]]:
     """Settings that may help, and whether a run gives the same results with them, to rounding."""
     total, _, config = for_device(recipe, stage, config, gpu)
-    rows, auto = config.per_device_train_batch_size, getattr(config, "auto_sizes", set())
-    if rows % 2 == 0 and "per_device_train_batch_size" not in auto:
+    rows, auto = config.per_device_train_batch_size, config.auto_sizes
+    if rows % 2 == 0 and not auto & {"per_device_train_batch_size", "gradient_accumulation_steps"}:
         fewer = f"{stage}.per_device_train_batch_size={rows // 2}"
         if "mini_batch_size" not in getattr(recipe, stage).args:
             fewer += f" {stage}.gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
@@ -88,7 +88,10 @@ def over_several(recipe: Recipe, plan: MemoryPlan) -> str | None:
     """What there is beside settings where a plan of one GPU does not fit: more of them."""
     if plan.fits or not plan.on_gpu or recipe.base.split is not None:
         return None
-    return "base.split=layers lays the base over all GPUs of a machine, which then work one after another."
+    return (
+        "base.split=layers lays the base over all GPUs of a machine, which then work one after another; with "
+        "base.split=shards and --processes, their number, they work side by side and send each other every layer."
+    )
 
 
 def settings_that_fit(recipe: Recipe, stage: str, configs: Configs, gpu: float | None = None) -> str | None:

@@ -31,14 +31,14 @@ def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console
         ValueError: a stage does not fit; with the changes that help most.
     """
     try:
-        if "ppo" in configs:
-            settle_auto_sizes(recipe, configs["ppo"])
+        for stage, config in configs.items():
+            settle_auto_sizes(recipe, stage, config)
         plan = plan_memory(recipe, configs)
     except NoPlan as error:
         console.print(Text(f"warning: {error}", style="yellow"))
         return None
     for stage in plan.stages:
-        chosen = getattr(configs[stage], "chosen_sizes", {})
+        chosen = configs[stage].chosen_sizes
         sizes = ", ".join(f"{key}={'all' if size is None else size}" for key, size in chosen.items())
         console.print(Text(plan.line(stage) + f"; chosen: {sizes}" * bool(chosen)))
     if not force:

@@ -23,6 +23,8 @@ from transformers.training_args import OptimizerNames
 from ..model.batches import TOKENS_AT_ONCE
 from ..model.graph import layers_refusal, room, static_bytes
 from ..model.memory import resident_mib
+from ..model.processes import count
+from ..model.shards import is_sharded
 from ..recipe.values import Base, Recipe
 from ..stages.configure import Configs, configure, training_steps
 from ..stages.options import PPOConfig
@@ -32,7 +34,7 @@ from .dry_run import Shape
 from .kept import kept_dry_run
 from .meter import MicroBatchMemory
 from .others import for_gpu, other_models
-from .skeleton import quantized, read_config, skeleton, weight_bytes
+from .skeleton import quantized, read_config, sharded_bytes, skeleton, weight_bytes
 
 LAYERS = (2, 3)  # of the dry runs
 
@@ -122,8 +124,7 @@ def plan_memory(
     stages = {}
     for stage in tqdm(only or configs, desc="planning", unit="stage", leave=False, disable=None):
         total, device_recipe, config = for_device(recipe, stage, configs[stage], gpu)
-        if stage == "ppo":
-            settle_auto_sizes(recipe, config, gpu)
+        settle_auto_sizes(recipe, stage, config, gpu)
         stages[stage] = stage_plan(device_recipe, stage, config, total)
     on_gpu = gpu is not None or torch.cuda.is_available()
     return MemoryPlan(stages, (available_bytes(recipe.base) if gpu is None else gpu) / MIB, on_gpu)
@@ -195,7 +196,7 @@ def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> St
     """
     shape = shape_of(recipe, stage, config, on_gpu=gpu is not None)
     numbers, others = at_full_depth(shape), other_models(recipe, stage, config, shape.length, gpu)
-    weights, rollout = weight_bytes(recipe.base), rollout_bytes(config) if stage == "ppo" else 0
+    weights, rollout = held_weights(recipe.base), rollout_bytes(config) if stage == "ppo" else 0
     models = weights + numbers["adapters"] + (others.models if stage == "ppo" else 0)
     workspaces = 0 if gpu is None else WORKSPACES
     stays = models + numbers["optimizer"] + rollout + workspaces
@@ -225,6 +226,11 @@ def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> St
     parts |= held_beside(max(phases.values()), weights, gpu is not None)
     parts, phases = ({name: size / MIB for name, size in sizes.items()} for sizes in (parts, phases))
     return StagePlan(parts, phases)
+
+
+def held_weights(base: Base) -> float:
+    """Bytes of the base's weights in this process."""
+    return sharded_bytes(base, count()) if is_sharded(base) else weight_bytes(base)
 
 
 def captured_decoding(recipe: Recipe, config: PPOConfig, shape: Shape, numbers: dict[str, float]) -> dict[str, float]:
@@ -305,11 +311,11 @@ def available_bytes(base: Base) -> float:
     """Bytes that this process may take: of the GPU, or what the machine (or the container) has beside what is taken.
 
     Of the GPU they are those that its driver calls free, what the allocator holds, and CUDA's context, which is there
-    and which a plan counts. Where the base is split over several GPUs they are those of all together: whole layers
-    leave some of that unused.
+    and which a plan counts. Where the base's layers are laid over several GPUs they are those of all together: whole
+    layers leave some of that unused.
     """
     if torch.cuda.is_available():
-        gpus = range(torch.cuda.device_count() if base.split is not None else 1)
+        gpus = range(torch.cuda.device_count() if base.split == "layers" else 1)
         return sum(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) for gpu in gpus) + CONTEXT
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -318,53 +324,68 @@ def available_bytes(base: Base) -> float:
     return min(limits) - resident_mib() * MIB
 
 
-def settle_auto_sizes(recipe: Recipe, config: PPOConfig, gpu: float | None = None) -> None:
+def settle_auto_sizes(recipe: Recipe, stage: str, config: Any, gpu: float | None = None) -> None:
     """Set the sizes that are `auto`: first the rows, to the most that fit, then the layers to checkpoint, to the least.
 
     Beside `gradient_checkpointing=auto` rows are no more than keep a GPU busy: what they leave is better spent on
     layers that need no second forward.
+
+    Args:
+        config: the stage's trainer configuration, which is changed. What was settled before is settled anew.
     """
-    for key in sorted(config.auto_sizes - {"gradient_checkpointing"}):
-        setattr(config, key, largest_size(recipe, {"ppo": config}, key, gpu))
-    if "gradient_checkpointing" in config.auto_sizes:
+    auto = config.auto_sizes
+    if "gradient_accumulation_steps" in auto:
+        whole = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        rows = largest_size(recipe, stage, config, "per_device_train_batch_size", gpu)
+        config.per_device_train_batch_size, config.gradient_accumulation_steps = rows, whole // rows
+    for key in sorted(auto - {"gradient_checkpointing", "gradient_accumulation_steps"}):
+        setattr(config, key, largest_size(recipe, stage, config, key, gpu))
+    if "gradient_checkpointing" in auto:
         config.checkpointed_layers = least_checkpointed(recipe, config, gpu)
 
 
-def largest_size(recipe: Recipe, configs: Configs, key: str, gpu: float | None = None) -> int:
-    """The largest per_device_train_batch_size or rollout_micro_batch_size with which PPO fits, by its own phases.
+def largest_size(recipe: Recipe, stage: str, config: Any, key: str, gpu: float | None = None) -> int:
+    """The largest per_device_train_batch_size or rollout_micro_batch_size with which a stage fits, by its own phases.
 
-    It divides the mini-batch or the rollout. 1 where nothing fits: what to change is then for `helpful_changes` to say.
+    It divides the optimizer step or the rollout. The least there is where nothing fits: what to change is then for
+    `helpful_changes` to say.
     """
-    total, device_recipe, config = for_device(recipe, "ppo", configs["ppo"], gpu)
+    total, device_recipe, config = for_device(recipe, stage, config, gpu)
     updates = key == "per_device_train_batch_size"
-    divided = config.mini_batch_size if updates else config.rollout_size
-    sizes = [size for size in range(1, divided + 1) if divided % size == 0]
+    if stage == "ppo":
+        divided = config.mini_batch_size if updates else config.rollout_size
+        sizes = [size for size in range(1, divided + 1) if divided % size == 0]
+    else:  # of which each process takes its share
+        divided = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        sizes = [size for size in range(count(), divided + 1, count()) if divided % size == 0]
     if updates and "gradient_checkpointing" in config.auto_sizes:
-        length = shape_of(device_recipe, "ppo", config, on_gpu=total is not None).length
+        length = shape_of(device_recipe, stage, config, on_gpu=total is not None).length
         sizes = [size for size in sizes if size * length <= TOKENS_AT_ONCE] or [1]
-    phases = ("update",) if updates else ("generate", "score")
+    phases = (("update",) if updates else ("generate", "score")) if stage == "ppo" else ("train",)
     while len(sizes) > 1:  # keep the half in which the largest is
         middle = len(sizes) // 2
         setattr(config, key, sizes[middle])
-        sizes = sizes[middle:] if fits_by(phases, device_recipe, config, total, gpu) else sizes[:middle]
+        sizes = sizes[middle:] if fits_by(phases, device_recipe, stage, config, total, gpu) else sizes[:middle]
     return sizes[0]
 
 
 def least_checkpointed(recipe: Recipe, config: PPOConfig, gpu: float | None = None) -> int:
-    """The fewest decoder layers, the first ones, with which the update fits if they are checkpointed; else all."""
+    """The fewest decoder layers, the first ones, with which PPO's update fits if they are checkpointed; else all."""
     total, device_recipe, config = for_device(recipe, "ppo", config, gpu)
     layers = read_config(recipe.base).get_text_config().num_hidden_layers
 
-    def fits(count: int) -> bool:
-        config.checkpointed_layers = count
-        return fits_by(("update",), device_recipe, config, total, gpu)
+    def fits(number: int) -> bool:
+        config.checkpointed_layers = number
+        return fits_by(("update",), device_recipe, "ppo", config, total, gpu)
 
     return bisect.bisect_left(range(layers), True, key=fits)
 
 
-def fits_by(phases: Sequence[str], recipe: Recipe, config: PPOConfig, total: float | None, gpu: float | None) -> bool:
-    """Whether PPO fits by some of its phases alone. The arguments are as `for_device` takes and gives them."""
-    tried = stage_plan(recipe, "ppo", config, total)
+def fits_by(
+    phases: Sequence[str], recipe: Recipe, stage: str, config: Any, total: float | None, gpu: float | None
+) -> bool:
+    """Whether a stage fits by some of its phases alone. The arguments are as `for_device` takes and gives them."""
+    tried = stage_plan(recipe, stage, config, total)
     peak = max(tried.phases[phase] for phase in phases)
     beside = held_beside(peak * MIB, tried.parts["weights"] * MIB, total is not None)
     return peak * MIB + sum(beside.values()) <= (available_bytes(recipe.base) if gpu is None else gpu)

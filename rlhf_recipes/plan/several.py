@@ -2,7 +2,7 @@
 
 data      every card has the whole base and takes its share of the rows; gradients are summed once an optimizer step
 layers    one process lays the layers over the cards of a machine, and one card works at a time
-shards    every card takes its share of the rows and keeps a share of each layer, which is gathered before it is used
+shards    every card takes its share of the rows and keeps a part of each layer, which is gathered before it is used
 
 All of it is computed, from bytes and operations: none has been measured on cards. Latencies are left out, so what
 sends little and often is slower than this.
@@ -10,12 +10,12 @@ sends little and often is slower than this.
 
 import copy
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from ..model.base import precision
+from ..model.split import deal
 from ..recipe.values import Base, Recipe
 from ..stages.configure import Configs
 from .cards import Card
@@ -34,10 +34,9 @@ from .plan import (
     stage_plan,
     weights_of_token,
 )
-from .skeleton import read_config, skeleton, weight_bytes
+from .skeleton import layers_of, outside_bytes, read_config, sharded_bytes, weight_bytes
 
 WAYS = ("data", "layers", "shards")
-BUILT = ("data", "layers")  # those that a run can have
 
 # Of a link's rate: what NCCL's ring gets of NVLink's 450 GB/s, by one of its authors (NVIDIA/nccl-tests, issue 212).
 # SPREAD times less is what three A100 had of PCIe's 32 GB/s (issue 178 there: 20).
@@ -100,8 +99,8 @@ class OnSeveral:
 def on_several(recipe: Recipe, stage: str, config: Any, cluster: Cluster, way: str) -> OnSeveral:
     """Plan a stage on a cluster.
 
-    `data` and `shards` compute as one card does its share. The sum of gradients waits for them, and a layer may be
-    gathered while another computes: at the least the longer of both counts. `layers` computes as one card does all.
+    `data` and `shards` compute as one card does its share, `layers` as one card does all. What is sent waits for what
+    is computed, and the other way round: no layer is gathered while another computes.
 
     Args:
         config: the stage's trainer configuration, of the whole run.
@@ -112,10 +111,9 @@ def on_several(recipe: Recipe, stage: str, config: Any, cluster: Cluster, way: s
     _, recipe, whole = for_device(recipe, stage, config, gpu)
     share = whole if way == "layers" else share_of(stage, whole, cards)
     sizes = {} if way == "layers" else changed_sizes(stage, config, share, cards)
-    if stage == "ppo":
-        if way != "data" and cards > 1 and share.generation_backend == "native":
-            share.generation_backend = "eager"  # a CUDA graph is of one card, and gathers nothing
-        settle_auto_sizes(recipe, share, gpu + weight_bytes(recipe.base) - weights_of_card(recipe.base, way, cards))
+    if stage == "ppo" and way != "data" and cards > 1 and share.generation_backend == "native":
+        share.generation_backend = "eager"  # a CUDA graph is of one card, and gathers nothing
+    settle_auto_sizes(recipe, stage, share, gpu + weight_bytes(recipe.base) - weights_of_card(recipe.base, way, cards))
     alone = stage_plan(recipe, stage, share, gpu)
     planned = plan_of_card(recipe, stage, share, alone, way, cards)
     sent = sent_bytes(recipe, stage, share, alone, way, cards)
@@ -127,12 +125,11 @@ def on_several(recipe: Recipe, stage: str, config: Any, cluster: Cluster, way: s
     computing = sum(least for least, _ in phases), sum(most for _, most in phases)
     least = sent / (rate * 1e9 * REACHED)
     sending = least, least * SPREAD
-    together = max(computing[0], least) if way == "shards" else computing[0] + least
     return dataclasses.replace(
         found,
         computing=computing,
         sending=sending,
-        seconds=(together, computing[1] + sending[1]),
+        seconds=(computing[0] + sending[0], computing[1] + sending[1]),
         limit_gb_per_s=sum(sending) / sum(computing) * rate,
     )
 
@@ -166,44 +163,23 @@ def changed_sizes(stage: str, config: Any, share: Any, cards: int) -> dict[str, 
     return {f"{stage}.{key}": size for key, size in sizes.items()}
 
 
-def outside_bytes(base: Base) -> float:
-    """Bytes of what stands beside the decoder layers: embeddings and language-model head, which are not quantized."""
-    model: Any = skeleton(base)
-    weights = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return sum(weight.numel() for weight in weights.values()) * precision(base).itemsize
-
-
 def layers_of_card(base: Base, cards: int) -> tuple[int, int]:
-    """Whole layers on the first card, and on the other that has the most, where a base is laid over cards.
-
-    All weights are thought of as a row of bytes that is cut into equal parts, embeddings and head first; a layer is on
-    the card in whose part its middle lies.
-    """
-    layers, whole, outside = layers_of(base), weight_bytes(base), outside_bytes(base)
-    a_layer, part = (whole - outside) / layers, whole / cards
-    return max(0, math.ceil((part - outside) / a_layer - 0.5)), min(layers, math.ceil(part / a_layer))
+    """Layers on the first card, and on the other that has the most, where a base is laid over several."""
+    outside, layers = outside_bytes(base), layers_of(base)
+    places = deal([(weight_bytes(base) - outside) / layers] * layers, outside, cards)
+    return places.count(0), max(places.count(card) for card in range(1, cards))
 
 
 def weights_of_card(base: Base, way: str, cards: int) -> float:
-    """Bytes of the base's weights on the card that holds the most.
-
-    - `layers`: embeddings, head and some layers, or layers alone.
-    - `shards`: embeddings and head, an equal part of the layers, and two whole layers: one in use and the next, which
-      is gathered meanwhile (FSDP, arXiv:2304.11277, section 3.3).
-    """
-    whole, outside = weight_bytes(base), outside_bytes(base)
+    """Bytes of the base's weights on the card that holds the most: of `layers` embeddings and head, or layers alone."""
     if way == "data" or cards == 1:
-        return whole
-    a_layer = (whole - outside) / layers_of(base)
-    if way == "layers":
-        first, other = layers_of_card(base, cards)
-        return max(outside + first * a_layer, other * a_layer)
-    return min(whole, outside + (whole - outside) / cards + 2 * a_layer)
-
-
-def layers_of(base: Base) -> int:
-    """The number of decoder layers."""
-    return read_config(base).get_text_config().num_hidden_layers
+        return weight_bytes(base)
+    if way == "shards":
+        return sharded_bytes(base, cards)
+    outside = outside_bytes(base)
+    a_layer = (weight_bytes(base) - outside) / layers_of(base)
+    first, other = layers_of_card(base, cards)
+    return max(outside + first * a_layer, other * a_layer)
 
 
 def plan_of_card(recipe: Recipe, stage: str, config: Any, alone: StagePlan, way: str, cards: int) -> StagePlan:
@@ -287,6 +263,6 @@ def several_as_dict(recipe: Recipe, configs: Configs, cluster: Cluster) -> dict[
                 continue
             values = dataclasses.asdict(found[way])
             values |= {"needed_mib": found[way].plan.needed_mib, "sent_gb": values.pop("sent_bytes") / 1e9}
-            stages[stage]["ways"][way] = values | {"built": way in BUILT}
+            stages[stage]["ways"][way] = values
         stages[stage]["best"] = best_way(found)
     return stages

@@ -123,6 +123,28 @@ def weight_bytes(base: Base, scores: bool = False) -> float:
     return total
 
 
+def outside_bytes(base: Base) -> float:
+    """Bytes of what stands beside the decoder layers: embeddings and language-model head, which are not quantized."""
+    model: Any = skeleton(base)
+    weights = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return sum(weight.numel() for weight in weights.values()) * precision(base).itemsize
+
+
+def layers_of(base: Base) -> int:
+    """The number of decoder layers."""
+    return read_config(base).get_text_config().num_hidden_layers
+
+
+def sharded_bytes(base: Base, processes: int) -> float:
+    """Bytes of the base's weights in each of so many processes that share its layers (see `model.shards`).
+
+    What stands beside the layers is whole, and there is room for two layers: one that is used here, and one that only
+    others use.
+    """
+    whole, outside = weight_bytes(base), outside_bytes(base)
+    return outside + (whole - outside) * (1 / processes + 2 / layers_of(base))
+
+
 @functools.cache
 def loading_bytes(base: Base, on_gpu: bool, scores: bool = False) -> float:
     """Bytes that reading the weights takes beside them, at most.

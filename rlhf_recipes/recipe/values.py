@@ -24,8 +24,7 @@ class Base:
     quantization: Literal["nf4", "int8"] | None = None  # nf4: 4-bit NormalFloat with double quantization (QLoRA)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: 16 bits on a GPU or quantized
     attn_implementation: str | None = None  # None: what transformers chooses
-    # layers: one process lays them over all GPUs that it sees; shards: each of several processes has a part of each
-    split: Literal["layers", "shards"] | None = None
+    split: Literal["layers", "shards"] | None = None  # layers: over all GPUs of one process; shards: over processes
     chat_template: str | None = None  # transcript, chatml, a .jinja file; None: the tokenizer's own
     chat_template_date: str | None = None  # YYYY-MM-DD, a template's today; None: the day on which the run is begun
     trust_remote_code: bool = False  # run code that comes with the model

@@ -114,7 +114,7 @@ def _without_memory(recipe: dict[str, Any]) -> dict[str, Any]:
         for key in free:
             args.pop(key, None)
         rows, steps = args.pop("per_device_train_batch_size", 8), args.pop("gradient_accumulation_steps", 1)
-        args["mini_batch_size"] = args.get("mini_batch_size") or rows * steps
+        args["mini_batch_size"] = args.get("mini_batch_size") or rows * (1 if steps == "auto" else steps)
         args["optim"] = str(args.get("optim")).removeprefix("paged_")
     if recipe.get("rounds"):
         for key in (

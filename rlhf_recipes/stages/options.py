@@ -51,10 +51,33 @@ def _on_nonfinite() -> Any:
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
-    """Arguments of `SFTTrainer`, beside TRL's and transformers' own."""
+class _OfRows(TrainingArguments):
+    """What the stages share whose optimizer steps take rows of data."""
 
     on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
+    gradient_accumulation_steps: int | Literal["auto"] = _option(  # type: ignore[assignment]
+        1,
+        "An optimizer step takes so many times per_device_train_batch_size rows. auto: it takes "
+        "per_device_train_batch_size rows, of which as many as fit go at once. [transformers]",
+    )
+
+    def __post_init__(self) -> None:
+        self.auto_sizes = {"gradient_accumulation_steps"} if self.gradient_accumulation_steps == "auto" else set()
+        if self.auto_sizes:
+            self.gradient_accumulation_steps = 1  # unless a plan says more
+        super().__post_init__()
+
+    @property
+    def chosen_sizes(self) -> dict[str, int]:
+        """What the sizes that are `auto` have become."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps") if self.auto_sizes else ()
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class SFTConfig(_OfRows, trl.SFTConfig):
+    """Arguments of `SFTTrainer`, beside TRL's and transformers' own."""
+
     max_length: int | None = _max_length(1024)
     truncation_mode: Literal["drop", "keep_start"] = _truncation_mode()  # type: ignore[assignment]
     completion_only_loss: bool | None = _option(
@@ -83,10 +106,9 @@ class SFTConfig(trl.SFTConfig):
 
 
 @dataclass
-class RewardConfig(trl.RewardConfig):
+class RewardConfig(_OfRows, trl.RewardConfig):
     """Arguments of `RewardTrainer`, beside TRL's and transformers' own."""
 
-    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
     max_length: int | None = _option(
         1024,
         "A row of which a response has more tokens, together with the prompt, is a bad row: the score is read at the "
@@ -427,14 +449,13 @@ class PPOConfig(TrainingArguments):
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):
+class DPOConfig(_OfRows, trl.DPOConfig):
     """Arguments of `DPOTrainer`, beside TRL's and transformers' own.
 
     `response_length` and `temperature` are for the samples by which the models are compared after training, in batches
     of per_device_eval_batch_size.
     """
 
-    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
     max_length: int | None = _max_length(1024)
     truncation_mode: Literal["drop", "keep_start"] = _truncation_mode()  # type: ignore[assignment]
 

@@ -189,7 +189,7 @@ def measure(shape: str, backend: str, cap: float, changes: dict[str, Any]) -> di
             lengths = lengths_by(HH_PROMPTS, len(lengths), work["prompt"])
         with tempfile.TemporaryDirectory() as folder:
             recipe, config = configured(shape, work, backend, folder)
-            settle_auto_sizes(recipe, config, gpu)
+            settle_auto_sizes(recipe, "ppo", config, gpu)
             planned = plan_memory(recipe, {"ppo": config}, gpu).stages["ppo"]
             card = this_card()
             estimate = seconds_of_step(recipe, "ppo", config, planned, card) if card and card.tflops else {}

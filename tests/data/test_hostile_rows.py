@@ -146,6 +146,13 @@ def test_a_line_that_would_fill_the_memory_is_refused(
         load_rows("ppo", Source(str(tmp_path / name)))
 
 
+def test_a_list_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.data.read.LONGEST_LIST", 10_000)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(b"[" + b"0, " * 10_000_000 + b"0]"))
+    with pytest.raises(ValueError, match=r"ppo\.data: cannot read .*rows\.json\.gz: a list of more than 10,000 char"):
+        load_rows("ppo", Source(str(tmp_path / "rows.json.gz")))
+
+
 @pytest.mark.long
 def test_ten_thousand_columns_are_read(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", **{f"column {m}": m for m in range(10_000)}} for n in range(2)]

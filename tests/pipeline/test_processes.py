@@ -111,9 +111,11 @@ def flat(values: Any) -> dict[str, float]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [2, 3])
-def test_all_stages_come_to_the_same_in_several_processes(recipe: Recipe, tmp_path: Path, processes: int) -> None:
-    done = start(recipe, tmp_path / "several", processes)
+@pytest.mark.parametrize(("processes", "split"), [(2, None), (3, None), (2, "shards"), (3, "shards")])
+def test_all_stages_come_to_the_same_in_several_processes(
+    recipe: Recipe, tmp_path: Path, processes: int, split: str | None
+) -> None:
+    done = start(replace(recipe, base={"split": split}), tmp_path / "several", processes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Run folder:") == 1 and done.stderr.count("ppo:   0%") == 1
     run(recipe, tmp_path / "one")
@@ -172,7 +174,8 @@ def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path: Path, capsy
 
 
 def test_what_is_told_wrong_about_workers_is_refused(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, said in ((["--ray", "local"], "--ray needs --workers"), (["--ray", "x", "--processes", "2"], "allowed")):
+    wrong = [(["--ray", "local"], "--ray needs --workers"), (["--ray", "x", "--processes", "2"], "allowed")]
+    for words, said in (*wrong, (["--workers", "2"], "--workers is of --ray")):
         with pytest.raises(SystemExit):
             main(recipe, words)
         assert said in capsys.readouterr().err

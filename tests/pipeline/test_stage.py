@@ -39,7 +39,8 @@ def test_a_stage_is_done_once_all_that_it_wrote_is_on_disk(tmp_path: Path, monke
     def tracked() -> Any:
         yield job
 
-    job: Any = SimpleNamespace(stage="sft", run_dir=tmp_path, folder=tmp_path / "sft", config=None, tracked=tracked)
+    config = SimpleNamespace(chosen_sizes={})
+    job: Any = SimpleNamespace(stage="sft", run_dir=tmp_path, folder=tmp_path / "sft", config=config, tracked=tracked)
     job.data, job.recipe = SimpleNamespace(report={}), SimpleNamespace(seed=0, base=Base("any"))
     job.conclude = lambda results: None
     monkeypatch.setattr(os, "fsync", watched)
@@ -81,6 +82,20 @@ def test_where_memory_runs_out_a_stage_goes_on_with_half_of_the_rows_at_once(
         ours, whole = weights(tmp_path / "run" / name), weights(tmp_path / "whole" / name)
         for key in whole:
             torch.testing.assert_close(ours[key], whole[key], atol=2e-5, rtol=1e-4)
+
+
+def test_auto_takes_a_whole_step_at_once_where_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"gradient_accumulation_steps": "auto", "max_steps": 4, "save_steps": 1}
+    recipe = replace(make_recipe(tmp_path), rounds=None, ppo=None, reward=None, sft=sizes)
+    watching = RunsOut()
+    run(recipe, tmp_path / "run", callbacks=[watching])
+    assert watching.seen == [(8, 0), (8, 1), (8, 2), (4, 2), (2, 2), (2, 3)]
+    chosen = "chosen: per_device_train_batch_size=8, gradient_accumulation_steps=1"
+    assert chosen in " ".join(capsys.readouterr().out.split())
+    again = RunsOut()
+    same = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    run(replace(recipe, sft=same), tmp_path / "run", callbacks=[again])
+    assert again.seen == [], "it is the same run, and finished"
 
 
 def test_where_not_even_one_row_fits_the_stage_says_what_helps(tmp_path: Path) -> None:

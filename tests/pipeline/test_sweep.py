@@ -7,26 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from support.worded import make_recipe, read, same
 
 from rlhf_recipes import Recipe, replace, run
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.model.processes import visible_gpus
 from rlhf_recipes.pipeline.stage import run_stage
-from rlhf_recipes.pipeline.sweep import Sweep
 from rlhf_recipes.pipeline.variants import expand
+from rlhf_recipes.pipeline.workers import Here
 from rlhf_recipes.recipe.lookup import load, recipe_names
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, settings, to_dict
 from rlhf_recipes.records.folder import read_recipe
 from rlhf_recipes.stages.job import Job
-from rlhf_recipes.stages.stop import StopInOrder, Stopped
+from rlhf_recipes.stages.stop import Stopped
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "free": {"ppo": {"kl_coef": 0.0}},
@@ -109,16 +109,18 @@ def test_a_wrong_variant_is_named_before_anything_runs(
 def test_jobs_are_of_variants(one: Recipe, recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no variants to run 2 of at once"):
         run(one, tmp_path / "run", jobs=2)
+    with pytest.raises(ValueError, match="has no variants: `rlhf-recipes run --ray --workers` shares its work"):
+        run(one, tmp_path / "run", ray="local")
     with pytest.raises(ValueError, match="--jobs must be above 0, not 0"):
         run(recipe, tmp_path / "run", jobs=0)
 
 
-def test_each_of_the_variants_that_run_at_once_has_a_gpu(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_of_the_variants_that_run_at_once_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("rlhf_recipes.pipeline.sweep.visible_gpus", visible_gpus.__wrapped__)
-    sweep = Sweep(expand(recipe), Path("run"), None, False, (), 3, Console(), StopInOrder())
-    assert [sweep.places.get()["CUDA_VISIBLE_DEVICES"] for _ in range(3)] == ["4", "6", "4"]
+    monkeypatch.setattr("rlhf_recipes.pipeline.workers.visible_gpus", visible_gpus.__wrapped__)
+    here = Here(3)
+    assert [here.places.get()["CUDA_VISIBLE_DEVICES"] for _ in range(3)] == ["4", "6", "4"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert visible_gpus.__wrapped__() == []
 
@@ -191,12 +193,24 @@ def test_a_finished_sweep_takes_more_variants_and_trains_nothing_again(
         run(replace(recipe, seed=1), finished)
 
 
+@pytest.fixture(params=["jobs", "ray"])
+def at_once(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """How two variants run at once: in processes of this machine, or of a Ray cluster on it."""
+    if request.param == "jobs":
+        yield {"jobs": 2}
+        return
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rlhf_recipes[ray]'")
+    ray.init("local", num_cpus=2)
+    yield {"ray": "local"}
+    ray.shutdown()
+
+
 @pytest.mark.long
 def test_variants_run_at_once_in_processes_of_their_own(
-    recipe: Recipe, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], at_once: dict[str, Any]
 ) -> None:
     two = replace(recipe, variants={name: VARIANTS[name] for name in ("free", "bound")})
-    run(two, tmp_path / "run", jobs=2)
+    run(two, tmp_path / "run", **at_once)
     printed = capsys.readouterr().out
     assert "free: sft done" in printed or "bound: sft done" in printed
     assert re.search(r"2 variants, .* minutes in all; reward and quality over KL", " ".join(printed.split()))
@@ -215,7 +229,9 @@ def test_a_variant_that_fails_in_its_process_says_where_to_look(recipe: Recipe, 
 
 
 @pytest.mark.long
-def test_a_signal_stops_all_variants_behind_their_checkpoints(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_signal_stops_all_variants_behind_their_checkpoints(
+    recipe: Recipe, tmp_path: Path, at_once: dict[str, Any]
+) -> None:
     endless = {
         name: {"sft": {"max_steps": 10_000, "save_steps": 2, "limit": 30 + place}}
         for place, name in enumerate(("one", "other", "third"))
@@ -228,7 +244,7 @@ def test_a_signal_stops_all_variants_behind_their_checkpoints(recipe: Recipe, tm
 
     Thread(target=signal_when_two_train, daemon=True).start()
     with pytest.raises(Stopped) as stopped:
-        run(replace(recipe, variants=endless), tmp_path, stages=["sft"], jobs=2)
+        run(replace(recipe, variants=endless), tmp_path, stages=["sft"], **at_once)
     assert stopped.value.code == 143
     logs = sorted(path.read_text() for path in tmp_path.glob("*/log.txt"))
     assert len(logs) == 2 and all("run the same command again to resume" in text for text in logs)

@@ -283,9 +283,27 @@ def test_auto_is_the_largest_that_fits(recipe: Recipe, key: str) -> None:
     auto = replace(recipe, ppo={**args, key: "auto"})
     for limit, size in zip(peaks, sizes, strict=True):
         config = check_recipe(replace(auto, base={"dtype": "float32"}, ppo={"optim": "adamw_torch"}))
-        assert largest_size(auto, config, key, gpu=limit + 1) == size
-    settle_auto_sizes(auto, config["ppo"], gpu=peaks[1] + 1)
+        assert largest_size(auto, "ppo", config["ppo"], key, gpu=limit + 1) == size
+    settle_auto_sizes(auto, "ppo", config["ppo"], gpu=peaks[1] + 1)
     assert getattr(config["ppo"], key) == sizes[1]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_auto_accumulates_as_few_batches_as_fit(recipe: Recipe, stage: str) -> None:
+    recipe = replace(recipe, base={"dtype": "float32"}, **{stage: {"optim": "adamw_torch"}})
+    needs = {}
+    for rows in (3, 6, 12):
+        fixed = replace(recipe, **{stage: {"per_device_train_batch_size": rows}})
+        planned = plan_memory(fixed, gpu=2**40, only=[stage]).stages[stage]
+        peak, weights = planned.phases["train"] * 2**20, planned.parts["weights"] * 2**20
+        needs[rows] = peak + sum(held_beside(peak, weights, on_gpu=True).values())
+    auto = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": "auto"}
+    config = check_recipe(replace(recipe, **{stage: auto}))[stage]
+    for rows, need in needs.items():
+        settle_auto_sizes(recipe, stage, config, gpu=need + 1)
+        chosen = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 12 // rows}
+        assert config.chosen_sizes == chosen
+    assert needs[3] < needs[6] < needs[12]
 
 
 def test_auto_checkpoints_the_fewest_layers_that_memory_asks_for(tmp_path: Path) -> None:
@@ -303,7 +321,7 @@ def test_auto_checkpoints_the_fewest_layers_that_memory_asks_for(tmp_path: Path)
     ppo = check_recipe(recipe)["ppo"]
     assert [least_checkpointed(recipe, ppo, gpu=need + 1) for need in needs.values()] == [0, 2, 6]
     assert least_checkpointed(recipe, ppo, gpu=needs[6] / 2) == 6, "for another to say that it does not fit"
-    settle_auto_sizes(recipe, ppo, gpu=needs[2] + 1)
+    settle_auto_sizes(recipe, "ppo", ppo, gpu=needs[2] + 1)
     assert ppo.chosen_sizes == {"checkpointed_layers": 2}
 
 

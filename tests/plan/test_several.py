@@ -78,7 +78,8 @@ def test_a_card_holds_its_part_of_the_weights(ppo: tuple[Recipe, PPOConfig]) -> 
     data, layers, shards = (planned(ppo, way).plan for way in ("data", "layers", "shards"))
     mib = 2**20
     assert one.parts["weights"] * mib == data.parts["weights"] * mib == LAYERS + 2 * TABLE
-    assert layers.parts["weights"] * mib == 2 * TABLE, "a quarter of all is less: the first card has no layer, others 3"
+    # A quarter of all is less than the tables, beside which is the first layer alone. Of the others one has three.
+    assert layers.parts["weights"] * mib == pytest.approx(2 * TABLE + LAYERS / 8)
     assert shards.parts["weights"] * mib == 2 * TABLE + LAYERS / 4 + 2 * LAYERS / 8
     for name in ("adapters", "optimizer", "gradients"):
         assert layers.parts[name] == one.parts[name] * 3 / 8
@@ -101,7 +102,7 @@ def test_seconds_are_bytes_and_operations_over_rates(ppo: tuple[Recipe, PPOConfi
     assert data.computing[1] < one.computing[1], "a share of the rows"
     assert layers.computing is not None and layers.computing[1] == pytest.approx(one.computing[1]), "one at a time"
     assert shards.computing is not None and shards.sending is not None and shards.seconds is not None
-    assert shards.seconds[0] == max(shards.computing[0], shards.sending[0]), "a layer is gathered while one computes"
+    assert shards.seconds[0] == shards.computing[0] + shards.sending[0], "nothing is computed meanwhile"
     slower = planned(ppo, "data", nodes=2, network=data.limit_gb_per_s)
     assert slower.sending is not None and slower.computing is not None
     assert sum(slower.sending) == pytest.approx(sum(slower.computing)), "there the network begins to be the limit"
