@@ -50,22 +50,25 @@ def _on_nonfinite() -> Any:
     )
 
 
-@dataclass
-class _OfRows(TrainingArguments):
-    """What the stages share whose optimizer steps take rows of data."""
-
-    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
-    gradient_accumulation_steps: int | Literal["auto"] = _option(  # type: ignore[assignment]
+def _gradient_accumulation_steps() -> Any:
+    return _option(
         1,
         "An optimizer step takes so many times per_device_train_batch_size rows. auto: it takes "
         "per_device_train_batch_size rows, of which as many as fit go at once. [transformers]",
     )
 
+
+class _OfRows:
+    """What the stages share whose optimizer steps take rows of data. No dataclass: TRL's own defaults are to stay."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: Any
+
     def __post_init__(self) -> None:
         self.auto_sizes = {"gradient_accumulation_steps"} if self.gradient_accumulation_steps == "auto" else set()
         if self.auto_sizes:
             self.gradient_accumulation_steps = 1  # unless a plan says more
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
 
     @property
     def chosen_sizes(self) -> dict[str, int]:
@@ -78,6 +81,8 @@ class _OfRows(TrainingArguments):
 class SFTConfig(_OfRows, trl.SFTConfig):
     """Arguments of `SFTTrainer`, beside TRL's and transformers' own."""
 
+    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
+    gradient_accumulation_steps: int | Literal["auto"] = _gradient_accumulation_steps()  # type: ignore[assignment]
     max_length: int | None = _max_length(1024)
     truncation_mode: Literal["drop", "keep_start"] = _truncation_mode()  # type: ignore[assignment]
     completion_only_loss: bool | None = _option(
@@ -109,6 +114,8 @@ class SFTConfig(_OfRows, trl.SFTConfig):
 class RewardConfig(_OfRows, trl.RewardConfig):
     """Arguments of `RewardTrainer`, beside TRL's and transformers' own."""
 
+    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
+    gradient_accumulation_steps: int | Literal["auto"] = _gradient_accumulation_steps()  # type: ignore[assignment]
     max_length: int | None = _option(
         1024,
         "A row of which a response has more tokens, together with the prompt, is a bad row: the score is read at the "
@@ -456,6 +463,8 @@ class DPOConfig(_OfRows, trl.DPOConfig):
     of per_device_eval_batch_size.
     """
 
+    on_nonfinite: Literal["stop", "skip"] = _on_nonfinite()
+    gradient_accumulation_steps: int | Literal["auto"] = _gradient_accumulation_steps()  # type: ignore[assignment]
     max_length: int | None = _max_length(1024)
     truncation_mode: Literal["drop", "keep_start"] = _truncation_mode()  # type: ignore[assignment]
 

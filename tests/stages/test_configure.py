@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from support.command_line import error_of
 from transformers import TrainingArguments
 
@@ -13,6 +14,7 @@ from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.recipe import overrides
 from rlhf_recipes.recipe.arguments import OWNED, REFUSED, REFUSED_IN, objection
 from rlhf_recipes.stages.configure import CONFIGS, training_steps
+from rlhf_recipes.stages.options import DPOConfig, RewardConfig, SFTConfig
 
 # What transformers' Trainer reads, in every stage unless REFUSED_IN says otherwise.
 TRAINER = {
@@ -128,3 +130,16 @@ def test_a_secret_is_refused_before_a_recipe_is_written(changes: dict[str, Any],
     with pytest.raises(ValueError, match=said) as refused:
         check_recipe(overrides.replace(load("tiny-rounds"), **changes))
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "changed"),
+    [
+        (SFTConfig, trl.SFTConfig, {"truncation_mode", "eval_packing"}),
+        (RewardConfig, trl.RewardConfig, set()),
+        (DPOConfig, trl.DPOConfig, {"truncation_mode", "learning_rate"}),
+    ],
+)
+def test_all_other_defaults_are_trls(ours: type, theirs: type, changed: set[str]) -> None:
+    own = {field.name: field.default for field in fields(ours)}  # type: ignore[arg-type]
+    assert {field.name for field in fields(theirs) if own[field.name] != field.default} == changed  # type: ignore
