@@ -20,6 +20,7 @@ from ..report.access import Access, Refusal, access_file
 from ..report.server import (
     HEADERS,
     LOOPBACK,
+    ClientDisconnect,
     JSONResponse,
     Request,
     Response,
@@ -152,6 +153,8 @@ async def _sent_json(request: Request) -> Row:
         sent = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "The request is not JSON.") from error
+    except ClientDisconnect as error:  # nobody hears this
+        raise Refusal(400, "The request was broken off.") from error
     if not isinstance(sent, dict):
         raise Refusal(400, "The request is no JSON object.")
     return sent

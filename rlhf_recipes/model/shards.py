@@ -11,12 +11,14 @@ it all processes must run equally many forwards. It would also replace the param
 it needs to read 4 bits.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from bitsandbytes.nn import Int8Params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -73,8 +75,8 @@ class Shards:
         self.inside: int | None = None  # the layer that stands in the room
         for number, layer in enumerate(layers):
             self.take(layer, self.parts[number])
-            layer.register_forward_pre_hook(lambda module, inputs, number=number: self.bring(number))
-            layer.register_forward_hook(lambda module, inputs, output, number=number: self.bring_back(output, number))
+            layer.register_forward_pre_hook(functools.partial(self.before_forward, number))
+            layer.register_forward_hook(functools.partial(self.behind_forward, number))
         nn.Module.to(model, device)
         self.key = next(_numbers)
         _bases[self.key] = self
@@ -86,8 +88,8 @@ class Shards:
             place = slice(start, start + tensor.nbytes)
             whole[place] = tensor.detach().contiguous().view(-1).view(torch.uint8)
             tensor.data = self.room[place].view(tensor.dtype).view(tensor.shape)
-            if getattr(tensor, "CB", None) is not None:  # of bitsandbytes' 8 bits: once more the tensor itself
-                tensor.CB = tensor.data  # type: ignore[attr-defined]
+            if isinstance(tensor, Int8Params):  # which holds itself once more, and the scales of its rows
+                tensor.CB, tensor.SCB = tensor.data, tensor.SCB.to(self.room.device)
             start += aligned(tensor.nbytes)
         part.copy_(whole.chunk(count())[rank()])
 
@@ -98,8 +100,12 @@ class Shards:
             answer((self.key, number))
             self.inside = number
 
-    def bring_back(self, output: Any, number: int) -> None:
-        """Let a backward find the layer in the room: it begins when the hidden states of its output have a gradient."""
+    def before_forward(self, number: int, module: nn.Module, inputs: Any) -> None:
+        """A hook."""
+        self.bring(number)
+
+    def behind_forward(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        """A hook: a layer's backward, too, finds it in the room. It begins when the hidden states have a gradient."""
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self.bring(number))

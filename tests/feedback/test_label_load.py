@@ -35,11 +35,12 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         words = ["-m", "rlhf_recipes", "label", str(samples), "--port", str(port), "--overlap", str(OVERLAP)]
-        self.command = [sys.executable, *words]
+        self.command, self.said = [sys.executable, *words], samples.with_name("said.txt")
         self.start()
 
     def start(self) -> None:
-        self.process = start(self.command, stdout=subprocess.PIPE)
+        with self.said.open("a") as said:
+            self.process = start(self.command, stdout=subprocess.PIPE, stderr=said)
         assert self.process.stdout is not None
         line = ""
         while not line.startswith("Open "):
@@ -137,6 +138,7 @@ def test_fifty_labelers_lose_nothing(tmp_path: Path) -> None:
     assert len(set(written) - confirmed) <= KILLS * LABELERS
     alone = [size for size in Counter(row["id"] for row in labels).values() if size > 1]
     assert len(alone) <= OVERLAP * count + 1, "what goes to one labeler was judged by one"
+    assert "Traceback" not in server.said.read_text(), server.said.read_text()
     refused = sum((labeler.refused for labeler in labelers), Counter())
     assert set(refused) <= {409}, "somebody else had it, because the server that knew was killed"
     seconds = sorted(second for labeler in labelers for second in labeler.seconds)
