@@ -21,7 +21,7 @@ from ..model.base import device_name
 from ..model.memory import peak_memory_mib, release, reset_peak_memory, resident_mib
 from ..model.processes import all_gather, count, is_main, on_main
 from ..plan.fit import out_of_memory, plan_for_rows
-from ..plan.plan import StagePlan
+from ..plan.stage_memory import StagePlan
 from ..recipe.values import PEOPLE, Recipe
 from ..records.contents import Fingerprint, StageRecord, StageResults
 from ..records.files import sync_all

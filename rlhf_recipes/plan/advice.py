@@ -12,7 +12,9 @@ from ..recipe.values import Recipe
 from ..stages.configure import Configs, configure
 from .cards import Card
 from .hours import hours, seconds_of_step
-from .plan import MemoryPlan, for_device, gib, plan_memory, work_of_step
+from .plan import MemoryPlan, for_device, plan_memory
+from .stage_memory import gib
+from .work import work_of_step
 
 MOST_CHANGES = 3  # of results, before a stage is said not to fit
 

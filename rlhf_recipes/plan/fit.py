@@ -16,7 +16,8 @@ from ..stages.configure import Configs
 from ..stages.job import Job
 from .advice import best_changes, over_several, settings_that_fit
 from .dry_run import NoPlan
-from .plan import MemoryPlan, StagePlan, for_device, gib, plan_memory, settle_auto_sizes, stage_plan
+from .plan import MemoryPlan, for_device, plan_memory, settle_auto_sizes, stage_plan
+from .stage_memory import StagePlan, gib
 
 
 def check_memory(recipe: Recipe, configs: Configs, force: bool, console: Console) -> MemoryPlan | None:

@@ -11,8 +11,10 @@ from ..recipe.values import Recipe
 from ..stages.configure import Configs, training_steps
 from ..stages.options import PPOConfig
 from .cards import Card
-from .plan import MIB, MemoryPlan, StagePlan, flop_of_step, for_device, forwards_of_step, shape_of
+from .plan import MemoryPlan, for_device, shape_of
 from .skeleton import quantized, read_config, skeleton, weight_bytes
+from .stage_memory import MIB, StagePlan
+from .work import flop_of_step, forwards_of_step
 
 # Shares of the data sheet's figures that were reached: 55 and 39 % of the rate of a large product, which itself is 79 %
 # of the data sheet's; and a copy, which is 83 % of the bandwidth.

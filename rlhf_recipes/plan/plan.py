@@ -8,7 +8,6 @@ them. Lengths are the longest that the configuration allows.
 import bisect
 import copy
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -25,53 +24,24 @@ from ..model.graph import layers_refusal, room, static_bytes
 from ..model.memory import resident_mib
 from ..model.processes import count
 from ..model.shards import is_sharded
+from ..model.split import cards, is_split
 from ..recipe.values import Base, Recipe
-from ..stages.configure import Configs, configure, training_steps
+from ..stages.configure import Configs, configure
 from ..stages.options import PPOConfig
 from ..stages.ppo.roles import Role, ppo_roles
-from ..stages.reward.adapters import JUDGE
 from .dry_run import Shape
 from .kept import kept_dry_run
 from .meter import MicroBatchMemory
 from .others import for_gpu, other_models
 from .skeleton import quantized, read_config, sharded_bytes, skeleton, weight_bytes
+from .spread import plan_of_card
+from .stage_memory import CONTEXT, MIB, WORKSPACES, StagePlan, gib, held_beside
 
 LAYERS = (2, 3)  # of the dry runs
-
-GIB, MIB = 2**30, 2**20
-
-# What is there beside the tensors of a stage. Fitted to PPO of a 7B and a 14B in NF4 on an H200 (see README.md).
-WORKSPACES = 2 * 32 * MIB  # cuBLAS's, of the forward's and the backward's thread. Before Hopper they take 8 MiB each.
-CONTEXT = 0.73 * GIB  # CUDA's: kernels and their state, which no allocator counts
-FRAGMENTS = 0.27  # of all but the weights: what torch's allocator holds and nothing uses (22 % and 32 % were measured)
-CPU_FRAGMENTS = 0.15
 
 # What glibc holds, which keeps what is freed. In a stage of SmolLM2 in float32 that is planned at 5.1 GiB, 0.5 of them
 # weights, a process held 8.5 GiB above its start after a few steps, and 11.1 GiB in all in a whole run.
 HELD = 1.2
-
-
-def gib(mib: float) -> str:
-    """MiB as text, in GiB."""
-    return f"{mib / 1024:.1f}" if mib >= 1024 else f"{mib / 1024:.2f}"
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A stage's memory in MiB: `parts` at their largest, and `phases`, each the sum of what is there at one time."""
-
-    parts: dict[str, float]
-    phases: dict[str, float]
-
-    @property
-    def peak_mib(self) -> float:
-        """What torch.cuda.max_memory_allocated will say, or what a process on the CPU takes above its start."""
-        return max(self.phases.values())
-
-    @property
-    def needed_mib(self) -> float:
-        """The peak with what is held beside the tensors."""
-        return self.peak_mib + self.parts["fragments"] + self.parts["context"]
 
 
 @dataclass(frozen=True)
@@ -191,6 +161,8 @@ def _planned_roles(recipe: Recipe, stage: str, config: Any) -> tuple[Role, ...]:
 def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> StagePlan:
     """Add up what is there at one time in each phase: what stays, and one micro-batch.
 
+    Where the base's layers are laid over several cards, it is that of the card that holds the most.
+
     Args:
         gpu: bytes of the GPU in all; None: a CPU.
     """
@@ -225,7 +197,8 @@ def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> St
     parts["workspaces"] = workspaces
     parts |= held_beside(max(phases.values()), weights, gpu is not None)
     parts, phases = ({name: size / MIB for name, size in sizes.items()} for sizes in (parts, phases))
-    return StagePlan(parts, phases)
+    alone, on_cards = StagePlan(parts, phases), len(cards()) if is_split(recipe.base) else 1
+    return plan_of_card(recipe.base, alone, numbers, "layers", on_cards, on_gpu=gpu is not None)
 
 
 def held_weights(base: Base) -> float:
@@ -249,12 +222,6 @@ def captured_decoding(recipe: Recipe, config: PPOConfig, shape: Shape, numbers: 
     more = numbers["copies"] + static["buffers"] + static["pool"]
     grown = {name: numbers[name] + more for name in ("generate.saved", "generate.activations")}
     return {"kv_cache": static["cache"], **grown}
-
-
-def held_beside(peak: float, weights: float, on_gpu: bool) -> dict[str, float]:
-    """Bytes that are held beside the tensors of a peak. Weights stay where they are and leave no fragments."""
-    share, context = (FRAGMENTS, CONTEXT) if on_gpu else (CPU_FRAGMENTS, 0)
-    return {"fragments": share * (peak - weights), "context": context}
 
 
 def at_full_depth(shape: Shape) -> dict[str, float]:
@@ -311,12 +278,12 @@ def available_bytes(base: Base) -> float:
     """Bytes that this process may take: of the GPU, or what the machine (or the container) has beside what is taken.
 
     Of the GPU they are those that its driver calls free, what the allocator holds, and CUDA's context, which is there
-    and which a plan counts. Where the base's layers are laid over several GPUs they are those of all together: whole
-    layers leave some of that unused.
+    and which a plan counts. Where the base's layers are laid over several GPUs they are those of the one that has the
+    fewest.
     """
     if torch.cuda.is_available():
-        gpus = range(torch.cuda.device_count() if base.split == "layers" else 1)
-        return sum(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) for gpu in gpus) + CONTEXT
+        gpus = range(len(cards()) if is_split(base) else 1)
+        return min(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) for gpu in gpus) + CONTEXT
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and limit.read_text().strip() != "max":
@@ -389,78 +356,3 @@ def fits_by(
     peak = max(tried.phases[phase] for phase in phases)
     beside = held_beside(peak * MIB, tried.parts["weights"] * MIB, total is not None)
     return peak * MIB + sum(beside.values()) <= (available_bytes(recipe.base) if gpu is None else gpu)
-
-
-def work_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float | None]:
-    """Tokens and floating-point operations (FLOP) of a step, and steps, where the recipe alone says how many.
-
-    Where a limit says it, the steps are `at_most` so many, because rows may be dropped, and there may be fewer.
-    """
-    section = getattr(recipe, stage)
-    at_most = config.max_steps <= 0 and getattr(config, "total_episodes", None) is None
-    rows = 0 if not at_most else None if section.limit is None else section.limit * (1 - section.heldout)
-    steps = None if rows is None else training_steps(stage, config, rows)
-    tokens = _rows_of_step(stage, config) * shape_of(recipe, stage, config, on_gpu=False).length
-    flop = sum(flop_of_step(recipe, stage, config).values())
-    return {"tokens": tokens, "flop": flop, "steps": steps, "at_most": at_most}
-
-
-def flop_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float]:
-    """Floating-point operations of each phase of a step.
-
-    A forward takes 2 FLOP a token and weight, a backward to the adapters through frozen weights 2 more, gradient
-    checkpointing one more forward of the layers that it is of (Kaplan et al., arXiv:2001.08361, section 2.1, without
-    attention). A step of PPO is an update: each row is decoded, scored by the roles, and trained on num_ppo_epochs
-    times by policy and critic.
-    """
-    shape = shape_of(recipe, stage, config, on_gpu=False)
-    forward = 2 * _rows_of_step(stage, config) * shape.length * weights_of_token(recipe.base)
-    again = 0 if shape.checkpointing == "off" else 1
-    if again and shape.checkpointed is not None:
-        again = min(1, shape.checkpointed / read_config(recipe.base).get_text_config().num_hidden_layers)
-    training = (2 + again) * forward
-    if stage != "ppo":
-        return {"train": training + (stage == "dpo") * forward}
-    trained = config.num_ppo_epochs * sum(role.trained for role in shape.roles)
-    return {"generate": forward, "score": len(scoring_roles(config, shape)) * forward, "update": trained * training}
-
-
-def scoring_roles(config: PPOConfig, shape: Shape) -> list[Role]:
-    """The roles that score a rollout by a forward of their own.
-
-    A head alone reads what the policy's forward has computed, and the policy's is that of the update where a single
-    micro-batch is the update.
-    """
-    scoring = [role for role in shape.roles if not role.copy and role.on is None and role.name != JUDGE]
-    kept = config.is_one_step and shape.rows >= config.rollout_size
-    return [role for role in scoring if role.name != "policy" or (config.scores_policy and not kept)]
-
-
-def forwards_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float]:
-    """Forwards of a batch, as many as each phase of a step has. A backward's kernels count as one more."""
-    shape = shape_of(recipe, stage, config, on_gpu=False)
-    training = 2 if shape.checkpointing == "off" else 3
-    if stage != "ppo":
-        return {"train": config.gradient_accumulation_steps * (training + (stage == "dpo"))}
-    batches, micro = (math.ceil(config.rollout_size / rows) for rows in (shape.more_rows, shape.rows))
-    trained = config.num_ppo_epochs * sum(role.trained for role in shape.roles)
-    return {
-        "generate": batches * config.response_length,
-        "score": micro * len(scoring_roles(config, shape)),
-        "update": micro * trained * training,
-    }
-
-
-def _rows_of_step(stage: str, config: Any) -> int:
-    """Sequences in a step."""
-    if stage == "ppo":
-        return config.rollout_size
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * (1 if stage == "sft" else 2)
-
-
-@functools.cache
-def weights_of_token(base: Base) -> int:
-    """Weights that a token is multiplied with: all but the embeddings, which are looked up."""
-    model: Any = skeleton(base)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(p.numel() for p in model.parameters()) - (0 if head is embedding else embedding.numel())

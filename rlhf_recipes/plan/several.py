@@ -15,26 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.base import precision
-from ..model.split import deal
-from ..recipe.values import Base, Recipe
+from ..recipe.overrides import replace
+from ..recipe.values import Recipe
 from ..stages.configure import Configs
 from .cards import Card
 from .hours import SPREAD, Range, seconds_of_step
-from .plan import (
-    GIB,
-    MIB,
-    StagePlan,
-    at_full_depth,
-    flop_of_step,
-    for_device,
-    forwards_of_step,
-    held_beside,
-    settle_auto_sizes,
-    shape_of,
-    stage_plan,
-    weights_of_token,
-)
-from .skeleton import layers_of, outside_bytes, read_config, sharded_bytes, weight_bytes
+from .plan import at_full_depth, for_device, settle_auto_sizes, shape_of, stage_plan
+from .skeleton import outside_bytes, read_config, weight_bytes
+from .spread import plan_of_card, weights_of_card
+from .stage_memory import GIB, MIB, StagePlan
+from .work import flop_of_step, forwards_of_step, weights_of_token
 
 WAYS = ("data", "layers", "shards")
 
@@ -108,6 +98,7 @@ def on_several(recipe: Recipe, stage: str, config: Any, cluster: Cluster, way: s
         Indivisible: the cards cannot share a step.
     """
     cards, card, gpu = cluster.cards(way), cluster.card, cluster.card.gib * GIB
+    recipe = replace(recipe, base={"split": None})  # whatever this machine has
     _, recipe, whole = for_device(recipe, stage, config, gpu)
     share = whole if way == "layers" else share_of(stage, whole, cards)
     sizes = {} if way == "layers" else changed_sizes(stage, config, share, cards)
@@ -115,7 +106,8 @@ def on_several(recipe: Recipe, stage: str, config: Any, cluster: Cluster, way: s
         share.generation_backend = "eager"  # a CUDA graph is of one card, and gathers nothing
     settle_auto_sizes(recipe, stage, share, gpu + weight_bytes(recipe.base) - weights_of_card(recipe.base, way, cards))
     alone = stage_plan(recipe, stage, share, gpu)
-    planned = plan_of_card(recipe, stage, share, alone, way, cards)
+    numbers = at_full_depth(shape_of(recipe, stage, share, on_gpu=True))
+    planned = plan_of_card(recipe.base, alone, numbers, way, cards)
     sent = sent_bytes(recipe, stage, share, alone, way, cards)
     found = OnSeveral(cards, planned, planned.needed_mib * MIB <= gpu, sizes, sent)
     rate = cluster.gb_per_s(way)
@@ -161,58 +153,6 @@ def changed_sizes(stage: str, config: Any, share: Any, cards: int) -> dict[str, 
         return {}
     sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": share.gradient_accumulation_steps}
     return {f"{stage}.{key}": size for key, size in sizes.items()}
-
-
-def layers_of_card(base: Base, cards: int) -> tuple[int, int]:
-    """Layers on the first card, and on the other that has the most, where a base is laid over several."""
-    outside, layers = outside_bytes(base), layers_of(base)
-    places = deal([(weight_bytes(base) - outside) / layers] * layers, outside, cards)
-    return places.count(0), max(places.count(card) for card in range(1, cards))
-
-
-def weights_of_card(base: Base, way: str, cards: int) -> float:
-    """Bytes of the base's weights on the card that holds the most: of `layers` embeddings and head, or layers alone."""
-    if way == "data" or cards == 1:
-        return weight_bytes(base)
-    if way == "shards":
-        return sharded_bytes(base, cards)
-    outside = outside_bytes(base)
-    a_layer = (weight_bytes(base) - outside) / layers_of(base)
-    first, other = layers_of_card(base, cards)
-    return max(outside + first * a_layer, other * a_layer)
-
-
-def plan_of_card(recipe: Recipe, stage: str, config: Any, alone: StagePlan, way: str, cards: int) -> StagePlan:
-    """The memory of the card that holds the most, from the `alone` plan of one that holds everything.
-
-    Of `layers` everything that belongs to a layer goes with it: adapters, their gradients and optimizer, keys and
-    values, what a forward saves. The others hold adapters whole, and the message in which gradients are summed.
-    """
-    if cards == 1:
-        return alone
-    numbers = at_full_depth(shape_of(recipe, stage, config, on_gpu=True))
-    gone = 1 - layers_of_card(recipe.base, cards)[1] / layers_of(recipe.base) if way == "layers" else 0.0
-    weights = weights_of_card(recipe.base, way, cards) / MIB
-    parts = dict(alone.parts)
-    for name in ("adapters", "optimizer", "gradients", "kv_cache"):
-        parts[name] *= 1 - gone
-    parts["weights"] = weights
-    message = 0 if way == "layers" else alone.parts["gradients"]
-
-    def in_phase(phase: str) -> float:
-        if phase == "label":  # by a model that is there alone
-            return alone.phases[phase]
-        size = alone.phases[phase] - alone.parts["weights"] + weights - gone * alone.parts["adapters"]
-        if phase in ("load", "compare"):
-            return size
-        size -= gone * (alone.parts["optimizer"] + numbers[f"{phase}.saved"] / MIB)
-        if phase in ("train", "update"):
-            size += message - gone * alone.parts["gradients"]
-        return size - gone * alone.parts["kv_cache"] * (phase == "generate")
-
-    phases = {phase: in_phase(phase) for phase in alone.phases}
-    beside = held_beside(max(phases.values()) * MIB, weights * MIB, on_gpu=True)
-    return StagePlan(parts | {name: size / MIB for name, size in beside.items()}, phases)
 
 
 def sent_bytes(recipe: Recipe, stage: str, config: Any, alone: StagePlan, way: str, cards: int) -> float:

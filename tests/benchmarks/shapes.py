@@ -41,7 +41,8 @@ from rlhf_recipes import Base, Lora, SharedBase
 from rlhf_recipes.model.base import device
 from rlhf_recipes.plan.cards import this_card
 from rlhf_recipes.plan.hours import seconds_of_step
-from rlhf_recipes.plan.plan import StagePlan, plan_memory, settle_auto_sizes
+from rlhf_recipes.plan.plan import plan_memory, settle_auto_sizes
+from rlhf_recipes.plan.stage_memory import StagePlan
 from rlhf_recipes.recipe.values import PPOStage, Recipe
 from rlhf_recipes.stages.configure import stage_config
 

@@ -17,7 +17,8 @@ from rlhf_recipes import Base, PPOStage, Recipe, Stage
 from rlhf_recipes.model.base import load_base
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.plan import fit
-from rlhf_recipes.plan.plan import StagePlan, plan_memory
+from rlhf_recipes.plan.plan import plan_memory
+from rlhf_recipes.plan.stage_memory import StagePlan
 from rlhf_recipes.recipe.values import DPOStage, Rounds
 from rlhf_recipes.stages.scores import ExternalRewardModel
 

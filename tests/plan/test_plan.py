@@ -23,20 +23,17 @@ from rlhf_recipes.plan.advice import helpful_changes, over_several, settings_tha
 from rlhf_recipes.plan.dry_run import dry_run, optimizer_bytes
 from rlhf_recipes.plan.meter import MicroBatchMemory
 from rlhf_recipes.plan.plan import (
-    CONTEXT,
-    FRAGMENTS,
-    WORKSPACES,
     at_full_depth,
-    held_beside,
     largest_size,
     least_checkpointed,
     plan_memory,
     settle_auto_sizes,
     shape_of,
     stage_plan,
-    work_of_step,
 )
 from rlhf_recipes.plan.skeleton import weight_bytes
+from rlhf_recipes.plan.stage_memory import CONTEXT, FRAGMENTS, WORKSPACES, held_beside
+from rlhf_recipes.plan.work import work_of_step
 from rlhf_recipes.recipe.overrides import parse_overrides, to_dict
 from rlhf_recipes.recipe.values import DPOStage
 from rlhf_recipes.records.manifest import Manifest, _without_memory
