@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -66,7 +68,10 @@ class OnRay:
             import ray  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError("--ray needs a package: pip install 'rlhf_recipes[ray]'.") from error
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(address, ignore_reinit_error=True)
+        if signal.getsignal(signal.SIGTERM) is not before:  # Ray's own would end this process at once
+            signal.signal(signal.SIGTERM, before)
         self.ray, self.running = ray, set[Any]()
         gpus = min(1, ray.cluster_resources().get("GPU", 0))
         self.task = ray.remote(run_task).options(num_cpus=1, num_gpus=gpus, max_retries=LOST)
@@ -121,7 +126,9 @@ def run_process(
         try:
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
-            return process.wait()  # its input stays open until it ends: see `cli.variant.end_with_parent`
+            while process.poll() is None:  # its input stays open until it ends: see `cli.variant.end_with_parent`
+                time.sleep(0.2)  # and no `wait`, which Ray's cancelling does not interrupt
+            return process.returncode
         except KeyboardInterrupt:  # by which Ray cancels a task
             process.terminate()
             return process.wait()

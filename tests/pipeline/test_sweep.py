@@ -200,8 +200,7 @@ def at_once(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         yield {"jobs": 2}
         return
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rlhf_recipes[ray]'")
-    ray.init("local", num_cpus=2)
-    yield {"ray": "local"}
+    yield {"ray": "local", "jobs": 2}
     ray.shutdown()
 
 
@@ -263,6 +262,12 @@ def test_a_folder_of_one_run_is_no_sweep(one: Recipe, recipe: Recipe, tmp_path: 
     run(one, tmp_path / "run", stages=["sft"])
     with pytest.raises(ValueError, match="holds a run of a recipe without variants"):
         run(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if load(name).variants])
+def test_every_sweep_has_curves_from_the_sft_model_on(name: str) -> None:
+    for variant in expand(load(name)).values():
+        assert variant.ppo is not None and variant.ppo.args["eval_on_start"] and variant.ppo.args["eval_steps"]
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
