@@ -87,13 +87,19 @@ def work(folder: Path, base: dict[str, Any], cases: list[str]) -> None:
     del model
     found = {**found_in(shared_base(folder / "model", **base)), "held": torch.tensor(held)}
     torch.save(found, folder / f"{rank()}-of-{count()}.pt")
-    processes.shared_base = functools.partial(shared_base, **base)
-    for case in cases:
-        train_case(case, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "shared_base", functools.partial(shared_base, **base))
+        for case in cases:
+            train_case(case, folder)
 
 
-def check_same(folder: Path, number: int, cases: list[str], **base: Any) -> dict[str, Any]:
-    """One process and several find the same. Returns what the first of them has found."""
+def check_same(folder: Path, number: int, cases: list[str], tolerance: float = 0.0, **base: Any) -> dict[str, Any]:
+    """One process and several find the same. Returns what the first of them has found.
+
+    Args:
+        tolerance: of what they find, as a share of the largest number. Some architectures round otherwise where rows
+            have other rows beside them, and each process scores a share of the rows.
+    """
     done = launch(number, [__file__, folder, json.dumps(base | {"split": "shards"}), *cases])
     assert done.returncode == 0, done.stderr
     weights = {case: torch.load(folder / f"{case}.pt", weights_only=False)["weights"] for case in cases}
@@ -103,8 +109,8 @@ def check_same(folder: Path, number: int, cases: list[str], **base: Any) -> dict
         several = torch.load(folder / f"{process}-of-{number}.pt")
         assert several.keys() - one.keys() == {f"more {n}" for n in range(3 * process)}
         for name in several.keys() & one.keys() - {"held"}:
-            pairs = zip(several[name], one[name], strict=True)
-            assert all(bool((found == expected).all()) for found, expected in pairs), (process, name)
+            for found, expected in zip(several[name], one[name], strict=True):
+                assert (found - expected).abs().max() <= tolerance * expected.abs().max(), (process, name)
         assert all(bool((several[f"more {n}"] == several["more 0"]).all()) for n in range(3 * process))
     for case in cases:
         expected = torch.load(folder / f"{case}.pt", weights_only=False)["weights"]
@@ -132,7 +138,7 @@ def test_several_processes_are_as_one(tmp_path: Path, number: int, quantization:
 @pytest.mark.parametrize("architecture", ["bamba", "cohere2", "gemma3_text", "mamba", "olmoe", "opt", "phi3"])
 def test_other_kinds_of_models_are_as_one(tmp_path: Path, architecture: str) -> None:
     save_architecture(tmp_path / "model", architecture)
-    check_same(tmp_path, 2, [])
+    check_same(tmp_path, 2, [], tolerance=1e-5)
 
 
 @LONG

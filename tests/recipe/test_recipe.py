@@ -107,7 +107,7 @@ def test_a_stage_is_added_and_left_out(recipe: Recipe) -> None:
         ("ppo.heldout=a", ["ppo.heldout must be float"]),
         ("sft.columns=prompt", ["sft.columns must be", "Mapping"]),
         ("base.quantization=int4", ["base.quantization must be", "nf4", "int8", "'int4'"]),
-        ("base.split=layer", ["base.split must be", "'layers' or None", "'layer'"]),
+        ("base.split=layer", ["base.split must be", "'layers' or 'shards' or None", "'layer'"]),
         ("base.trust_remote_code=1", ["base.trust_remote_code must be bool"]),
         ("tracker=mlflow", ["tracker must be", "wandb", "'mlflow'"]),
         ("base=none", ["base must be"]),
