@@ -130,13 +130,16 @@ class Board:
         if labeler not in self.sequences:  # each goes through the samples in an order of his own
             self.sequences[labeler] = sorted(self.samples, key=lambda id: digest_of(self.seed, id, labeler))
         done, own = self.done.get(labeler, {}), self.leases.get(labeler)
-        open_ids = [id for id in self.sequences[labeler] if id not in done and self._is_open(id)]
+        shared, judged = self.shared, self.judged  # all samples are gone through with every judgement
+        open_ids = [id for id in self.sequences[labeler] if id not in done and (id in shared or not judged.get(id))]
         others = {lease.id: lease.seen for name, lease in self.leases.items() if name != labeler}
-        elsewhere = [id for id in open_ids if id in others and id not in self.shared]
+        elsewhere = [id for id in others if id not in shared and id not in done and not judged.get(id)]
         taken = set(elsewhere)
-        # What he has before him stays; what another seems to have left comes last.
-        left = sorted((id for id in open_ids if id not in taken), key=lambda id: own is None or id != own.id)
-        lapsed = [id for id in elsewhere if others[id] < time.monotonic() - LEASE]
+        left = [id for id in open_ids if id not in taken]
+        if own is not None and own.id in left:  # what he has before him stays
+            left.remove(own.id)
+            left.insert(0, own.id)
+        lapsed = [id for id in elsewhere if others[id] < time.monotonic() - LEASE]  # what another seems to have left
         return left + lapsed, len(elsewhere) - len(lapsed)
 
     def _is_open(self, id: str) -> bool:

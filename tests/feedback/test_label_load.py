@@ -22,9 +22,9 @@ import pytest
 from support.command_line import start
 from support.label_page import Client
 
-LABELERS, OVERLAP, KILLS = 50, 0.01, 3
-THINKS = 1.0  # seconds that a labeler takes at most
+LABELERS, SAMPLES, OVERLAP, KILLS = 50, 4_000, 0.01, 3
 SECONDS = float(os.environ.get("SECONDS_OF_LABELING", "20"))
+THINKS = SECONDS / 20  # seconds that a labeler takes at most, so that there are samples to the end
 
 
 class Server:
@@ -111,9 +111,8 @@ class Labeler(threading.Thread):
 @pytest.mark.long
 def test_fifty_labelers_lose_nothing(tmp_path: Path) -> None:
     samples = tmp_path / "samples.jsonl"
-    count = int(LABELERS * SECONDS / THINKS * 4)  # more than they can judge
     with samples.open("w") as rows:
-        for number in range(count):
+        for number in range(SAMPLES):
             row = {"id": f"s{number}", "prompt": f"Prompt {number}", "responses": [f"{number}.{i}" for i in range(3)]}
             rows.write(json.dumps(row) + "\n")
     server = Server(samples)
@@ -137,13 +136,13 @@ def test_fifty_labelers_lose_nothing(tmp_path: Path) -> None:
     # What was written as the server was killed, before it could say so, is there as well: one a kill and labeler.
     assert len(set(written) - confirmed) <= KILLS * LABELERS
     alone = [size for size in Counter(row["id"] for row in labels).values() if size > 1]
-    assert len(alone) <= OVERLAP * count + 1, "what goes to one labeler was judged by one"
+    assert len(alone) <= OVERLAP * SAMPLES + 1, "what goes to one labeler was judged by one"
     assert "Traceback" not in server.said.read_text(), server.said.read_text()
     refused = sum((labeler.refused for labeler in labelers), Counter())
     assert set(refused) <= {409}, "somebody else had it, because the server that knew was killed"
     seconds = sorted(second for labeler in labelers for second in labeler.seconds)
     print(
-        f"\n{len(labels):,} judgements of {LABELERS} in {SECONDS:.0f} s among {count:,} samples, {KILLS} kills, "
+        f"\n{len(labels):,} judgements of {LABELERS} in {SECONDS:.0f} s among {SAMPLES:,} samples, {KILLS} kills, "
         f"{sum(refused.values())} refused; an answer took {1000 * statistics.median(seconds):.0f} ms (median), "
         f"{1000 * seconds[int(0.99 * len(seconds))]:.0f} ms (99 %)"
     )
