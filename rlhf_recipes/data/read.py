@@ -5,8 +5,6 @@ import gzip
 import io
 import json
 import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -17,11 +15,11 @@ from typing import Any, BinaryIO, TextIO
 import datasets
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from ..recipe.lookup import function, holds_secret, is_function, secret_refused
 from ..recipe.values import Source
+from .parquet import json_rows, parquet_rows
 from .sources import conversion, recognized, resolve_source
 
 LONGEST_LINE = 2**26  # characters: what is longer is no row
@@ -169,22 +167,8 @@ def _read_csv(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _read_parquet(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """A table with types."""
-    with tempfile.TemporaryFile() as whole:
-        if isinstance(file, gzip.GzipFile):  # in which nothing can be sought
-            shutil.copyfileobj(file, whole)
-            file = whole
-        # In small pieces: a row group may hold a million rows.
-        table = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
-        rows = (row for batch in table.iter_batches(batch_size=1000) for row in batch.to_pylist())
-        for number, row in enumerate(_as_json(rows, table.schema_arrow), 1):
-            yield number, {column: _decode(cell) for column, cell in row.items()}
-
-
-def _as_json(rows: Iterable[Any], schema: pa.Schema) -> Iterable[Any]:
-    """Rows of JSON values alone, which all that reads them can write: a date, a decimal or bytes become text."""
-    if not re.search("date|time|duration|decimal|binary", " ".join(str(field.type) for field in schema)):
-        return rows
-    return (json.loads(json.dumps(row, default=str)) for row in rows)
+    for number, row in enumerate(parquet_rows(file), 1):
+        yield number, {column: _decode(cell) for column, cell in row.items()}
 
 
 READERS: dict[str, Callable[[Any], Iterator[tuple[int, Any]]]] = {
@@ -215,4 +199,4 @@ def _read_hub(stage: str, source: Source) -> Iterable[Any]:
             f"(subset {source.subset!r}, split {source.split!r}): {error}"
         ) from error
     assert isinstance(dataset, datasets.Dataset)
-    return _as_json(dataset, dataset.features.arrow_schema)
+    return json_rows(dataset, dataset.features.arrow_schema)
