@@ -54,10 +54,16 @@ def page_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the samples that every labeler gets, 0 to 1, for their agreement (default: 0.2)",
     )
     add("--port", type=int, default=8008, metavar="N", help="to listen at; 0: any (default: 8008)")
-    add("--share", action="store_true", help="listen to the whole network, not encrypted (default: to this machine)")
+    add(
+        "--share",
+        action="store_true",
+        help="listen to the whole network, not encrypted without --certificate (default: to this machine)",
+    )
+    add("--certificate", type=Path, metavar="FILE", help="PEM file of this machine's name that encrypts a shared page")
+    add("--key", type=Path, metavar="FILE", help="PEM file of its key (default: it is in the certificate's)")
 
 
-PAGE = ("guidelines", "sheet", "overlap", "port", "share")  # what `page_arguments` add
+PAGE = ("guidelines", "sheet", "overlap", "port", "share", "certificate", "key")  # what `page_arguments` add
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from ..report.server import (
     StreamingResponse,
     browser_of,
     check_admitted,
+    check_certificate,
     link_to,
     listening,
     page_app,
@@ -187,6 +188,8 @@ def serve_label_page(
     answer: Answerer | None = None,
     port: int = 8008,
     share: bool = False,
+    certificate: Path | None = None,
+    key: Path | None = None,
 ) -> None:
     """Serve the page until Ctrl-C, and print its link, and at the end how much was judged.
 
@@ -201,10 +204,13 @@ def serve_label_page(
         answer: see `label_app`.
         port: to listen at; 0 takes a free one.
         share: listen to the whole network and not to this machine alone.
+        certificate: a PEM file, which encrypts a shared page (default: it is not encrypted).
+        key: the PEM file of its key (default: that is in the certificate's).
     Raises:
-        ValueError: a file or the port cannot be used.
+        ValueError: a file, the certificate or the port cannot be used.
     """
     labels = labels or labels_beside(samples)
+    check_certificate(certificate, key, share)
     if guidelines is not None and not guidelines.is_file():
         raise ValueError(f"--guidelines: there is no file {guidelines}.")
     text = guidelines.read_text(encoding="utf-8", errors="replace") if guidelines is not None else ""
@@ -215,9 +221,9 @@ def serve_label_page(
         board: Board = app.state.board
         before = len(board.labels.rows)
         with listening(port, share) as listener:
-            _print_welcome(board, link_to(listener, access, share))
+            _print_welcome(board, link_to(listener, access, share, certificate is not None))
             try:
-                serve(app, listener)
+                serve(app, listener, certificate, key)
             except KeyboardInterrupt:
                 now = len(board.labels.rows)
                 print(f"\n{now - before:,} judgements, {now:,} in all in {labels}")

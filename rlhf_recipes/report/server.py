@@ -2,8 +2,10 @@
 
 import secrets
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from .access import Access, Refusal
 
@@ -62,7 +64,14 @@ def page_response(request: Request, access: Access, html: str, policy: str) -> R
     """
     response = HTMLResponse(html, headers={**HEADERS, "content-security-policy": policy})
     browser = access.browser(request.cookies.get(access.name)) or secrets.token_urlsafe(16)
-    response.set_cookie(access.name, access.cookie(browser), max_age=COOKIE, httponly=True, samesite="strict")
+    response.set_cookie(
+        access.name,
+        access.cookie(browser),
+        max_age=COOKIE,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
     return response
 
 
@@ -88,26 +97,59 @@ def listening(port: int, share: bool = False) -> socket.socket:
     return listener
 
 
-def link_to(listener: socket.socket, access: Access, share: bool = False) -> str:
-    """The link that opens the page here. Of a shared page that for the network is printed, with a warning."""
+def check_certificate(certificate: Path | None, key: Path | None, share: bool) -> None:
+    """Raises ValueError where a page cannot be encrypted by a certificate and its key."""
+    if certificate is None and key is None:
+        return
+    if certificate is None:
+        raise ValueError("--key: it is the key of a certificate: --certificate.")
+    if not share:
+        raise ValueError("--certificate: a page of this machine alone is not encrypted: add --share.")
+    for option, file in (("--certificate", certificate), ("--key", key)):
+        if file is not None and not file.is_file():
+            raise ValueError(f"{option}: there is no file {file}.")
+    try:
+        # A key with a password is refused here and not asked for it: nobody may be there when the page starts again.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--certificate: {certificate} and {key or 'the key in it'} cannot be used ({error}). What is needed "
+            "are PEM files of the certificate, with those that signed it, and of its key without a password."
+        ) from error
+
+
+def link_to(listener: socket.socket, access: Access, share: bool = False, encrypted: bool = False) -> str:
+    """The link that opens the page here; of a shared page that for the network is printed, with a warning.
+
+    A page that is encrypted has that for the network alone: its certificate is for this machine's name.
+    """
     link = f"{listener.getsockname()[1]}/?token={access.token}"
+    if encrypted:
+        return f"https://{socket.getfqdn()}:{link}"
     if share:
         print(
             "warning: everybody in this network who has the link can use the page, and as nothing is encrypted "
-            f"others can read along:\n         http://{socket.gethostname()}:{link}",
+            "(--certificate) others can read along:\n"
+            f"         http://{socket.gethostname()}:{link}",
             file=sys.stderr,
         )
     return f"http://127.0.0.1:{link}"
 
 
-def server_of(app: Starlette) -> uvicorn.Server:
+def server_of(app: Starlette, certificate: Path | None = None, key: Path | None = None) -> uvicorn.Server:
     """The server of a page, which the page's `state.server` is, so that endless answers can end with it."""
-    app.state.server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=2,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
     )
+    app.state.server = uvicorn.Server(config)
     return app.state.server
 
 
-def serve(app: Starlette, listener: socket.socket) -> None:
+def serve(app: Starlette, listener: socket.socket, certificate: Path | None = None, key: Path | None = None) -> None:
     """Answer at the port until Ctrl-C, which is raised as KeyboardInterrupt."""
-    server_of(app).run(sockets=[listener])
+    server_of(app, certificate, key).run(sockets=[listener])

@@ -5,12 +5,14 @@ import random
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -451,6 +453,60 @@ def test_a_shared_page_has_any_name_but_still_needs_the_token(tmp_path: Path) ->
         client = Client(link)
         assert client("GET", f"/?token={TOKEN}", Host="lab.example:8008")[0] == 200
         assert client("GET", "/", Host="lab.example:8008")[0] == 403
+
+
+CERTIFICATE = ROOT / "tests" / "support" / "localhost.pem"  # of these tests alone, and its key
+
+
+def test_a_shared_page_is_encrypted_by_a_given_certificate(tmp_path: Path) -> None:
+    line = [
+        sys.executable,
+        "-m",
+        "rlhf_recipes.cli",
+        "label",
+        str(write_samples(tmp_path, 2)),
+        "--share",
+        "--port",
+        "0",
+    ]
+    process = start([*line, "--certificate", str(CERTIFICATE)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline().startswith("2 samples")
+        opened = re.fullmatch(r"Open https://[^/]+:(\d+)(/\?token=\S+)\n", process.stdout.readline())
+        assert opened
+        port, path = int(opened[1]), opened[2]
+        trusting = ssl.create_default_context(cafile=str(CERTIFICATE))
+        page = HTTPSConnection("localhost", port, context=trusting)
+        page.request("GET", path)
+        answer = page.getresponse()
+        answer.read()
+        cookie = answer.headers["set-cookie"]
+        assert answer.status == 200 and "; Secure" in cookie
+        sent = {"Content-Type": "application/json", "Origin": f"https://localhost:{port}", "Cookie": cookie}
+        page.request("POST", "/start", json.dumps({"labeler": "Ann"}), sent)
+        assert json.loads(page.getresponse().read())["item"]["id"] in ("s0", "s1")
+        plain = HTTPConnection("localhost", port)
+        plain.request("GET", path)
+        with pytest.raises((HTTPException, OSError)):
+            plain.getresponse()
+    finally:
+        process.kill()
+        printed = process.communicate()
+    assert printed[1] == ""  # nothing is to be warned of
+
+
+def test_a_certificate_that_cannot_be_used_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["label", str(write_samples(tmp_path, 2)), "--port", "0"]
+    (tmp_path / "alone.pem").write_text(CERTIFICATE.read_text().partition("-----BEGIN PRIVATE KEY")[0])
+    for options, said in [
+        (["--certificate", str(CERTIFICATE)], "--certificate: a page of this machine alone is not encrypted: add --sh"),
+        (["--share", "--key", str(CERTIFICATE)], "--key: it is the key of a certificate: --certificate."),
+        (["--share", "--certificate", "none.pem"], "--certificate: there is no file none.pem."),
+        (["--share", "--certificate", str(CERTIFICATE), "--key", "k.pem"], "--key: there is no file k.pem."),
+        (["--share", "--certificate", str(tmp_path / "alone.pem")], "alone.pem and the key in it cannot be used"),
+        (["--share", "--certificate", str(tmp_path / "samples.jsonl")], "What is needed are PEM files"),
+    ]:
+        assert said in error_of(capsys, [*line, *options])
 
 
 # --- The page in Chromium ---------------------------------------------------------------------------------------------
