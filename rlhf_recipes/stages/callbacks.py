@@ -29,7 +29,9 @@ class LogWithCheckpoints(TrainerCallback):
     """Logs a row with each checkpoint: what is summed since the last one is lost to a run that goes on from there."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log = control.should_log or control.should_save
+        # Which evaluation is the best one, and saved, is known only behind the row.
+        may_save = control.should_save or (control.should_evaluate and args.save_strategy == "best")
+        control.should_log = control.should_log or may_save
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_step_end(args, state, control)

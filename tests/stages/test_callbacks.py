@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import TrainerState
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from rlhf_recipes.records.progress import Later
 from rlhf_recipes.stages import callbacks
@@ -46,8 +48,56 @@ def test_the_bar_and_the_folder_say_what_is_left_of_the_whole_run(
     assert found["then"] == ["dpo"] and moment == found, "it is not written at every step"
 
 
-def test_each_checkpoint_has_a_row() -> None:
-    for saves, logs in ((True, False), (False, True), (False, False)):
-        control = SimpleNamespace(should_save=saves, should_log=logs)
-        LogWithCheckpoints().on_step_end(None, None, control)
-        assert control.should_log == (saves or logs)
+@pytest.mark.parametrize(
+    ("strategy", "saves", "evaluates", "logs", "expected"),
+    [
+        ("steps", True, False, False, True),
+        ("steps", False, True, False, False),
+        ("steps", False, False, True, True),
+        ("best", False, True, False, True),
+        ("best", False, False, False, False),
+    ],
+)
+def test_each_checkpoint_has_a_row(strategy: str, saves: bool, evaluates: bool, logs: bool, expected: bool) -> None:
+    control = SimpleNamespace(should_save=saves, should_evaluate=evaluates, should_log=logs)
+    LogWithCheckpoints().on_step_end(SimpleNamespace(save_strategy=strategy), None, control)
+    assert control.should_log == expected
+
+
+class Line(nn.Module):
+    """A line through nothing: its slope is to be learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.slope * x - labels).square().mean(), "found": self.slope * x}
+
+
+def test_the_best_checkpoint_keeps_the_loss_up_to_it(tmp_path: Path) -> None:
+    """Of a run that is killed behind it, and begins again there, no step's loss is lost."""
+
+    class Rows(TrainerCallback):
+        def __init__(self) -> None:
+            self.losses: list[tuple[int, float]] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                self.losses.append((state.global_step, logs["loss"]))
+
+    def trainer(folder: Path, rows: Rows) -> Trainer:
+        args = {"max_steps": 5, "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best"}
+        config = TrainingArguments(
+            str(folder), **args, metric_for_best_model="loss", use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        data = [{"x": torch.tensor([float(n)]), "labels": torch.tensor([2.0 * n])} for n in range(16)]
+        torch.manual_seed(0)
+        return Trainer(Line(), config, train_dataset=data, eval_dataset=data, callbacks=[LogWithCheckpoints(), rows])
+
+    whole, resumed = Rows(), Rows()
+    trainer(tmp_path, whole).train()
+    again = trainer(tmp_path, resumed)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [step for step, _ in whole.losses] == [2, 4, 5]
+    assert resumed.losses == whole.losses[1:]
