@@ -7,7 +7,7 @@ PARITY := .venv-parity
 # The lowest versions that pyproject.toml allows, likewise.
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-long test-lowest faults fuzz gpu lint parity control clean
+.PHONY: demo test test-long test-lowest faults fuzz audit gpu lint parity control clean
 
 demo: $(STAMP)  ## the whole pipeline on a tiny model, on a CPU
 	$(BIN)/rlhf-recipes run tiny
@@ -26,6 +26,11 @@ faults: $(STAMP)  ## kills of all that writes, each with one more start: make fa
 
 fuzz: $(STAMP)  ## new inputs for all that reads, so many of each kind: make fuzz EXAMPLES=20000
 	EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/pytest -s tests/invariants/test_refusals.py
+
+audit: $(STAMP)  ## whether PyPI knows of a hole in anything that is installed
+	$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 gpu: $(STAMP)  ## what a GPU measures in 12 minutes: make gpu ARGS="--model FOLDER"
 	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
@@ -70,5 +75,5 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv $(PARITY) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-audit $(PARITY) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
