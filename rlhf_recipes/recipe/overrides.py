@@ -25,6 +25,7 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
     """
     _check_keys("", changes, Recipe)
     for name, change in changes.items():
+        _check_text_keys(name, change)
         if name in SECTIONS and isinstance(change, Mapping):
             changes[name] = _replace_section(recipe, name, change)
     result = dataclasses.replace(recipe, **changes)
@@ -61,6 +62,15 @@ def _check_keys(prefix: str, keys: Iterable[str], kind: type) -> None:
     for key in keys:
         if key not in known:
             raise ValueError(f"There is no key {prefix}{key}.{suggestion(key, known)}")
+
+
+def _check_text_keys(name: str, value: Any) -> None:
+    """Raises ValueError for a key that is no text, as those of JSON are, in which a recipe is kept."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{name}: a key is text, not {_shown(key)} ({type(key).__name__}).")
+            _check_text_keys(f"{name}.{key}", inner)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -118,6 +118,9 @@ def test_a_stage_is_added_and_left_out(recipe: Recipe) -> None:
         ("dpo.padding_free=true", ["dpo.padding_free cannot be set", "TRL has switched it off"]),
         ("ppo.per_device_eval_batch_size=8", ["ppo.per_device_eval_batch_size", "set ppo.rollout_micro_batch_size"]),
         ("ppo.dataloader_drop_last=false", ["ppo.dataloader_drop_last cannot be set", "a whole rollout's prompts"]),
+        ("ppo={0: 1}", ["ppo: a key is text, not 0 (int)"]),
+        ("variants={'a': {2: 3}}", ["variants.a: a key is text, not 2 (int)"]),
+        ("ppo.generation_kwargs={None: 1}", ["ppo.generation_kwargs: a key is text"]),
         ("reward.learning_rate=1", ["no section 'reward'", "reward.data"]),
     ],
 )
