@@ -77,6 +77,7 @@ LossOn = Literal["completion", "answers", "all"]
 
 AT_ONCE = 1000  # rows whose texts are rendered and tokenized together
 
+NO_CELL = (pa.ArrowException, UnicodeEncodeError, OverflowError)  # raised where a table cannot hold a value
 RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # arguments of reward functions, and our column
 
 
@@ -354,20 +355,21 @@ def _table(stage: str, source: Source, rows: list[Row], seed: int, loss_on: Loss
             continue
         try:
             tables.append(datasets.Dataset.from_dict({column: values}))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
-            row = _first_alone(rows, column)
+        except (*NO_CELL, RecursionError) as error:
+            is_deep = isinstance(error, RecursionError)  # of `datasets`, which takes some hundred lists in lists
+            row = _first_alone(rows, column, datasets.Dataset.from_dict if is_deep else pa.table)
             where = source.data if row is None else f"{source.data}, row {row}"
             what = "mixes types, or holds what no table can"
             raise ValueError(f"{stage}.data: the column {column!r} of {where} {what}: {error}") from error
     return datasets.concatenate_datasets(tables, axis=1)
 
 
-def _first_alone(rows: list[Row], column: str) -> int | None:
-    """The number of the first row whose cell of the source's is none that a table can hold, even alone."""
+def _first_alone(rows: list[Row], column: str, make: Callable[[dict[str, list[Any]]], Any]) -> int | None:
+    """The number of the first row whose cell of the source's is none that a table, as it is made, can hold alone."""
     for row in rows:
         try:
-            pa.array([row.columns.get(column)])
-        except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+            make({column: [row.columns.get(column)]})
+        except (*NO_CELL, RecursionError):
             return row.number
     return None
 
