@@ -24,8 +24,9 @@ test-lowest: $(LOWEST)/.installed  ## the tests with the lowest versions that py
 faults: $(STAMP)  ## kills of all that writes, each with one more start: make faults ARGS="--kills 20 --only sft,ppo"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python tests/faults/kills.py $(ARGS)
 
-fuzz: $(STAMP)  ## new inputs for all that reads, so many of each kind: make fuzz EXAMPLES=20000
-	EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/pytest -s tests/invariants/test_refusals.py
+fuzz: SEED := $(or $(SEED),$(shell date +%s))
+fuzz: $(STAMP)  ## new inputs for all that reads, so many of each kind, or those of a seed: make fuzz EXAMPLES=20000 SEED=1
+	EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/pytest -s --hypothesis-seed=$(SEED) tests/invariants/test_refusals.py
 
 audit: $(STAMP)  ## whether PyPI knows of a hole in anything that is installed
 	$(PYTHON) -m venv .venv-audit

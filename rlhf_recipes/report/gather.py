@@ -2,8 +2,10 @@
 
 import json
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +139,25 @@ def gather(folders: Sequence[Path], read: Callable[[Path], list[Row]] = read_row
     ]
     run_dirs = list(dict.fromkeys(path.resolve() for path in with_variants))
     return [_read_run(run_dir, name, read) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
+
+
+@contextmanager
+def refusing_strange_values(folders: Sequence[Path]) -> Iterator[None]:
+    """A block that reads and shows run folders: what this package does not write there is said, once, as such.
+
+    Each value has been looked at where it is needed, but not by whoever wrote the file.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, ValueError) and Path(place.filename).is_relative_to(Path(__file__).parents[1]):
+            raise  # it says itself what is wrong
+        names = ", ".join(map(str, folders))
+        raise ValueError(
+            f"{names}: a file there holds what this package does not write ({type(error).__name__}: {error}, in "
+            f"{Path(place.filename).name}, line {place.lineno}). If nothing else has written there, please report it."
+        ) from error
 
 
 def variants(folder: Path) -> list[Path]:

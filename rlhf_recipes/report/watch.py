@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ..records.digest import digest
 from ..records.files import RowsReader
 from .access import Access, Refusal, access_file
-from .gather import gather
+from .gather import gather, refusing_strange_values
 from .page import render
 from .server import (
     Request,
@@ -76,7 +76,8 @@ class WatchedRuns:
             if state != self.seen and time.monotonic() >= self.rested:
                 start, self.seen, self.problem = time.monotonic(), state, None
                 try:
-                    html = render(gather(self.folders, self.read), grows=True)
+                    with refusing_strange_values(self.folders):
+                        html = render(gather(self.folders, self.read), grows=True)
                     self.page = Drawn(html, digest(html))
                 except ValueError as error:
                     self.problem = str(error)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..records.files import write_text
-from .gather import gather
+from .gather import gather, refusing_strange_values
 from .page import render
 from .what_now import next_steps, readme
 
@@ -20,7 +20,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         ValueError: a folder is no run's, or a file in it is damaged.
     """
-    page = render(gather(runs))
+    with refusing_strange_values(runs):
+        page = render(gather(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
     return out

@@ -1,6 +1,7 @@
 """Whatever is given to what reads: it has a result, or a ValueError of ours with something to say. Nothing else.
 
-`EXAMPLES` inputs of each kind, the same ones each time; more of them (`make fuzz`) are drawn anew, and counted.
+`EXAMPLES` inputs of each kind, the same ones each time; more of them (`make fuzz`) are drawn anew, by a seed that it
+prints, and counted.
 """
 
 import copy
@@ -25,6 +26,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
+from support.report_run import write_run
 from support.rows import make_tokenizer
 
 from rlhf_recipes import load, replace
@@ -41,6 +43,7 @@ from rlhf_recipes.recipe.overrides import check_args, from_dict, parse_overrides
 from rlhf_recipes.recipe.overrides import settings as lines_of
 from rlhf_recipes.recipe.values import Recipe, Source, Stage
 from rlhf_recipes.records.trust import foreign_code
+from rlhf_recipes.report.write import write_report
 from rlhf_recipes.stages.configure import CONFIGS
 
 DEFAULT = 25
@@ -386,3 +389,25 @@ def test_rewardbench(folder: Path, changes: list[tuple[random.Random, Any]]) -> 
         rows_file(folder, [BENCH, tie, *(spoil(BENCH | {"subset": "Math"}, rng, other) for rng, other in changes)])
     )
     result_or_refusal("RewardBench", lambda: read_rewardbench(path))
+
+
+# --- Run folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(folder: Path) -> Path:
+    return write_run(folder / "run")
+
+
+@settings(many, max_examples=max(3, EXAMPLES // 20))  # a report takes a fifth of a second
+@given(draws, values, st.sampled_from(["manifest.json", "metrics.jsonl", "samples.jsonl", "recipe.json"]))
+def test_reports_of_run_folders(run_folder: Path, rng: random.Random, other: Any, name: str) -> None:
+    written = (run_folder / name).read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    place = rng.randrange(len(rows))
+    rows[place] = spoil(rows[place], rng, other)
+    (run_folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        result_or_refusal(f"reports with a spoiled {name}", lambda: write_report([run_folder], run_folder / "r.html"))
+    finally:
+        (run_folder / name).write_text(written)

@@ -248,6 +248,16 @@ def test_a_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "manifest.json: not JSON" in error_of(capsys, ["report", str(folder)])
 
 
+def test_a_file_with_values_that_nothing_of_ours_writes_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run")
+    rows = read_rows(folder / "metrics.jsonl")
+    write(folder / "metrics.jsonl", [*rows[:-1], {**rows[-1], "step": "last"}])
+    said = error_of(capsys, ["report", str(folder)])
+    assert f"{folder}: a file there holds what this package does not write (" in said and "please report it" in said
+
+
 def test_runs_are_compared_and_what_they_share_is_there_once(tmp_path: Path) -> None:
     first = write_run(tmp_path / "one" / "run")
     changed = replace(load("tiny"), tracker="none", ppo={"kl_coef": 0.02})
