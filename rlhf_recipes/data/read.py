@@ -19,6 +19,7 @@ from datasets.exceptions import DatasetsError
 
 from ..recipe.lookup import function, holds_secret, is_function, secret_refused
 from ..recipe.values import Source
+from .hub import ask_hub
 from .parquet import json_rows, parquet_rows
 from .sources import conversion, recognized, resolve_source
 
@@ -93,6 +94,8 @@ def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{key}: {secret_refused(path)}")
     if not is_url and not Path(path).is_file():
         raise ValueError(f"{key}: there is no file {path}.")
+    if path.startswith("hf://datasets/"):
+        ask_hub("/".join(path.split("/")[3:5]), kind="datasets")
     kind = file_kind(Path(path))
     if kind not in READERS:
         raise ValueError(f"{key}: {path} is none of {', '.join(READERS)}, each also with .gz.")
@@ -192,7 +195,7 @@ def _decode(cell: Any) -> Any:
 def _read_hub(stage: str, source: Source) -> Iterable[Any]:
     """A dataset of the Hub, or a local folder that `datasets` can read. Raises ValueError where it is neither."""
     try:
-        dataset = datasets.load_dataset(source.data, name=source.subset, split=source.split)
+        dataset = datasets.load_dataset(ask_hub(source.data, kind="datasets"), name=source.subset, split=source.split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"{stage}.data: {source.data!r} is no local file or function, and cannot be loaded as a dataset of the Hub "

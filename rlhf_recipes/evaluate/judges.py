@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
+from ..data.hub import ask_hub
 from ..data.tokens import spelled_out, tokenize_pair
 from ..feedback.client import ModelSettings
 from ..feedback.connect import connect
@@ -178,7 +179,7 @@ def _adapter_judge(name: str, folders: Sequence[Path]) -> Judge:
 def _is_classifier(name: str) -> bool:
     """Whether a model is a reward model of transformers. Raises ValueError where no such model can be loaded."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(ask_hub(name))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--judge {name}: it is none of gold, people, reward and judge, no function (module:function or "

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..data.hub import ask_hub
 from ..data.tokens import set_chat_template, stop_token_id, writes_date
 from ..recipe.lookup import code_hash, function, is_function
 from ..recipe.values import Base
@@ -98,9 +99,8 @@ def model_path(base: Base) -> str:
 
 def base_config(base: Base) -> PreTrainedConfig:
     """The configuration of the base's model."""
-    return AutoConfig.from_pretrained(
-        model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
+    path = ask_hub(model_path(base), base.revision)
+    return AutoConfig.from_pretrained(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
 
 
 def longest_row(base: Base, limit: int | None, spare: int = 0, key: str = "") -> int | None:
@@ -125,9 +125,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
     Raises ValueError where the tokenizer has no EOS token, or the chat template cannot be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path(base), revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
+    path = ask_hub(model_path(base), base.revision)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     set_chat_template(tokenizer, base.chat_template, base.chat_template_date)
     if tokenizer.eos_token is None:
         raise ValueError(f"base.model={base.model}: its tokenizer has no EOS token, so a response could never end.")
@@ -171,7 +170,7 @@ def _read_base(base: Base, auto_class: Any, **kwargs: Any) -> PreTrainedModel:
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[base.quantization]
     model, loading = auto_class.from_pretrained(
-        model_path(base),
+        ask_hub(model_path(base), base.revision),
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
         use_safetensors=True,

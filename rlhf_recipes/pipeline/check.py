@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..data.hub import ask_hub
 from ..feedback.client import ModelSettings
 from ..feedback.constitution import read_constitution
 from ..feedback.endpoint import endpoint_key
@@ -99,7 +100,7 @@ def _check_labeler(labeler: str, api_key_env: str | None) -> None:
         endpoint_key(labeler, api_key_env)
     elif labeler != PEOPLE and not (Path(labeler) / "recipe.json").is_file():
         try:
-            AutoConfig.from_pretrained(labeler)
+            AutoConfig.from_pretrained(ask_hub(labeler))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"rounds.labeler: {labeler!r} is not {PEOPLE!r}, no function (module:function or file.py:function), "

@@ -31,6 +31,7 @@ from ..records.files import read_json, write_json, writing_in
 from ..records.folder import recipe_to_show, round_folder, write_recipe
 from ..records.lock import held
 from ..records.manifest import Manifest, open_run
+from ..records.recorder import say_lost_rows
 from ..records.summary import footnote, summarize, table
 from ..records.trust import remember_own
 from ..report.write import write_pages
@@ -78,6 +79,8 @@ def _run_stages(
 ) -> Summary:
     """What `run_one` does in a folder that is its own."""
     manifest = open_run(recipe, run_dir, wanted)
+    for number in (1, *later_rounds(recipe)):
+        on_main(functools.partial(say_lost_rows, round_folder(run_dir, number)))
     if (run_dir / "recipe.json").is_file():  # it says what the user has just said himself
         remember_own(run_dir, to_dict(recipe_to_show(run_dir)))
     todo = [stage for stage in wanted if not manifest.is_done(stage)]

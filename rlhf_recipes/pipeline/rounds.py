@@ -139,11 +139,16 @@ def freeze_labels(labels: Path, weigh: bool) -> None:
 
     Args:
         weigh: with the labelers' weights.
+    Raises:
+        ValueError: there are none.
     """
     frozen = frozen_labels(labels)
-    if not frozen.is_file():
+    if not read_rows(frozen):
+        rows = read_rows(labels)
+        if not rows:
+            raise ValueError(f"{labels} holds no labels to train on. Label some samples, and run the same again.")
         now = labels.with_suffix(".now.jsonl")
-        write_text(now, "".join(json.dumps(row) + "\n" for row in read_rows(labels)))
+        write_text(now, "".join(json.dumps(row) + "\n" for row in rows))
         if weigh:
             agreement_report(read_judgements([now])).write(now)
         os.replace(now, frozen)
@@ -191,10 +196,11 @@ def have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> boo
     if rounds.labeler == PEOPLE:
         judged, wanted = labelling_progress(samples, labels)
         return judged >= rounds.enough * wanted
+    if len(read_rows(labels)) >= len(read_rows(samples)):
+        return True
     if is_function(rounds.labeler):
-        if not labels.is_file():
-            label_by_function(rounds.labeler, samples, labels, seed)
-    elif len(read_rows(labels)) < len(read_rows(samples)):
+        label_by_function(rounds.labeler, samples, labels, seed)
+    else:
         judge = connect(ModelSettings(rounds.labeler, api_key_env=rounds.api_key_env))
         found = judge_samples(read_samples(samples), labels, judge, judge_settings(recipe), judge_prices(recipe))
         if found["stopped"]:

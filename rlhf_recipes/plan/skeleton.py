@@ -17,6 +17,7 @@ from transformers import (
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from ..data.hub import ask_hub
 from ..model.architecture import register_classifier
 from ..model.base import model_path, precision
 from ..recipe.values import Base
@@ -24,7 +25,7 @@ from ..recipe.values import Base
 
 def read_config(base: Base) -> Any:
     """The model's configuration. Raises ValueError where it cannot be read."""
-    path = model_path(base)
+    path = ask_hub(model_path(base), base.revision)
     try:
         return AutoConfig.from_pretrained(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     except OSError as error:

@@ -101,6 +101,9 @@ def _rows(path: Path, known: list[Row] | None = None, whole: int = 0) -> tuple[l
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
+                if b"\0" in line:
+                    lost = "holds NUL bytes, as a power cut leaves them. Delete what stands from there on"
+                    raise ValueError(f"{path}, line {number}: {lost}, or bring the file back from a copy.") from error
                 if not line.endswith(b"\n"):
                     break  # a kill has torn it
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error

@@ -1,12 +1,14 @@
 """What a stage writes while it trains: `metrics.jsonl`, `samples.jsonl`, and the tracker's curves."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .contents import Sample
 from .files import read_rows, write_text
+from .manifest import Manifest
 from .tracking import Tracker
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -42,6 +44,18 @@ class Recorder:
             return
         with (self.run_dir / name).open("a") as stream:
             stream.writelines(json.dumps({"stage": self.stage, "step": step, **row}) + "\n" for row in rows)
+
+
+def say_lost_rows(folder: Path) -> None:
+    """Say which finished stages of a run or round have no rows any more, as a power cut leaves it. It goes on so."""
+    manifest = Manifest.read(folder)
+    for name, stages in ((METRICS, tuple(manifest.stages)), (SAMPLES, ("ppo", "dpo"))):
+        path = folder / name
+        recorded = {row["stage"] for row in read_rows(path)}
+        lost = [stage for stage in stages if manifest.is_done(stage) and stage not in recorded]
+        if lost:
+            said = f"{path} has no rows of {' and '.join(lost)} any more: the report lacks these curves and answers"
+            print(f"warning: {said}. What was trained is whole.", file=sys.stderr)
 
 
 def drop_rows_to_come_again(path: Path, stage: str, step: int) -> None:

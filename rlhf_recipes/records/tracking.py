@@ -3,6 +3,8 @@
 Each stage is a tracker's run of its own, in the group of the run folder, and so is each further adapter of an ensemble.
 Metrics have their names of `metrics.jsonl`, except that each has a group before its first slash, by which all three
 trackers make their panels: `eval_gold` is `eval/gold`, `loss` is `train/loss`, `objective/kl` stays.
+
+A tracker may fail or be slow at any time: training goes on, and it is said once where the rows are (`Patient`).
 """
 
 import contextvars
@@ -11,9 +13,11 @@ import importlib.util
 import json
 import netrc
 import os
+import queue
 import re
 import secrets
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ from urllib.parse import urlparse
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from .files import write_json
+from .terminal import printable
 
 STEP = "train/global_step"  # the x axis in W&B, under the name that transformers gives it
 PEAKS = ("eval/gold", "eval/judge", "eval/quality", "eval/score")  # over-optimised where the last is below the highest
@@ -31,6 +36,9 @@ CLOCKS = ("eval/runtime", "eval/samples_per_second", "eval/steps_per_second", "e
 FILES = ("report.html", "recipe.json", "summary.json", "evaluation/evaluation.json")  # of the report, where there
 TEXT_ROWS = 8  # of a table in TensorBoard, which shows it as text
 MARK = "tracker.json"  # in a stage's folder: what its run is called in the tracker
+WAITING = 1_000  # calls that wait for a tracker, before it is left alone
+PATIENCE = 20.0  # seconds for a tracker to catch up at a stage's end; W&B has as many to begin
+UPLOADS = 600.0  # the same where adapters are uploaded; W&B tries no longer at the end of the process
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,8 @@ class WandbTracker(_Library):
         super().__init__(session)
         os.environ.setdefault("WANDB_SILENT", "true")
         self.library = wandb
-        self.run = wandb.init(
+        start = functools.partial(
+            wandb.init,
             project=os.environ.get("WANDB_PROJECT", "rlhf-recipes"),
             group=session.group,
             job_type=session.job,
@@ -111,10 +120,22 @@ class WandbTracker(_Library):
             id=session.id,
             dir=session.run_dir,
             config=session.config,
-            mode=wandb_mode(),
             resume="allow",  # offline each attempt has files of its own, which `wandb sync` joins by their id
             reinit="create_new" if session.beside else "finish_previous",
+            settings={
+                "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", PATIENCE)),
+                "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", UPLOADS)),
+            },
         )
+        try:
+            self.run = start(mode=wandb_mode())
+        except wandb.errors.UsageError as error:
+            raise Misconfigured(f"tracker=wandb: {error}") from error
+        except Exception as error:
+            os.environ["WANDB_MODE"] = "offline"  # of what follows in this process, too: it would wait as long again
+            self.run = start(mode="offline", id=f"{session.id}-{secrets.token_hex(2)}")  # wandb holds the first
+            later = f"`wandb sync {session.run_dir}/wandb/offline-run-*` sends it later"
+            _say(f"W&B cannot be reached ({_line(error)}). The run goes on, and tracks offline: {later}.")
         self.run.define_metric(STEP, hidden=True)
         self.run.define_metric("*", step_metric=STEP)
         for name in PEAKS:
@@ -231,6 +252,81 @@ def _cell(value: Any) -> str:
     return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", " ".join(str(value).split()))
 
 
+class Misconfigured(ValueError):
+    """A tracker refuses its settings, which a user can mend."""
+
+
+class Patient(Tracker):
+    """A tracker's run in a thread of its own, so that training neither waits for it nor fails with it.
+
+    Calls keep their order. After the first that fails, which is said, the run is only finished.
+    """
+
+    def __init__(self, run: Tracker) -> None:
+        super().__init__(run.session)
+        self.run, self.lost, self.patience = run, False, PATIENCE
+        self.calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self.thread.start()
+
+    def point(self, logs: Mapping[str, float], step: int) -> None:
+        self._call("point", dict(logs), step)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        self._call("log", dict(values), step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        self._call("table", name, list(rows), step)
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        self._call("summarize", values)
+
+    def upload(self, name: str, kind: str, files: Sequence[Path], metadata: Mapping[str, Any]) -> None:
+        self.patience = UPLOADS
+        self._call("upload", name, kind, files, metadata)
+
+    def finish(self, failed: bool = False) -> None:
+        self._call("finish", failed)
+        self.thread.join(self.patience)
+        if self.thread.is_alive():
+            self._lose(f"is still busy after {self.patience:.0f} seconds")
+
+    def _call(self, name: str, *args: Any) -> None:
+        self.calls.put((name, args))
+        if self.calls.qsize() > WAITING:
+            self._lose(f"is too slow ({WAITING:,} calls wait)")
+
+    def _work(self) -> None:
+        """Make the calls, until the one that finishes the run."""
+        name = ""
+        while name != "finish":
+            name, args = self.calls.get()
+            if not self.lost or name == "finish":
+                try:
+                    getattr(self.run, name)(*args)
+                except Exception as error:
+                    self._lose(f"has failed ({_line(error)})")
+
+    def _lose(self, why: str) -> None:
+        if not self.lost:
+            self.lost = True
+            _say(f"The tracker of {_place(self.session)} {why}. The run goes on without it.")
+
+
+def _place(session: Session) -> str:
+    """What a session tracks, and where its rows are."""
+    return f"{session.job}, whose rows are in {session.run_dir / 'metrics.jsonl'},"
+
+
+def _say(words: str) -> None:
+    print(printable(f"warning: {words}"), file=sys.stderr, flush=True)
+
+
+def _line(error: Exception) -> str:
+    """An error in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 TRACKERS: dict[str, type[Tracker]] = {
     "wandb": WandbTracker,
     "trackio": TrackioTracker,
@@ -266,13 +362,29 @@ def session_id(folder: Path, tracker: str, resumed: bool) -> tuple[str, bool]:
 @contextmanager
 def tracked_run(tracker: str, session: Session) -> Iterator[Tracker]:
     """A run of a tracker of `TRACKERS`, which ends with the block, as failed where an exception ends it."""
-    run = TRACKERS[tracker](session)
+    run = _begin(tracker, session)
     try:
         yield run
     except BaseException:
         run.finish(failed=True)
         raise
     run.finish()
+
+
+def _begin(tracker: str, session: Session) -> Tracker:
+    """A run of a tracker that training does not wait for; one that keeps nothing where the tracker fails to begin.
+
+    Raises ValueError where a user can mend that.
+    """
+    if tracker == "none":
+        return Tracker(session)
+    try:
+        return Patient(TRACKERS[tracker](session))
+    except Misconfigured:
+        raise
+    except Exception as error:
+        _say(f"The tracker of {_place(session)} does not begin ({_line(error)}). The run goes on without it.")
+        return Tracker(session)
 
 
 def grouped(name: str) -> str:

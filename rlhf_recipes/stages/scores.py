@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_callable_name
 
+from ..data.hub import ask_hub
 from ..data.tokens import render, set_today, spelled_out
 from ..model.base import device, precision
 from ..model.batches import TOKENS_AT_ONCE, Batches
@@ -204,7 +205,7 @@ def check_reward_source(name: str, has_reward_stage: bool) -> None:
         function(name)
     elif name != ROLE:
         try:
-            labels = AutoConfig.from_pretrained(name).num_labels
+            labels = AutoConfig.from_pretrained(ask_hub(name)).num_labels
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"ppo.reward_funcs: {name!r} is not {ROLE!r}, no function (module:function or file.py:function) and "

@@ -66,7 +66,14 @@ def test_a_journal_keeps_what_was_appended_and_cuts_a_torn_line(tmp_path: Path) 
     assert read(path) == [{"id": 1}, {"id": 5}, {"id": 6}]
 
 
-@pytest.mark.parametrize(("line", "part"), [("{oops}\n", "line 2: not JSON"), ("[1]\n", "line 2: list, not an object")])
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("{oops}\n", "line 2: not JSON"),
+        ("[1]\n", "line 2: list, not an object"),
+        ("\0\0\0", "line 2: holds NUL bytes, as a power cut leaves them. Delete what stands from there on"),
+    ],
+)
 def test_a_journal_names_the_line_that_is_none(tmp_path: Path, line: str, part: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\n' + line)
     with pytest.raises(ValueError, match=part):
@@ -319,6 +326,27 @@ def test_a_round_trains_on_the_labels_that_there_were(recipe: Recipe, tmp_path: 
     frozen = training_file(people, tmp_path, 2)
     assert [row["id"] for row in read(frozen)] == ["1", "2"] and all(("weight" in row) == weigh for row in read(frozen))
     assert training_file(people, tmp_path, 3).parent.parent.name == "round-3"
+
+
+@pytest.mark.parametrize("left", [0, 4.5])
+def test_labels_that_a_power_cut_has_torn_are_given_again(recipe: Recipe, tmp_path: Path, left: float) -> None:
+    samples, labels = tmp_path / "samples.jsonl", tmp_path / "labels.jsonl"
+    write(samples, [{"id": str(n), "prompt": "w4", "responses": ["w5", "w5 w6"]} for n in range(6)])
+    assert have_labelled(recipe, samples, labels, 0)
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[: int(len(whole) * left / 6)])
+    assert have_labelled(recipe, samples, labels, 0) and labels.read_bytes() == whole
+
+
+def test_no_labels_are_never_frozen(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+    for name in ("labels.jsonl", "labels.trained.jsonl"):  # the latter as an earlier version left it
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"labels\.jsonl holds no labels to train on\. Label some samples"):
+        freeze_labels(labels, weigh=False)
+    write(labels, [{"id": "1"}])
+    freeze_labels(labels, weigh=False)
+    assert read(tmp_path / "labels.trained.jsonl") == [{"id": "1"}]
 
 
 def test_a_round_of_a_judge_stops_at_its_cost_and_goes_on(recipe: Recipe, tmp_path: Path) -> None:

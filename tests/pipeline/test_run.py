@@ -282,6 +282,24 @@ def test_running_again_skips_what_is_finished(recipe: Recipe, finished: tuple[Pa
     assert stamps() == before and (folder / "report.html").read_bytes() == page
 
 
+def test_rows_of_a_finished_stage_that_are_gone_are_said(
+    recipe: Recipe, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(recipe, copied)
+    assert "warning" not in capsys.readouterr().err
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (copied / name).write_bytes(b"")
+    run(recipe, copied)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.partition(" any more")[0] for line in said] == [
+        f"warning: {copied}/metrics.jsonl has no rows of sft and reward and ppo",
+        f"warning: {copied}/samples.jsonl has no rows of ppo",
+    ]
+    (copied / "metrics.jsonl").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: holds NUL bytes"):
+        run(recipe, copied)
+
+
 def test_a_changed_recipe_is_refused_in_an_old_folder(recipe: Recipe, copied: Path) -> None:
     with pytest.raises(ValueError, match=r"kl_coef: 0\.05 there, 0\.2 here.*--run-dir"):
         run(replace(recipe, ppo={"kl_coef": 0.2}), copied)

@@ -3,18 +3,31 @@
 import importlib.util
 import json
 import os
+import secrets
 import shutil
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.run_folder import mark_running, rows_of
+import wandb
+from support.run_folder import mark_running, rows_of, states
 from support.worded import make_recipe
 from transformers import TrainerCallback
 
 from rlhf_recipes import Recipe, replace, run
-from rlhf_recipes.records.tracking import _cell, grouped, result_numbers, wandb_mode
+from rlhf_recipes.records import tracking
+from rlhf_recipes.records.tracking import (
+    Session,
+    TensorBoardTracker,
+    _cell,
+    grouped,
+    result_numbers,
+    tracked_run,
+    wandb_mode,
+)
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -302,6 +315,132 @@ def test_a_resumed_stage_shows_no_point_twice_in_tensorboard(recipe: Recipe, tmp
     events = EventAccumulator(str(folder / "tensorboard" / "ppo"))
     events.Reload()
     assert [event.step for event in events.Scalars("objective/kl")] == [1, 2]
+
+
+# --- Trackers that fail, or are slow ----------------------------------------------------------------------------------
+
+
+def session_of(folder: Path) -> Session:
+    return Session(folder, folder.name, "sft", f"{folder.name}-sft", {"recipe": {}}, secrets.token_hex(4))
+
+
+def log_ten(tracker: str, folder: Path) -> float:
+    """Log ten points as a stage does. Returns the seconds that its training has waited for them."""
+    with tracked_run(tracker, session_of(folder)) as run:
+        start = time.perf_counter()
+        for step in range(1, 11):
+            run.point({"loss": float(step)}, step)
+        run.table("completions", [{"model": "base"}], 10)
+        run.summarize({"results/gold": 1.0})
+        return time.perf_counter() - start
+
+
+def logged(folder: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard" / "sft"))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+@pytest.mark.parametrize("method", ["__init__", "log", "table", "summarize", "finish"])
+def test_a_tracker_that_fails_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("the server\nis away")
+
+    monkeypatch.setattr(TensorBoardTracker, method, fail)
+    log_ten("tensorboard", tmp_path)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"tracker of sft, whose rows are in {tmp_path}/metrics.jsonl," in said
+    assert "(ConnectionError: the server is away). The run goes on without it." in said
+
+
+def test_a_stage_is_trained_whose_tracker_fails(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*args: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    run(replace(recipe, tracker="tensorboard"), tmp_path / "run", ["sft"])
+    assert states(tmp_path / "run") == {"sft": "done"} and rows_of(tmp_path / "run", "sft")
+    assert capsys.readouterr().err.count("no route to host") == 1
+
+
+def test_training_does_not_wait_for_a_slow_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = TensorBoardTracker.log
+
+    def slow(self: Any, *args: Any) -> None:
+        time.sleep(0.05)
+        log(self, *args)
+
+    monkeypatch.setattr(TensorBoardTracker, "log", slow)
+    assert log_ten("tensorboard", tmp_path) < 0.3
+    assert logged(tmp_path) == [float(step) for step in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("constant", "few", "why"),
+    [("PATIENCE", 0.1, "is still busy after 0 seconds"), ("WAITING", 5, "is too slow (5 calls wait)")],
+)
+def test_a_tracker_that_hangs_is_left_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    constant: str,
+    few: float,
+    why: str,
+) -> None:
+    returns = threading.Event()
+    monkeypatch.setattr(TensorBoardTracker, "log", lambda *args: returns.wait())
+    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    monkeypatch.setattr(tracking, constant, few)
+    log_ten("tensorboard", tmp_path)
+    returns.set()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert why in said
+
+
+@pytest.fixture
+def unread(environment: None) -> Iterator[None]:
+    """wandb reads its environment again, as it does once a process."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_wandb_that_cannot_be_reached_is_offline_from_then_on(
+    tmp_path: Path, unread: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = {"MODE": "online", "BASE_URL": "http://127.0.0.1:9", "API_KEY": "a" * 40, "INIT_TIMEOUT": "1"}
+    for name, value in away.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    log_ten("wandb", tmp_path)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "W&B cannot be reached (CommError: " in said
+    assert f"`wandb sync {tmp_path}/wandb/offline-run-*` sends it later" in said
+    ((_, records, _),) = wandb_runs(tmp_path)["sft"]
+    assert [row["train/loss"] for row in history(records) if "train/loss" in row] == [*map(float, range(1, 11))]
+    assert os.environ["WANDB_MODE"] == "offline"
+
+
+def test_wandb_online_without_a_key_is_refused(tmp_path: Path, unread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ValueError, match="tracker=wandb: No API key configured"):
+        log_ten("wandb", tmp_path)
+
+
+def test_an_artifact_that_wandb_does_not_take_is_said(
+    tmp_path: Path, environment: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tracked_run("wandb", session_of(tmp_path)) as run:
+        run.upload("name", "model", [tmp_path / "gone"], {})
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "has failed (ValueError: Path is not a file" in said
 
 
 # --- What cannot be, and callbacks ------------------------------------------------------------------------------------
