@@ -12,6 +12,7 @@ from rlhf_recipes import load, replace
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.recipe.overrides import to_dict
 from rlhf_recipes.recipe.values import Recipe
+from rlhf_recipes.records.files import Journal
 from rlhf_recipes.records.folder import read_recipe, recipe_to_show, write_recipe
 from rlhf_recipes.records.trust import foreign_code, trusting
 
@@ -30,6 +31,10 @@ def stranger(folder: Path, recipe: Recipe) -> Path:
         ({"gold": "os:system"}, "gold=os:system"),
         ({"gold": "rlhf_recipes.worlds_of_mine:gold"}, "gold=rlhf_recipes.worlds_of_mine:gold"),
         ({"base": {"model": "their.py:build"}}, "base.model=their.py:build"),
+        # Files in folders, and beside them, that are called like what ships with this package.
+        ({"gold": "rlhf_recipes.worlds.gift/my.py:gold"}, "gold=rlhf_recipes.worlds.gift/my.py:gold"),
+        ({"gold": "rlhf_recipes.worlds.py:gold"}, "gold=rlhf_recipes.worlds.py:gold"),
+        ({"base": {"model": "rlhf_recipes.worlds./my:build"}}, "base.model=rlhf_recipes.worlds./my:build"),
         ({"base": {"trust_remote_code": True}}, "base.trust_remote_code=True"),
         ({"base": {"attn_implementation": "their/kernel"}}, "base.attn_implementation=their/kernel"),
         ({"sft": {"data": "http://10.0.0.1/rows.jsonl"}}, "sft.data=http://10.0.0.1/rows.jsonl"),
@@ -74,6 +79,36 @@ def test_a_run_is_the_users_own_as_he_left_it_where_he_left_it(
     assert capsys.readouterr().err == f"Trusted in {folder}: gold=theirs\\x1b[2J.py:gold\n"
     with pytest.raises(ValueError, match="names code"):  # the word was for once
         read_recipe(folder)
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("feedback/samples.jsonl", "../../home/.profile"),  # there is no such file: it would be made
+        ("evaluation", "../home"),
+        ("push/adapter-1a2b3c4d/notes.txt", "/etc/hostname"),
+        (".lock", "../home/letter"),
+    ],
+)
+def test_a_link_out_of_a_strangers_folder_is_refused(tmp_path: Path, link: str, target: str) -> None:
+    folder = stranger(tmp_path / "theirs", load("tiny"))
+    (folder / link).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "within").symlink_to("recipe.json")
+    whole = tmp_path / "linked"
+    whole.symlink_to(folder)
+    assert recipe_to_show(whole) == load("tiny")
+    (folder / link).symlink_to(target)
+    for path in (folder, whole):
+        with pytest.raises(ValueError, match=f"{path / link} is a link that leads out of {path}: delete it"):
+            recipe_to_show(path)
+    write_recipe(folder, load("tiny"))  # by who runs it here: his links are his word
+    assert read_recipe(folder) == load("tiny")
+
+
+def test_no_row_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("elsewhere.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl is a link"):
+        Journal(tmp_path / "rows.jsonl")
 
 
 def test_no_command_runs_the_code_of_a_folder_that_it_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
