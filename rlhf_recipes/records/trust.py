@@ -59,8 +59,9 @@ def check_trust(run_dir: Path, values: Mapping[str, Any]) -> None:
     found = ", ".join(named)
     if not _said.get():
         raise ValueError(
-            f"{run_dir} is no run that you made here, and its recipe names code or servers: {found}. Look at them, and "
-            "add --trust-functions where you trust them (in Python `with rlhf_recipes.records.trust.trusting():`)."
+            f"{run_dir} is no run that you made here, and its recipe names code or servers, or a folder of data, which "
+            f"may: {found}. Look at them, and add --trust-functions where you trust them (in Python "
+            "`with rlhf_recipes.records.trust.trusting():`)."
         )
     print(f"Trusted in {run_dir}: {found}", file=sys.stderr, flush=True)
 
@@ -79,6 +80,8 @@ def _is_foreign(name: str, value: Any) -> bool:
         return bool(value)
     if not isinstance(value, str):
         return False
+    if name in ("data", "prompts") and Path(value).is_dir():  # `datasets` reads what files and URLs its card names
+        return True
     if name == "attn_implementation":  # transformers loads one like org/repository:function from the Hub
         return "/" in value
     return "://" in value or (is_function(value) and not _is_of_worlds(value.rpartition(":")[0]))
