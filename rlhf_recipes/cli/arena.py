@@ -3,7 +3,7 @@
 import argparse
 import shlex
 
-from .command import Command, notes_to_stderr
+from .command import Command, add_trust, notes_to_stderr
 from .evaluate import ANSWERS, answer_arguments, print_result
 from .label import PAGE, page_arguments
 
@@ -27,6 +27,7 @@ it from then on. What was judged is data for the next reward model: reward.data=
         help="people type the prompts, and two models answer each while they wait; results go to RUN/evaluation/typed",
     )
     page_arguments(parser)
+    add_trust(parser)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.tokens import response_texts
+from ..model.adapters import WEIGHTS
 from ..model.base import fingerprint, load_base, load_tokenizer
 from ..model.batches import TOKENS_AT_ONCE, Batches
 from ..model.memory import release
@@ -35,7 +36,7 @@ MODEL = "measured"  # the role of the model, or of the reward model, that is mea
 def adapter_digest(folder: Path) -> str:
     """A hash of a saved adapter: its weights, and the bias of a reward model."""
     found = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors", BIAS):
+    for name in ("adapter_config.json", WEIGHTS, BIAS):
         if (folder / name).is_file():
             found.update((folder / name).read_bytes())
     return found.hexdigest()[:32]

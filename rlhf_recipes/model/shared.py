@@ -13,9 +13,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,6 +25,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..recipe.values import Lora
 from ..records.contents import Fingerprint
 from ..records.files import read_json
+from .adapters import WEIGHTS, read_adapter_config, read_adapter_weights
 from .architecture import excluded_modules, head_logits, text_decoder, token_states
 from .base import check_fingerprint, enable_checkpointing, write_fingerprint
 from .check import Caching, caching, packs_rows, static_refusal
@@ -153,9 +154,7 @@ class SharedBase(nn.Module):
         if folder is not None and self.fingerprint is not None:
             check_fingerprint(folder, self.fingerprint)
         config = (
-            lora_config(self.lora, TaskType.CAUSAL_LM, self.causal)
-            if folder is None
-            else PeftConfig.from_pretrained(str(folder))
+            lora_config(self.lora, TaskType.CAUSAL_LM, self.causal) if folder is None else read_adapter_config(folder)
         )
         # The task only matters to PEFT's own wrappers; here every role runs through the one causal model.
         config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
@@ -406,7 +405,7 @@ class SharedBase(nn.Module):
         if name in self.heads:
             config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["classifier", "score"]
         state = {key: value.detach().cpu().contiguous() for key, value in self.role_state(name).items()}
-        safetensors.torch.save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))  # after the weights, as PEFT does: by it a whole adapter is known
         if name in self.biases:
             (folder / BIAS).write_text(json.dumps({"bias": self.biases[name]}) + "\n")
@@ -416,7 +415,7 @@ class SharedBase(nn.Module):
     def load_role(self, name: str, folder: Path) -> None:
         """Read a role's weights from a PEFT folder. Raises ValueError where they do not fit the role."""
         assert self.peft is not None
-        state = load_peft_weights(str(folder), device="cpu")
+        state = read_adapter_weights(folder)
         score = state.pop(HEAD, None)
         saved = {key: value.shape for key, value in state.items()}
         wanted = {key: value.shape for key, value in self.role_state(name).items() if key != HEAD}

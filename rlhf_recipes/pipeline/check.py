@@ -100,7 +100,7 @@ def _check_labeler(labeler: str, api_key_env: str | None) -> None:
         endpoint_key(labeler, api_key_env)
     elif labeler != PEOPLE and not (Path(labeler) / "recipe.json").is_file():
         try:
-            AutoConfig.from_pretrained(ask_hub(labeler))
+            AutoConfig.from_pretrained(ask_hub(labeler), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"rounds.labeler: {labeler!r} is not {PEOPLE!r}, no function (module:function or file.py:function), "

@@ -247,7 +247,7 @@ def render(wanted: Wanted, recipe: Recipe, why: str, choices: Mapping[str, list[
     stages = "".join(_stage(stage, getattr(recipe, stage), choices[stage]) for stage in choices)
     names = ["Base", *(["PPOStage"] if "ppo" in choices else []), "Recipe", "Stage", "main"]
     return f'''\
-"""Never run at its own size: {", ".join(wanted.data.values())} on {wanted.base}, for {card}.
+"""Never run at its own size: {_code(", ".join(wanted.data.values()))[1:-1]} on {_code(wanted.base)[1:-1]}, for {card}.
 
 Made by `rlhf-recipes new`; each choice has its reason beside it, and is yours to change.
 """

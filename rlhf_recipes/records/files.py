@@ -114,6 +114,16 @@ def _rows(path: Path, known: list[Row] | None = None, whole: int = 0) -> tuple[l
     return rows, whole
 
 
+def check_links(folder: Path) -> None:
+    """Raises ValueError where a link in a folder leads out of it: to read or write there is to do it elsewhere."""
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            # realpath never fails, as Path.resolve does on a link to itself.
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+                raise ValueError(f"{path} is a link that leads out of {folder}: delete it, or put there what it is of.")
+
+
 @contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
     """A block that writes in a folder. Raises ValueError, which says what to do, where the disk does not let it.
@@ -139,8 +149,10 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Open the file and read its rows; a last line without its end, which a kill has torn, is cut off.
 
-        Raises ValueError where another line is no JSON object.
+        Raises ValueError where another line is no JSON object, or the file is a link, which may lead anywhere.
         """
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, and is not written through: name the file itself, or delete the link.")
         self.path = path
         self.rows, whole = _rows(path)
         if whole is not None:

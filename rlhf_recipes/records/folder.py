@@ -8,8 +8,8 @@ from typing import Any
 
 from ..recipe.overrides import from_dict, suggestion, to_dict
 from ..recipe.values import Recipe
-from .files import read_json, write_json
-from .trust import check_trust, remember_own
+from .files import check_links, read_json, write_json
+from .trust import check_trust, is_own, remember_own
 
 EXPORT = "export.json"  # in the folder of an export: what it was made of, and how close it is
 
@@ -30,14 +30,20 @@ def read_recipe(run_dir: Path) -> Recipe:
 
 
 def recipe_to_show(run_dir: Path) -> Recipe:
-    """The recipe of a run folder, to be looked at alone, whoever made it. Raises ValueError where that is none."""
+    """The recipe of a run folder, to be looked at alone, whoever made it.
+
+    Raises ValueError where that is none, or a link leads out of a folder that is none of the user's own.
+    """
     values = read_json(run_dir / "recipe.json")
     if values is None:
         raise ValueError(f"{run_dir} is no run folder: it has no recipe.json. `rlhf-recipes run` writes one.")
     try:
-        return from_dict(values)
+        recipe = from_dict(values)
     except ValueError as error:
         raise ValueError(f"{run_dir / 'recipe.json'}: {error}") from error
+    if not is_own(run_dir, to_dict(recipe)):
+        check_links(run_dir)
+    return recipe
 
 
 def write_recipe(run_dir: Path, recipe: Recipe) -> None:

@@ -30,6 +30,8 @@ def held(path: Path, wait: bool = False) -> Iterator[None]:
     """
     place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_symlink():  # filelock does not follow one
+        raise ValueError(f"{place} is a link, which may lead anywhere: delete it.")
     owner, lock = place.with_suffix(".owner.json"), FileLock(place)
     try:
         lock.acquire(blocking=False)

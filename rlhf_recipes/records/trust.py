@@ -39,6 +39,11 @@ def remember_own(run_dir: Path, values: Mapping[str, Any]) -> None:
         _own(run_dir, values).touch()
 
 
+def is_own(run_dir: Path, values: Mapping[str, Any]) -> bool:
+    """Whether a recipe, as `to_dict` gives it, was run by the user in this folder."""
+    return _own(run_dir, values).is_file()
+
+
 def _own(run_dir: Path, values: Mapping[str, Any]) -> Path:
     return cache_folder() / "own_runs" / digest(str(run_dir.resolve()), values)
 
@@ -49,13 +54,14 @@ def check_trust(run_dir: Path, values: Mapping[str, Any]) -> None:
     What is run because the user has said so is printed.
     """
     named = [printable(line) for line in foreign_code(values)]
-    if not named or _own(run_dir, values).is_file():
+    if not named or is_own(run_dir, values):
         return
     found = ", ".join(named)
     if not _said.get():
         raise ValueError(
-            f"{run_dir} is no run that you made here, and its recipe names code or servers: {found}. Look at them, and "
-            "add --trust-functions where you trust them (in Python `with rlhf_recipes.records.trust.trusting():`)."
+            f"{run_dir} is no run that you made here, and its recipe names code or servers, or a folder of data, which "
+            f"may: {found}. Look at them, and add --trust-functions where you trust them (in Python "
+            "`with rlhf_recipes.records.trust.trusting():`)."
         )
     print(f"Trusted in {run_dir}: {found}", file=sys.stderr, flush=True)
 
@@ -74,7 +80,14 @@ def _is_foreign(name: str, value: Any) -> bool:
         return bool(value)
     if not isinstance(value, str):
         return False
+    if name in ("data", "prompts") and Path(value).is_dir():  # `datasets` reads what files and URLs its card names
+        return True
     if name == "attn_implementation":  # transformers loads one like org/repository:function from the Hub
         return "/" in value
-    module = value.rpartition(":")[0]
-    return "://" in value or (is_function(value) and not f"{MOVED.get(module, module)}.".startswith(f"{WORLDS}."))
+    return "://" in value or (is_function(value) and not _is_of_worlds(value.rpartition(":")[0]))
+
+
+def _is_of_worlds(module: str) -> bool:
+    """Whether that is a module of this package's worlds, and no file in a folder that is called like them."""
+    parts = MOVED.get(module, module).split(".")
+    return parts[:2] == WORLDS.split(".") and parts[-1] != "py" and all(part.isidentifier() for part in parts)

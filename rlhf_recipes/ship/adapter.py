@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from ..model.adapters import load_adapter, read_adapter_config
 from ..model.base import load_base
 from ..model.memory import release
 from ..recipe.lookup import is_function
@@ -29,7 +29,7 @@ def export_adapter(run_dir: Path, to: Path, settings: ExportSettings) -> dict[st
     trained = find_trained(run_dir, settings.model)
     base_id = check_base_id(trained, settings.base_id)
     with new_folder(to) as folder:
-        config = PeftConfig.from_pretrained(str(trained.folder))
+        config = read_adapter_config(trained.folder)
         config.base_model_name_or_path = base_id
         config.revision = trained.fingerprint["revision"] if settings.base_id is None else None
         config.save_pretrained(str(folder))
@@ -75,7 +75,7 @@ def _measure(run_dir: Path, trained: Trained, folder: Path) -> dict[str, Any]:
     sampling.save_pretrained(folder)
     measured = {}
     for name, base in _bases(trained).items():
-        measured[name] = compare(reference, PeftModel.from_pretrained(load_base(base), str(folder)))
+        measured[name] = compare(reference, load_adapter(load_base(base), folder))
         release()
     return measured
 
@@ -86,7 +86,7 @@ def _measure_scores(trained: Trained, folder: Path) -> dict[str, Any]:
     for name, base in _bases(trained).items():
         model: Any = load_base(base, AutoModelForSequenceClassification, num_labels=1)
         model.config.pad_token_id = trained.tokenizer.pad_token_id
-        measured[name] = compare_scores(trained, PeftModel.from_pretrained(model, str(folder)))
+        measured[name] = compare_scores(trained, load_adapter(model, folder))
         release()
     return measured
 

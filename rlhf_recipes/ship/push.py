@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..recipe.overrides import suggestion
 from ..records.digest import digest
-from ..records.files import writing_in
+from ..records.files import check_links, writing_in
 from ..records.folder import read_export, read_recipe
 from ..report.gather import RunContents, gather
 from .adapter import check_base_id, export_adapter, public_base
@@ -174,6 +174,7 @@ def _export(run_dir: Path, model: Shipped, settings: PushSettings) -> Path:
 def _stage_model(run: RunContents, shipped: Shipped, folder: Path, samples: int) -> None:
     """A folder of links to an export's files, so that it stays as it is, with the card and its picture."""
     assert shipped.folder is not None
+    check_links(shipped.folder)  # what it leads to would be sent
     shutil.copytree(shipped.folder.absolute(), folder, copy_function=os.symlink)
     if shipped.stage == "ppo":
         draw_overoptimization(run, folder)

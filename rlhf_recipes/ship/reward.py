@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from ..model.adapters import load_adapter
 from ..model.base import base_config, load_base
 from ..model.memory import release
 from ..model.shared import BIAS
@@ -42,7 +42,7 @@ def export_reward(run_dir: Path, to: Path, settings: ExportSettings) -> Measured
         check_room(folder, trained.base, dtype)
         base = trained.base if settings.onto == "dequantized" else unquantized(trained.base, dtype)
         model: Any = load_base(base, AutoModelForSequenceClassification, num_labels=1)
-        model = PeftModel.from_pretrained(model, str(trained.folder)).base_model.model
+        model = load_adapter(model, trained.folder).base_model.model
         model.score = model.score.modules_to_save["default"]
         write_shards(merged_layers(model, "default", dtype), folder, settings.shard_size)
         # Without `problem_type` a pipeline would put the score through a sigmoid.

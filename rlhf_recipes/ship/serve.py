@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.error import URLError
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils.import_utils import is_serve_available
 
 from ..records.files import read_json
-from ..records.folder import read_export
+from ..records.folder import EXPORT, read_export
 from .measure import LARGEST_KL
 from .merged import export_merged
 from .trained import ExportSettings, find_trained
@@ -129,7 +131,7 @@ def command(engine: Engine, served: Sequence[Served], port: int, options: Sequen
         return [sys.executable, "-m", "transformers.cli.transformers", "serve", *names[: len(names) == 1], *ours]
     if not adapters and len(served) == 1:
         return ["vllm", "serve", names[0], "--served-model-name", names[0], *ours]
-    bases = {model.record["base_id"] for model in adapters}
+    bases = {_base_id(model) for model in adapters}
     if len(adapters) < len(served) or len(bases) > 1:
         raise ValueError(
             "vLLM serves one merged model, or adapters of one base: export them by --format adapter, or take "
@@ -138,12 +140,21 @@ def command(engine: Engine, served: Sequence[Served], port: int, options: Sequen
     revision = read_json(served[0].folder / "adapter_config.json").get("revision")
     ranks = [read_json(model.folder / "adapter_config.json")["r"] for model in adapters]
     return [
-        *("vllm", "serve", *bases, *(("--revision", revision) if revision else ())),
+        *("vllm", "serve", *bases, *([f"--revision={revision}"] if revision else [])),
         # The template and what ends a response are those of training, which the base's files may not have.
         *("--tokenizer", names[0], "--generation-config", names[0]),
-        *("--enable-lora", "--max-loras", str(len(served)), "--max-lora-rank", str(max(ranks))),
+        *("--enable-lora", "--max-loras", str(len(served)), f"--max-lora-rank={max(ranks)}"),
         *("--lora-modules", *(f"{name}={name}" for name in names), *ours),
     ]
+
+
+def _base_id(model: Served) -> str:
+    """An adapter's base on the Hub. Raises ValueError where it is no name there: vLLM may take it for an option."""
+    try:
+        validate_repo_id(model.record["base_id"])
+    except HFValidationError as error:
+        raise ValueError(f"{model.folder / EXPORT}: base_id: {error}") from error
+    return model.record["base_id"]
 
 
 def how_to_ask(served: Sequence[Served], port: int) -> str:

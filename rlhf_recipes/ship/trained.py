@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, TaskType
+from peft import TaskType
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
+from ..model.adapters import WEIGHTS, read_adapter_config
 from ..model.base import FINGERPRINT, check_fingerprint, fingerprint, load_tokenizer
 from ..recipe.values import Base, Recipe
 from ..records.contents import Fingerprint
 from ..records.files import read_json, write_json
 from ..records.folder import EXPORT, adapter_folder, last_model, newest_round_first, read_recipe
 from ..stages.reward.adapters import PROBES
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Trained:
     @property
     def scores(self) -> bool:
         """Whether it is a reward model."""
-        return PeftConfig.from_pretrained(str(self.folder)).task_type == TaskType.SEQ_CLS
+        return read_adapter_config(self.folder).task_type == TaskType.SEQ_CLS
 
     @property
     def digest(self) -> str:

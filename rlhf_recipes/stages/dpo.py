@@ -11,6 +11,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel, TaskType
 
+from ..model.adapters import load_adapter
 from ..model.base import check_fingerprint, load_base
 from ..model.memory import release
 from ..model.sampler import Sampler
@@ -87,7 +88,7 @@ def make_trainer(job: Job) -> DPOTrainer:
         peft_config = lora_config(job.recipe.lora, TaskType.CAUSAL_LM, model)
     else:
         check_fingerprint(job.sft, job.fingerprint)
-        model = PeftModel.from_pretrained(model, str(job.sft), is_trainable=True)
+        model = load_adapter(model, job.sft, is_trainable=True)
     return DPOTrainer(
         model=model,
         args=job.config,

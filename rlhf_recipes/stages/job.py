@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.prepare import Prepared
 from ..data.split import halve
+from ..model.adapters import read_adapter_config
 from ..model.base import write_fingerprint
 from ..model.processes import is_main, on_main
 from ..recipe.overrides import to_dict
@@ -179,7 +181,10 @@ class Job:
         on_main(write)
 
     def train(self, trainer: Trainer) -> None:
-        """Train from the stage's last checkpoint, if there is one, to the end."""
+        """Train from the stage's last checkpoint, if there is one, to the end.
+
+        Raises ValueError where that holds more than tensors, or adapters of another kind.
+        """
         scale_losses(trainer.accelerator)
         if not is_main():
             trainer.args.save_total_limit = None  # the main process deletes old checkpoints
@@ -194,6 +199,9 @@ class Job:
             # A kill may have come while the Trainer deleted a checkpoint: the rest would be taken for a whole one.
             kept = str(best) if best.is_dir() else None
             rotate_checkpoints(str(self.folder), trainer.args.save_total_limit, kept)
+            for checkpoint in filter(None, (self.resume, kept)):
+                for path in Path(checkpoint).rglob("adapter_config.json"):  # the Trainer loads whatever is there
+                    read_adapter_config(path.parent)
             # True of the last step, and where training stopped early or beyond max_kl.
             if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
                 # From such a checkpoint the Trainer would take one more step, so it is only loaded.
@@ -202,7 +210,13 @@ class Job:
                 trainer._load_from_checkpoint(str(best) if chosen else self.resume)
                 trainer.log({"train_runtime": 0.0, "total_flos": state.total_flos})  # as the Trainer ends a training
                 return
-        trainer.train(resume_from_checkpoint=self.resume)
+        try:
+            trainer.train(resume_from_checkpoint=self.resume)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{self.resume}: a file of it is damaged, or wants to run code, which was not run. Delete this "
+                "checkpoint, and the run goes on from the one before."
+            ) from error
 
 
 def trainer_state(checkpoint: str) -> TrainerState:

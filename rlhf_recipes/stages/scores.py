@@ -194,7 +194,7 @@ def is_external(name: str) -> bool:
 
 def reward_tokenizer(name: str) -> Any:
     """The tokenizer of an external reward model, which reads the end of what is too long for it."""
-    return AutoTokenizer.from_pretrained(name, padding_side="right", truncation_side="left")
+    return AutoTokenizer.from_pretrained(name, padding_side="right", truncation_side="left", trust_remote_code=False)
 
 
 def check_reward_source(name: str, has_reward_stage: bool) -> None:
@@ -205,7 +205,7 @@ def check_reward_source(name: str, has_reward_stage: bool) -> None:
         function(name)
     elif name != ROLE:
         try:
-            labels = AutoConfig.from_pretrained(ask_hub(name)).num_labels
+            labels = AutoConfig.from_pretrained(ask_hub(name), trust_remote_code=False).num_labels
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"ppo.reward_funcs: {name!r} is not {ROLE!r}, no function (module:function or file.py:function) and "
@@ -217,7 +217,7 @@ def check_reward_source(name: str, has_reward_stage: bool) -> None:
 
 def external_base(name: str) -> Base:
     """How an external reward model is loaded: whole, in the precision of its checkpoint, as its configuration says."""
-    dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
+    dtype = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype or torch.float32
     return Base(name, dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
 
 
@@ -234,7 +234,11 @@ class ExternalRewardModel:
         self.tokenizer = reward_tokenizer(name)
         set_today(self.tokenizer, today)
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            name, use_safetensors=True, dtype=precision(external_base(name)), device_map={"": device()}
+            name,
+            use_safetensors=True,
+            dtype=precision(external_base(name)),
+            device_map={"": device()},
+            trust_remote_code=False,
         ).eval()
         self.model.config.get_text_config().use_cache = False  # nothing is generated
         # Without a padding token the model reads the last position, which is right for a single row only.

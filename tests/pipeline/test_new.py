@@ -1,5 +1,6 @@
 """A recipe made from three files of somebody's own: what is chosen, why, and that it runs."""
 
+import ast
 import csv
 import re
 import shlex
@@ -15,9 +16,9 @@ from support.label_page import done, press, serving, shown
 from support.tiny_models import save_model
 from support.worded import WORDS
 
-from rlhf_recipes import load
+from rlhf_recipes import Base, Recipe, Stage, load
 from rlhf_recipes.cli.main import main_cli
-from rlhf_recipes.pipeline.new import Wanted, choose_base, choose_length, choose_ppo, choose_training, warnings
+from rlhf_recipes.pipeline.new import Wanted, choose_base, choose_length, choose_ppo, choose_training, render, warnings
 from rlhf_recipes.plan.cards import Card
 
 
@@ -109,6 +110,19 @@ def test_from_three_files_to_what_people_say_by_the_commands_that_are_printed(
     page = Path(capsys.readouterr().out.strip()).read_text()
     assert "judged by people" in page
     assert "is there already, and is not written over" in error_of(capsys, words_of(files))
+
+
+def test_no_name_of_a_file_or_folder_becomes_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ['x""";open("mark","w");""".jsonl', 'base\\";open("mark","w")\n"']
+    recipe = Recipe("mine", Base(names[1]), sft=Stage(names[0]))
+    text = render(Wanted("mine", names[1], {"sft": names[0]}), recipe, "small", {"sft": []})
+    Path("mine.py").write_text(text)
+    assert load("mine.py") == recipe
+    assert ast.get_docstring(ast.parse(text), clean=False).startswith(
+        f"Never run at its own size: {names[0]} on {names[1]}, for this machine."
+    )
+    assert not Path("mark").exists()
 
 
 def test_what_was_guessed_is_asked_about(

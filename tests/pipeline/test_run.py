@@ -19,6 +19,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.hostile import Payload
 from support.paths import ROOT
 from support.run_folder import manifest_of, mark_running, rows_of, states, write_rows
 from support.tiny_models import save_model
@@ -32,6 +33,7 @@ from rlhf_recipes.model.shared import HEAD
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.records.folder import checkpoint_step, last_checkpoint
 from rlhf_recipes.records.lock import held
+from rlhf_recipes.stages.reward.adapters import PROBES
 from rlhf_recipes.stages.stop import Stopped
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
@@ -354,6 +356,32 @@ def test_a_torn_checkpoint_is_passed_over(recipe: Recipe, copied: Path, finished
     run(recipe, copied)
     assert weights(copied) == weights(finished[0])
     assert by_stage(reproducible(copied)) == by_stage(reproducible(finished[0]))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_checkpoint_that_was_tampered_with_runs_nothing(
+    recipe: Recipe, copied: Path, tmp_path: Path, stage: str, name: str
+) -> None:
+    shutil.rmtree(copied / stage / "checkpoint-4")
+    (copied / stage / PROBES).unlink(missing_ok=True)  # the reward model is finished where it has them
+    mark_running(copied, stage)
+    file = copied / stage / "checkpoint-2" / name
+    assert file.is_file()
+    torch.save({"state": Payload(tmp_path / "mark")}, file)
+    with pytest.raises(ValueError, match=r"checkpoint-2: a file of it is damaged, or wants to run code"):
+        run(recipe, copied)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_of_a_checkpoint_no_other_adapter_is_loaded(recipe: Recipe, copied: Path) -> None:
+    checkpoint = copied / "sft" / "checkpoint-4"
+    theirs = shutil.copytree(checkpoint, copied / "theirs").rename(checkpoint / "theirs")
+    config = json.loads((theirs / "adapter_config.json").read_text())
+    (theirs / "adapter_config.json").write_text(json.dumps(config | {"megatron_core": "their.module"}))
+    mark_running(copied, "sft")
+    with pytest.raises(ValueError, match=r"theirs/adapter_config\.json: megatron_core='their\.module' is none of"):
+        run(recipe, copied)
 
 
 def truncate(path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+from filelock import FileLock
 from support.paths import ROOT
 
 from rlhf_recipes.records.lock import held
@@ -48,6 +49,17 @@ def test_who_waits_comes_next(
     with held(tmp_path, wait=True):
         assert other.wait(timeout=10) == -signal.SIGKILL
     assert f"in use by process {other.pid} of" in capsys.readouterr().err
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
+    letter = tmp_path / "letter"
+    letter.write_text("Dear Ada")
+    (tmp_path / ".lock").symlink_to(letter)
+    with pytest.raises(ValueError, match=r"\.lock is a link, .*delete it"), held(tmp_path):
+        pass
+    with pytest.raises(OSError, match="symbolic link"):  # nor by filelock itself, should one be made in between
+        FileLock(tmp_path / ".lock").acquire()
+    assert letter.read_text() == "Dear Ada"
 
 
 def test_a_file_is_held_beside_it_and_others_are_free(tmp_path: Path) -> None:

@@ -230,3 +230,15 @@ def test_an_export_of_other_weights_or_another_form_is_refused(
     assert "was made of other weights than ppo has in" in error_of(capsys, command(run, *exported))
     (out / "export.json").write_text(json.dumps({**record, "format": "gguf"}))
     assert "is of --format gguf: name a folder" in error_of(capsys, command(run, *exported))
+
+
+def test_what_a_link_leads_to_is_not_sent(
+    run: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_cli(["export", str(run), "--format", "adapter", "--base-id", "org/base", "--to", str(tmp_path / "made")])
+    (tmp_path / "secret").write_text("a key")
+    (tmp_path / "made" / "notes.txt").symlink_to(tmp_path / "secret")
+    words = command(run, "--exported", str(tmp_path / "made"), "--yes")
+    capsys.readouterr()
+    assert "notes.txt is a link that leads out of" in error_of(capsys, words)
+    assert not hub.repos

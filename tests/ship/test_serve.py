@@ -81,11 +81,19 @@ def test_the_words_for_vllm(tmp_path: Path) -> None:
     ]
     sft, ppo = served(tmp_path, "sft"), served(tmp_path, "ppo", r=16, revision="abc")
     words = command("vllm", [ppo, sft], 8001)
-    assert words[:5] == ["vllm", "serve", "org/base", "--revision", "abc"]
+    assert words[:4] == ["vllm", "serve", "org/base", "--revision=abc"]
     assert words_after(words, "--lora-modules", 2) == ["ppo=ppo", "sft=sft"]
-    assert words_after(words, "--max-lora-rank") == ["16"] and words_after(words, "--max-loras") == ["2"]
+    assert "--max-lora-rank=16" in words and words_after(words, "--max-loras") == ["2"]
     assert words_after(words, "--tokenizer") == words_after(words, "--generation-config") == ["ppo"]
     assert words_after(words, "--host") == ["127.0.0.1"]
+
+
+def test_what_an_export_says_becomes_no_option_of_vllm(tmp_path: Path) -> None:
+    theirs = served(tmp_path, "theirs", base="--tool-parser-plugin=theirs/evil.py")
+    with pytest.raises(ValueError, match=r"theirs/export\.json: base_id: Repo id must use"):
+        command("vllm", [theirs], 8000)
+    words = command("vllm", [served(tmp_path, "odd", revision="--trust-remote-code", r="--trust-remote-code")], 8000)
+    assert "--trust-remote-code" not in words
 
 
 def test_what_is_known_to_be_off_is_said(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from support.hostile import Payload
 from support.paths import SHARED
+from support.run_folder import mark_running
 from support.tiny_models import save_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOTrainer
@@ -323,6 +325,19 @@ def test_a_run_resumes_to_the_same_bytes(recipe: Recipe, finished: tuple[Path, d
         assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if row["stage"] == "dpo" and "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_was_tampered_with_runs_nothing(
+    recipe: Recipe, finished: tuple[Path, dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    mark_running(folder, "dpo")
+    shutil.rmtree(folder / "dpo" / "checkpoint-6")
+    torch.save({"state": Payload(tmp_path / "mark")}, folder / "dpo" / "checkpoint-4" / name)
+    with pytest.raises(ValueError, match=r"checkpoint-4: a file of it is damaged, or wants to run code"):
+        run(recipe, folder)
+    assert not (tmp_path / "mark").exists()
 
 
 def test_dpo_is_judged_by_the_reward_model_and_gold_on_other_prompts(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,4 +1,18 @@
-"""Responses that try to be more than text. Each is to be shown, stored and trained on as what it says."""
+"""Responses that try to be more than text, each to be shown, stored and trained on as what it says; and a pickle."""
+
+from pathlib import Path
+from typing import Any
+
+
+class Payload:
+    """What runs code as soon as it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.mark), "w")
+
 
 HOSTILE = {
     "script": "<script>alert('script')</script><SCRIPT SRC=http://127.0.0.1:9/x.js></SCRIPT>",

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from ...data.split import set_aside
+from ...model.adapters import read_adapter_weights
 from ...model.base import check_fingerprint, load_base
 from ...model.memory import release
 from ...model.processes import on_main
@@ -106,7 +106,7 @@ def start_from_sft(model: PeftModel, folder: Path, fingerprint: Fingerprint) -> 
     """
     check_fingerprint(folder, fingerprint)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    sft = load_peft_weights(str(folder), device="cpu")
+    sft = read_adapter_weights(folder)
     assert own.keys() == {*sft, HEAD}, "the two adapters have the same shape, because a recipe has one `lora`"
     set_adapter(model, {**sft, HEAD: own[HEAD]})
 

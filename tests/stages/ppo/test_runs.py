@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from support.hostile import Payload
 from support.ppo import (
     PROMPTS,
     ROLES,
@@ -290,16 +291,6 @@ def test_a_resumed_run_waits_no_longer_and_remembers_the_best(make: Make, tmp_pa
     assert evaluated == list(range(0 if on_start else 1, 6)), "each once"
     assert resumed.choice() == straight.choice() == {"best_step": 2, "best_quality": 5.0, "stopped_early": True}
     assert all(torch.equal(weights(resumed, role), wanted[role]) for role in wanted)
-
-
-class Payload:
-    """What runs code as soon as it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return open, (str(self.mark), "w")
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -1,0 +1,50 @@
+"""Saved adapters: LoRA as PEFT writes it, in safetensors.
+
+Of its other kinds and settings PEFT loads a tokenizer that the folder names, or imports a module: none of them is read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from ..records.files import read_json
+
+WEIGHTS = "adapter_model.safetensors"
+
+READ = {
+    *("task_type", "inference_mode", "base_model_name_or_path", "revision", "modules_to_save"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+}
+OF_NO_EFFECT = {"auto_mapping", "peft_version"}
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """PEFT's configuration of a saved adapter. Raises ValueError where it is more than plain LoRA in safetensors."""
+    path, default = folder / "adapter_config.json", LoraConfig().to_dict()
+    saved = read_json(path)
+    for key in sorted(saved.keys() - READ - OF_NO_EFFECT):
+        if saved[key] and saved[key] != default.get(key):
+            raise ValueError(f"{path}: {key}={saved[key]!r} is none of a plain LoRA adapter, and no other is loaded.")
+    _weights(folder)
+    return LoraConfig(**{key: saved[key] for key in READ & saved.keys()})
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a saved adapter by PEFT's names, on the CPU. Raises ValueError where there are none."""
+    return safetensors.torch.load_file(_weights(folder))
+
+
+def load_adapter(model: Any, folder: Path, is_trainable: bool = False) -> PeftModel:
+    """PEFT's model of a base with a saved adapter. Raises ValueError as `read_adapter_config` does."""
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=read_adapter_config(folder))
+
+
+def _weights(folder: Path) -> Path:
+    path = folder / WEIGHTS
+    if not path.is_file():  # PEFT would read adapter_model.bin, a pickle
+        raise ValueError(f"{folder} has no {WEIGHTS}, and an adapter is loaded from no other file.")
+    return path
