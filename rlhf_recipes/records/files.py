@@ -172,9 +172,9 @@ class Journal:
 
 
 def sync_all(*paths: Path) -> None:
-    """Put files, and folders with all that is in them, on disk: what says that they are whole comes after."""
+    """Put files and whole folders on disk, under their names: what says that they are whole comes after."""
     for path in paths:
-        for each in (*path.rglob("*"), path):
+        for each in (*path.rglob("*"), path, path.parent):
             if each.is_dir() or each.is_file():
                 _sync(each)
 

@@ -1,8 +1,6 @@
 """What a run folder holds: its models by name, and how they are opened."""
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,21 +112,6 @@ def last_model(run_dir: Path, recipe: Recipe) -> str:
         if (folder / "ppo" / "policy" / "adapter_config.json").is_file():
             return f"{folder.name}/ppo"
     return next((name for name in ("ppo", "dpo", "sft") if getattr(recipe, name) is not None), "base")
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The path of a stage folder's newest complete checkpoint; None where there is none.
-
-    The Trainer writes `trainer_state.json` last. A checkpoint that a kill has torn has none that parses: it is removed.
-    """
-    for checkpoint in reversed(checkpoints(folder)):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (FileNotFoundError, ValueError):  # the second of what is no JSON, and no UTF-8
-            shutil.rmtree(checkpoint)
-            continue
-        return str(checkpoint)
-    return None
 
 
 def round_folder(run_dir: Path, number: int) -> Path:

@@ -30,7 +30,8 @@ from rlhf_recipes.model.base import model_path
 from rlhf_recipes.model.memory import peak_memory_mib, reset_peak_memory
 from rlhf_recipes.model.shared import HEAD
 from rlhf_recipes.pipeline.check import check_recipe
-from rlhf_recipes.records.folder import checkpoint_step, last_checkpoint
+from rlhf_recipes.records.checkpoints import last_checkpoint
+from rlhf_recipes.records.folder import checkpoint_step
 from rlhf_recipes.records.lock import held
 from rlhf_recipes.stages.stop import Stopped
 
@@ -327,9 +328,13 @@ def test_an_unknown_stage_is_refused(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_torn_checkpoint_is_passed_over(recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]) -> None:
-    for stage, tear in (("sft", Path.unlink), ("reward", truncate), ("ppo", truncate)):
+    for stage, name, tear in (
+        ("sft", "rng_state.pth", Path.unlink),
+        ("reward", "optimizer.pt", truncate),
+        ("ppo", "critic/adapter_model.safetensors", truncate),
+    ):
         newest = Path(last_checkpoint(copied / stage) or "")
-        tear(newest / "trainer_state.json")
+        tear(newest / name)
         older = Path(last_checkpoint(copied / stage) or "")
         assert older != newest and not newest.exists() and older.parent == copied / stage
         mark_running(copied, stage)
