@@ -4,12 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..recipe.overrides import from_dict, suggestion, to_dict
 from ..recipe.values import Recipe
 from .files import read_json, write_json
 from .trust import check_trust, remember_own
 
 EXPORT = "export.json"  # in the folder of an export: what it was made of, and how close it is
+
+SAME_AGAIN = "Delete it, and run the same recipe again, with the same settings."
 
 
 def default_run_dir(recipe: Recipe) -> Path:
@@ -29,7 +33,7 @@ def read_recipe(run_dir: Path) -> Recipe:
 
 def recipe_to_show(run_dir: Path) -> Recipe:
     """The recipe of a run folder, to be looked at alone, whoever made it. Raises ValueError where that is none."""
-    values = read_json(run_dir / "recipe.json")
+    values = read_json(run_dir / "recipe.json", advice=SAME_AGAIN)
     if values is None:
         raise ValueError(f"{run_dir} is no run folder: it has no recipe.json. `rlhf-recipes run` writes one.")
     try:
@@ -63,6 +67,36 @@ def adapter_folder(run_dir: Path, recipe: Recipe, name: str) -> Path | None:
     there = sorted(path.parent.relative_to(run_dir) for path in run_dir.rglob("adapter_config.json"))
     known = ["base", *dict.fromkeys(str(path).removesuffix("/policy") for path in there)]
     raise ValueError(f"{run_dir} has no finished model {name!r}.{suggestion(name, known)}")
+
+
+def adapter_fault(folder: Path, *others: str) -> str | None:
+    """Why a finished adapter cannot be loaded, in words that name the file; None of a whole one.
+
+    Args:
+        others: JSON files that it needs beside its own.
+    """
+    for name in ("adapter_config.json", "base.json", *others):
+        try:
+            if read_json(folder / name, kind=object) is None:
+                return f"{folder / name} is missing"
+        except ValueError as error:
+            return str(error)
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, "numpy"):  # it reads what they are, and whether all of them are there
+            return None
+    except FileNotFoundError:
+        return f"{weights} is missing"
+    except (SafetensorError, OSError) as error:
+        return f"{weights} is damaged ({error})"
+
+
+def stage_adapters(run_dir: Path, stage: str) -> list[Path]:
+    """The folders of the adapters of a finished stage, the main one first."""
+    folder = run_dir / stage
+    if stage == "ppo":
+        return [folder / "policy", *folder.glob("critic")]
+    return [folder, *sorted(folder.glob("member-*")), *folder.glob("judge")]  # the last two are of reward models
 
 
 def policy_checkpoints(run_dir: Path) -> list[str]:
