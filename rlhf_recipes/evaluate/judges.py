@@ -179,7 +179,8 @@ def _adapter_judge(name: str, folders: Sequence[Path]) -> Judge:
 def _is_classifier(name: str) -> bool:
     """Whether a model is a reward model of transformers. Raises ValueError where no such model can be loaded."""
     try:
-        config = AutoConfig.from_pretrained(ask_hub(name), trust_remote_code=False)  # else it asks whether to run its code
+        # Without a word about its code it would ask the user whether to run it.
+        config = AutoConfig.from_pretrained(ask_hub(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--judge {name}: it is none of gold, people, reward and judge, no function (module:function or "

@@ -1,6 +1,7 @@
 """Who judges what: which sample a labeler gets next, and every judgement on disk before that."""
 
 import hashlib
+import heapq
 import json
 import math
 import random
@@ -72,7 +73,8 @@ class Board:
             for number, row in enumerate(journal.rows, 1):
                 if not isinstance(row.get("id"), str) or not isinstance(row.get("labeler"), str):
                     raise ValueError(f"{journal.path}, row {number}: a judgement needs an 'id' and a 'labeler'.")
-        for row in sorted(self.labels.rows + self.skips.rows, key=lambda row: str(row.get("time", ""))):
+        # The rows of a file stand in the order in which they were given, even where the clock was set back meanwhile.
+        for row in heapq.merge(self.labels.rows, self.skips.rows, key=lambda row: str(row.get("time", ""))):
             if row["id"] in self.samples:
                 self._note(row)
 

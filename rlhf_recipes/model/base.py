@@ -32,6 +32,7 @@ from ..recipe.values import Base
 from ..records.cache import cache_folder, hash_of_files
 from ..records.contents import Fingerprint
 from ..records.files import read_json
+from ..records.folder import adapter_fault
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
 from .shards import is_sharded, load_in_shards
@@ -262,12 +263,19 @@ def write_fingerprint(folder: Path, identity: Fingerprint) -> None:
     (folder / FINGERPRINT).write_text(json.dumps(identity, indent=2) + "\n")
 
 
+def check_adapter(folder: Path) -> None:
+    """Raises ValueError if a file of the adapter in `folder` is missing or damaged."""
+    if why := adapter_fault(folder):
+        raise ValueError(
+            f"{why.removesuffix('.')}. Where a run trained it, run the same recipe again to write it anew."
+        )
+
+
 def check_fingerprint(folder: Path, wanted: Fingerprint) -> None:
-    """Raises ValueError if the adapter in `folder` was trained on another base than `wanted` describes."""
+    """Raises ValueError if the adapter in `folder` is not whole, or of another base than `wanted` describes."""
+    check_adapter(folder)
     path = folder / FINGERPRINT
     saved = read_json(path)
-    if saved is None:
-        raise ValueError(f"{folder} holds no {FINGERPRINT}: it was not written by this package, or not finished.")
     others = [key for key in wanted if saved.get(key) != wanted[key]]
     if others:
         differences = "; ".join(f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in others)

@@ -429,5 +429,6 @@ class SharedBase(nn.Module):
             raise ValueError(f"The adapter in {folder} has no score head: it is not a reward model.")
         set_adapter(self.peft, state, self._borrowed.get(name, name))
         if name in self.heads:
+            assert score is not None
             with torch.no_grad():
                 self.head_weight(name).copy_(score)

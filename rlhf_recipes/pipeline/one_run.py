@@ -28,7 +28,7 @@ from ..recipe.values import Recipe
 from ..records import tracking
 from ..records.contents import Summary
 from ..records.files import read_json, write_json, writing_in
-from ..records.folder import recipe_to_show, round_folder, write_recipe
+from ..records.folder import SAME_AGAIN, recipe_to_show, round_folder, write_recipe
 from ..records.lock import held
 from ..records.manifest import Manifest, open_run
 from ..records.recorder import say_lost_rows
@@ -135,7 +135,7 @@ def dated(recipe: Recipe, run_dir: Path) -> Recipe:
     """
     if recipe.base.chat_template_date is not None:
         return recipe
-    there = read_json(run_dir / "recipe.json")
+    there = read_json(run_dir / "recipe.json", advice=SAME_AGAIN)
     if there is not None:
         today = there["base"].get("chat_template_date")
     else:

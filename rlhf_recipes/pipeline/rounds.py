@@ -40,7 +40,7 @@ def later_rounds(recipe: Recipe) -> range:
 
 def unfinished_rounds(recipe: Recipe, run_dir: Path) -> list[int]:
     """The numbers of the rounds after the first whose policy is not trained to the end."""
-    return [n for n in later_rounds(recipe) if not Manifest.read(round_folder(run_dir, n)).is_done("ppo")]
+    return [n for n in later_rounds(recipe) if not Manifest.to_go_on(round_folder(run_dir, n)).is_done("ppo")]
 
 
 def fresh_prompts(run: ActiveRun) -> list[Prepared]:
@@ -84,7 +84,7 @@ def run_rounds(run: ActiveRun, numbers: Sequence[int], prompts: Sequence[Prepare
 def train_round(run: ActiveRun, number: int) -> None:
     """Train the reward model on all comparisons up to this round, and the policy of the round before against it."""
     folder = round_folder(run.run_dir, number)
-    manifest = Manifest.read(folder)
+    manifest = Manifest.to_go_on(folder)
     on_main(lambda: write_recipe(folder, run.recipe))
     for stage in ("reward", "ppo"):
         if manifest.is_done(stage):

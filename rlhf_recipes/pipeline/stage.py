@@ -23,9 +23,10 @@ from ..model.processes import all_gather, count, is_main, on_main
 from ..plan.fit import out_of_memory, plan_for_rows
 from ..plan.stage_memory import StagePlan
 from ..recipe.values import PEOPLE, Recipe
+from ..records.checkpoints import last_checkpoint
 from ..records.contents import Fingerprint, StageRecord, StageResults
 from ..records.files import sync_all
-from ..records.folder import last_checkpoint, round_folder
+from ..records.folder import round_folder
 from ..records.manifest import Manifest
 from ..records.progress import Later, Seconds, stage_words
 from ..records.recorder import METRICS, SAMPLES
@@ -100,7 +101,7 @@ class ActiveRun:
             data=data,
             tokenizer=self.tokenizer,
             fingerprint=self.base,
-            resume=last_checkpoint(folder / stage),
+            resume=on_main(lambda: last_checkpoint(folder / stage)),
             round=round_number,
             later=self.later(stage, round_number),
             callbacks=self.callbacks,

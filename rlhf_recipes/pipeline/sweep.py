@@ -163,7 +163,7 @@ class Sweep:
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of a variant's run folder."""
-        return Manifest.read(self.run_dir / name)
+        return Manifest.to_go_on(self.run_dir / name)
 
     def is_finished(self, name: str) -> bool:
         """Whether a variant's summary is of all its stages and rounds, and its README.md, the last file, is there."""

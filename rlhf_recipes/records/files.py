@@ -18,6 +18,8 @@ REFUSALS = {  # of a disk, by the system's number for it, and what to do
 }
 ROOM = 2**20  # bytes: a disk with less is full
 
+WRITE_AGAIN = "Delete it, or run what writes it again."
+
 Row = dict[str, Any]  # of a JSONL file: whoever writes it says which keys it has
 
 
@@ -40,14 +42,24 @@ def write_text(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is no file. Raises ValueError where it is damaged."""
+def read_json(path: Path, kind: type = dict, advice: str = WRITE_AGAIN) -> Any:
+    """What a JSON file holds; None where there is no file.
+
+    Args:
+        kind: of what it holds.
+        advice: what to do about a damaged one.
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}). Delete it, or run what writes it again.") from error
+        raise ValueError(f"{path}: not JSON ({error}). {advice}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: {type(value).__name__}, which is not what this package writes. {advice}")
+    return value
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -187,9 +199,9 @@ class Journal:
 
 
 def sync_all(*paths: Path) -> None:
-    """Put files, and folders with all that is in them, on disk: what says that they are whole comes after."""
+    """Put files and whole folders on disk, under their names: what says that they are whole comes after."""
     for path in paths:
-        for each in (*path.rglob("*"), path):
+        for each in (*path.rglob("*"), path, path.parent):
             if each.is_dir() or each.is_file():
                 _sync(each)
 

@@ -1,10 +1,10 @@
 """What a run folder holds: its models by name, and how they are opened."""
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ..recipe.overrides import from_dict, suggestion, to_dict
 from ..recipe.values import Recipe
@@ -12,6 +12,8 @@ from .files import check_links, read_json, write_json
 from .trust import check_trust, is_own, remember_own
 
 EXPORT = "export.json"  # in the folder of an export: what it was made of, and how close it is
+
+SAME_AGAIN = "Delete it, and run the same recipe again, with the same settings."
 
 
 def default_run_dir(recipe: Recipe) -> Path:
@@ -34,7 +36,7 @@ def recipe_to_show(run_dir: Path) -> Recipe:
 
     Raises ValueError where that is none, or a link leads out of a folder that is none of the user's own.
     """
-    values = read_json(run_dir / "recipe.json")
+    values = read_json(run_dir / "recipe.json", advice=SAME_AGAIN)
     if values is None:
         raise ValueError(f"{run_dir} is no run folder: it has no recipe.json. `rlhf-recipes run` writes one.")
     try:
@@ -71,6 +73,36 @@ def adapter_folder(run_dir: Path, recipe: Recipe, name: str) -> Path | None:
     there = sorted(path.parent.relative_to(run_dir) for path in run_dir.rglob("adapter_config.json"))
     known = ["base", *dict.fromkeys(str(path).removesuffix("/policy") for path in there)]
     raise ValueError(f"{run_dir} has no finished model {name!r}.{suggestion(name, known)}")
+
+
+def adapter_fault(folder: Path, *others: str) -> str | None:
+    """Why a finished adapter cannot be loaded, in words that name the file; None of a whole one.
+
+    Args:
+        others: JSON files that it needs beside its own.
+    """
+    for name in ("adapter_config.json", "base.json", *others):
+        try:
+            if read_json(folder / name, kind=object) is None:
+                return f"{folder / name} is missing"
+        except ValueError as error:
+            return str(error)
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, "numpy"):  # it reads what they are, and whether all of them are there
+            return None
+    except FileNotFoundError:
+        return f"{weights} is missing"
+    except (SafetensorError, OSError) as error:
+        return f"{weights} is damaged ({error})"
+
+
+def stage_adapters(run_dir: Path, stage: str) -> list[Path]:
+    """The folders of the adapters of a finished stage, the main one first."""
+    folder = run_dir / stage
+    if stage == "ppo":
+        return [folder / "policy", *folder.glob("critic")]
+    return [folder, *sorted(folder.glob("member-*")), *folder.glob("judge")]  # the last two are of reward models
 
 
 def policy_checkpoints(run_dir: Path) -> list[str]:
@@ -120,21 +152,6 @@ def last_model(run_dir: Path, recipe: Recipe) -> str:
         if (folder / "ppo" / "policy" / "adapter_config.json").is_file():
             return f"{folder.name}/ppo"
     return next((name for name in ("ppo", "dpo", "sft") if getattr(recipe, name) is not None), "base")
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The path of a stage folder's newest complete checkpoint; None where there is none.
-
-    The Trainer writes `trainer_state.json` last. A checkpoint that a kill has torn has none that parses: it is removed.
-    """
-    for checkpoint in reversed(checkpoints(folder)):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (FileNotFoundError, ValueError):  # the second of what is no JSON, and no UTF-8
-            shutil.rmtree(checkpoint)
-            continue
-        return str(checkpoint)
-    return None
 
 
 def round_folder(run_dir: Path, number: int) -> Path:

@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,11 @@ from ..recipe.overrides import to_dict
 from ..recipe.values import STAGES, Recipe
 from .contents import DataReport, Fingerprint, StageRecord, StageResults
 from .files import read_json, write_json
+from .folder import SAME_AGAIN, adapter_fault, recipe_to_show, stage_adapters
+
+ALL_AGAIN = "Delete it, and run all stages again: they go on from their last checkpoints."
+
+logger = logging.getLogger(__name__)
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "wandb")
 
@@ -37,7 +43,24 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """A folder's manifest; an empty one where it has none. Raises ValueError where the file is damaged."""
-        return cls(**(read_json(folder / "manifest.json") or {}))
+        return cls(**(read_json(folder / "manifest.json", advice=ALL_AGAIN) or {}))
+
+    @classmethod
+    def to_go_on(cls, folder: Path) -> "Manifest":
+        """A folder's manifest for who trains in it: a finished stage that lacks a file is to be finished once more.
+
+        It goes on from its last checkpoint, and writes the same again.
+        """
+        manifest = cls.read(folder)
+        for stage in filter(manifest.is_done, manifest.stages):
+            others = ["probe.json"] if stage == "reward" else []
+            card = manifest.results(stage).get("card")
+            others += ["score_bias.json"] if card is not None and card.get("demonstrations") is not None else []
+            faults = (adapter_fault(adapter, *others) for adapter in stage_adapters(folder, stage))
+            if why := next(filter(None, faults), None):
+                logger.warning("%s: the stage %s is to be finished once more.", why.removesuffix("."), stage)
+                manifest.stages[stage]["state"] = "running"
+        return manifest
 
     def write(self, folder: Path) -> None:
         """Write the file in one piece, with the versions of now."""
@@ -69,7 +92,7 @@ def open_run(recipe: Recipe, run_dir: Path, wanted: list[str]) -> Manifest:
     Raises ValueError where it holds a run of another recipe, or lacks a finished stage that a wanted one builds on.
     """
     check_same_recipe(recipe, run_dir)
-    manifest = Manifest.read(run_dir)
+    manifest = Manifest.to_go_on(run_dir)
     for stage in wanted:
         # DPO takes the place of PPO, and builds on the reward model no more than on PPO.
         before = [earlier for earlier in STAGES[: STAGES.index(stage)] if stage != "dpo" or earlier == "sft"]
@@ -82,9 +105,10 @@ def open_run(recipe: Recipe, run_dir: Path, wanted: list[str]) -> Manifest:
 
 def check_same_recipe(recipe: Recipe, run_dir: Path) -> None:
     """Raises ValueError where a folder holds a run of another recipe, of which no stage could be gone on with."""
-    there = read_json(run_dir / "recipe.json")
+    there = read_json(run_dir / "recipe.json", advice=SAME_AGAIN)
     if there is None:
         return
+    recipe_to_show(run_dir)  # it is one
     here = json.loads(json.dumps(to_dict(recipe)))
     if recipe.base.chat_template_date is None:  # then the run keeps its own
         here["base"]["chat_template_date"] = there["base"].get("chat_template_date")

@@ -30,7 +30,7 @@ class Access:
             token: what the link must hold (default: what is kept, or a new one).
             path: where it is kept (default: nowhere).
         """
-        kept = None if path is None else read_json(path)
+        kept = None if path is None else read_json(path, kind=str)
         self.token: str = token or kept or secrets.token_urlsafe(24)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..model.adapters import WEIGHTS, read_adapter_config
-from ..model.base import FINGERPRINT, check_fingerprint, fingerprint, load_tokenizer
+from ..model.base import FINGERPRINT, check_adapter, check_fingerprint, fingerprint, load_tokenizer
 from ..recipe.values import Base, Recipe
 from ..records.contents import Fingerprint
 from ..records.files import read_json, write_json
@@ -92,9 +92,8 @@ def find_trained(run_dir: Path, name: str | None, scores: bool | None = None) ->
     folder = adapter_folder(run_dir, recipe, name)
     if folder is None:
         raise ValueError(f"{run_dir}: {name} is the bare base, of which there is nothing to export.")
+    check_adapter(folder)
     saved = read_json(folder / FINGERPRINT)
-    if saved is None:
-        raise ValueError(f"{folder} holds no {FINGERPRINT}: it was not written by this package, or not finished.")
     base = dataclasses.replace(recipe.base, dtype=saved["dtype"])
     tokenizer = load_tokenizer(base)
     check_fingerprint(folder, fingerprint(base, tokenizer))

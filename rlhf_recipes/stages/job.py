@@ -22,8 +22,9 @@ from ..model.processes import is_main, on_main
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records import tracking
+from ..records.checkpoints import last_checkpoint, seal
 from ..records.contents import Fingerprint
-from ..records.folder import last_checkpoint, round_folder
+from ..records.folder import round_folder
 from ..records.progress import Later
 from ..records.recorder import Recorder
 from ..records.tracking import Session, Tracker
@@ -108,7 +109,7 @@ class Job:
         config.run_name += f"-{name}"
         config.seed += seed
         config.data_seed = None if config.data_seed is None else config.data_seed + seed
-        resume = last_checkpoint(Path(config.output_dir))
+        resume = on_main(lambda: last_checkpoint(Path(config.output_dir)))
         return dataclasses.replace(self, stage=f"{self.stage}-{name}", config=config, resume=resume)
 
     @contextmanager
@@ -202,6 +203,8 @@ class Job:
             for checkpoint in filter(None, (self.resume, kept)):
                 for path in Path(checkpoint).rglob("adapter_config.json"):  # the Trainer loads whatever is there
                     read_adapter_config(path.parent)
+            if is_main():
+                seal(Path(self.resume))
             # True of the last step, and where training stopped early or beyond max_kl.
             if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
                 # From such a checkpoint the Trainer would take one more step, so it is only loaded.

@@ -7,24 +7,38 @@ whole run's batches in one order, and its optimizer takes the same steps.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..model.processes import all_gather, all_sum_, broadcast, count, is_main, rank
+from ..records.checkpoints import seal
 
 SHARE = "share"  # in a batch: which part of the whole batch's rows it has
 
 
 class WritesOnce(Trainer):
-    """A Trainer whose main process writes the checkpoints; any number of processes can go on from one."""
+    """A Trainer whose main process writes the checkpoints; any number of processes can go on from one.
+
+    Older ones are deleted once the new one is on disk, and by their steps: transformers deletes them before that, and
+    by the clock, which may have been set back.
+    """
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if is_main():
-            super()._save_checkpoint(model, trial)
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            folder = str(self.args.output_dir)
+            seal(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
         self.state.best_model_checkpoint = broadcast(self.state.best_model_checkpoint)
 
 

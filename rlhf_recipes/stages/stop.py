@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -35,11 +36,16 @@ class StopInOrder(TrainerCallback):
     def __init__(self, at: datetime | None = None) -> None:
         """
         Args:
-            at: when to stop; a time without a zone is the machine's.
+            at: when to stop, by the clock of now, whatever it is set to later; a time without a zone is the machine's.
         """
-        self.at = None if at is None else at.timestamp()
+        self.deadline = None if at is None else time.monotonic() + at.timestamp() - time.time()
         self.code: int | None = None  # set: the process is to exit with this
         self.is_training = False
+
+    @property
+    def at(self) -> float | None:
+        """When it stops, in seconds since 1970, by the clock of now."""
+        return None if self.deadline is None else self.deadline - time.monotonic() + time.time()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -67,7 +73,7 @@ class StopInOrder(TrainerCallback):
 
     def _is_asked(self) -> bool:
         """Whether it is to stop now: in all processes where the main one is."""
-        if self.code is None and self.at is not None and datetime.now().timestamp() >= self.at:
+        if self.code is None and self.deadline is not None and time.monotonic() >= self.deadline:
             self.code = BY_THE_CLOCK
         self.code = broadcast(self.code)
         return self.code is not None

@@ -173,6 +173,17 @@ def test_after_a_restart_the_last_judgement_is_the_last(tmp_path: Path) -> None:
     assert board.state("Ann")["done"] == 0
 
 
+def test_after_a_restart_the_last_judgement_is_the_last_though_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, given = make_board(tmp_path), []
+    for hour in (12, 11, 13):
+        monkeypatch.setattr("rlhf_recipes.feedback.board._now", lambda hour=hour: f"2026-03-31T{hour}:00:00.000+00:00")
+        given.append(board.state("Ann")["item"]["id"])
+        judge(board, "Ann", given[-1])
+        assert make_board(tmp_path).state("Ann")["last"] == given[-1]
+
+
 def test_orders_are_each_labelers_own_and_stay(tmp_path: Path) -> None:
     board, again = make_board(tmp_path, count=30, k=4), make_board(tmp_path, count=30, k=4)
     other = make_board(tmp_path, count=30, k=4, seed=1)

@@ -27,12 +27,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage, replace, run
 from rlhf_recipes.cli.command import exit_codes
-from rlhf_recipes.model.base import model_path
+from rlhf_recipes.model.base import check_adapter, model_path
 from rlhf_recipes.model.memory import peak_memory_mib, reset_peak_memory
 from rlhf_recipes.model.shared import HEAD
 from rlhf_recipes.pipeline.check import check_recipe
-from rlhf_recipes.records.folder import checkpoint_step, last_checkpoint
+from rlhf_recipes.records.checkpoints import last_checkpoint, seal
+from rlhf_recipes.records.folder import checkpoint_step
 from rlhf_recipes.records.lock import held
+from rlhf_recipes.records.manifest import Manifest, open_run
 from rlhf_recipes.stages.reward.adapters import PROBES
 from rlhf_recipes.stages.stop import Stopped
 
@@ -347,9 +349,13 @@ def test_an_unknown_stage_is_refused(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_torn_checkpoint_is_passed_over(recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]]) -> None:
-    for stage, tear in (("sft", Path.unlink), ("reward", truncate), ("ppo", truncate)):
+    for stage, name, tear in (
+        ("sft", "rng_state.pth", Path.unlink),
+        ("reward", "optimizer.pt", truncate),
+        ("ppo", "critic/adapter_model.safetensors", truncate),
+    ):
         newest = Path(last_checkpoint(copied / stage) or "")
-        tear(newest / "trainer_state.json")
+        tear(newest / name)
         older = Path(last_checkpoint(copied / stage) or "")
         assert older != newest and not newest.exists() and older.parent == copied / stage
         mark_running(copied, stage)
@@ -369,6 +375,7 @@ def test_a_checkpoint_that_was_tampered_with_runs_nothing(
     file = copied / stage / "checkpoint-2" / name
     assert file.is_file()
     torch.save({"state": Payload(tmp_path / "mark")}, file)
+    seal(file.parent)
     with pytest.raises(ValueError, match=r"checkpoint-2: a file of it is damaged, or wants to run code"):
         run(recipe, copied)
     assert not (tmp_path / "mark").exists()
@@ -382,6 +389,51 @@ def test_of_a_checkpoint_no_other_adapter_is_loaded(recipe: Recipe, copied: Path
     mark_running(copied, "sft")
     with pytest.raises(ValueError, match=r"theirs/adapter_config\.json: megatron_core='their\.module' is none of"):
         run(recipe, copied)
+
+
+def test_a_damaged_adapter_is_named_and_the_next_start_writes_it_anew(
+    recipe: Recipe, copied: Path, finished: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    truncate(copied / "sft" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"sft/adapter_model\.safetensors is damaged .*run the same recipe again"):
+        check_adapter(copied / "sft")
+    (copied / "sft" / "adapter_model.safetensors").unlink()
+    truncate(copied / "reward" / "adapter_model.safetensors")  # of a stage that was not done yet
+    mark_running(copied, "reward")
+    (copied / "ppo" / "policy" / "base.json").write_text("")
+    run(recipe, copied)
+    assert {message for message in caplog.messages if "once more" in message} == {
+        f"{copied}/sft/adapter_model.safetensors is missing: the stage sft is to be finished once more.",
+        f"{copied}/ppo/policy/base.json: not JSON (Expecting value: line 1 column 1 (char 0)). Delete it, or run what "
+        "writes it again: the stage ppo is to be finished once more.",
+    }
+    assert weights(copied) == weights(finished[0])
+    assert by_stage(reproducible(copied)) == by_stage(reproducible(finished[0]))
+
+
+@pytest.mark.parametrize("name", ["probe.json", "score_bias.json"])
+def test_a_finished_reward_model_that_lacks_a_file_is_to_be_finished_once_more(tmp_path: Path, name: str) -> None:
+    folder, card = tmp_path / "reward", {"demonstrations": {"count": 1, "mean": 0.0, "sd": 0.0, "bias": 0.5}}
+    folder.mkdir()
+    for each in ("adapter_config.json", "base.json", "probe.json", "score_bias.json"):
+        (folder / each).write_text("{}")
+    save_file({"weight": torch.zeros(4)}, folder / "adapter_model.safetensors")
+    record = {"state": "done", "results": {"card": card}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"stages": {"reward": record}}))
+    assert Manifest.to_go_on(tmp_path).is_done("reward")
+    (folder / name).unlink()
+    assert not Manifest.to_go_on(tmp_path).is_done("reward")
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", "1"])
+@pytest.mark.parametrize("name", ["recipe.json", "manifest.json"])
+def test_json_of_another_form_is_refused_in_words(recipe: Recipe, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    if (name, text) == ("manifest.json", "{}"):
+        assert not Manifest.read(tmp_path).stages
+    else:
+        with pytest.raises(ValueError, match=name):
+            open_run(recipe, tmp_path, [])
 
 
 def truncate(path: Path) -> None:

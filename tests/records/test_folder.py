@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from rlhf_recipes.records.folder import checkpoints, last_checkpoint, newest_round_first, policy_checkpoints
+from rlhf_recipes.records.checkpoints import last_checkpoint
+from rlhf_recipes.records.folder import checkpoints, newest_round_first, policy_checkpoints
 
 
 def test_what_a_user_has_put_aside_is_no_checkpoint_and_no_round(tmp_path: Path) -> None:

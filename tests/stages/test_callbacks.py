@@ -1,6 +1,8 @@
 """What a stage says of its progress."""
 
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +12,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from rlhf_recipes.records.checkpoints import SEAL, seal
 from rlhf_recipes.records.progress import Later
-from rlhf_recipes.stages import callbacks
+from rlhf_recipes.stages import callbacks, shares
 from rlhf_recipes.stages.callbacks import LogWithCheckpoints, ShowProgress
+from rlhf_recipes.stages.shares import WritesOnce
 
 
 @pytest.mark.parametrize("writes", [True, False])
@@ -75,6 +79,40 @@ class Line(nn.Module):
         return {"loss": (self.slope * x - labels).square().mean(), "found": self.slope * x}
 
 
+def make_trainer(kind: type[Trainer], folder: Path, callbacks: list[TrainerCallback], **args: Any) -> Trainer:
+    """What learns that line, from the same start each time."""
+    config = TrainingArguments(str(folder), **args, use_cpu=True, report_to=[], disable_tqdm=True)
+    data = [{"x": torch.tensor([float(n)]), "labels": torch.tensor([2.0 * n])} for n in range(16)]
+    torch.manual_seed(0)
+    return kind(Line(), config, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [5]), (2, [4, 5]), (None, [1, 2, 3, 4, 5])])
+def test_older_checkpoints_are_deleted_by_their_steps_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, kept: list[int]
+) -> None:
+    sealed: list[list[str]] = []  # which others were there when each new one was put on disk
+
+    class SetBack(TrainerCallback):
+        """The clock was an hour ahead while the first checkpoint was written."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                os.utime(tmp_path / "checkpoint-1", (time.time() + 3600,) * 2)
+
+    def noted(checkpoint: Path) -> None:
+        sealed.append(sorted(path.name for path in tmp_path.glob("checkpoint-*") if path != checkpoint))
+        seal(checkpoint)
+
+    monkeypatch.setattr(shares, "seal", noted)
+    trainer = make_trainer(WritesOnce, tmp_path, [SetBack()], max_steps=5, save_steps=1, save_total_limit=limit)
+    trainer.train()
+    assert sorted(tmp_path.glob("checkpoint-*")) == [tmp_path / f"checkpoint-{step}" for step in kept]
+    assert all((tmp_path / f"checkpoint-{step}" / SEAL).is_file() for step in kept)
+    assert sealed[1] == ["checkpoint-1"], "the older one is deleted once the new one is on disk"
+    assert trainer.args.save_total_limit == limit
+
+
 def test_the_best_checkpoint_keeps_the_loss_up_to_it(tmp_path: Path) -> None:
     """Of a run that is killed behind it, and begins again there, no step's loss is lost."""
 
@@ -88,12 +126,7 @@ def test_the_best_checkpoint_keeps_the_loss_up_to_it(tmp_path: Path) -> None:
 
     def trainer(folder: Path, rows: Rows) -> Trainer:
         args = {"max_steps": 5, "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best"}
-        config = TrainingArguments(
-            str(folder), **args, metric_for_best_model="loss", use_cpu=True, report_to=[], disable_tqdm=True
-        )
-        data = [{"x": torch.tensor([float(n)]), "labels": torch.tensor([2.0 * n])} for n in range(16)]
-        torch.manual_seed(0)
-        return Trainer(Line(), config, train_dataset=data, eval_dataset=data, callbacks=[LogWithCheckpoints(), rows])
+        return make_trainer(Trainer, folder, [LogWithCheckpoints(), rows], **args, metric_for_best_model="loss")
 
     whole, resumed = Rows(), Rows()
     trainer(tmp_path, whole).train()

@@ -26,6 +26,7 @@ from ...model.processes import on_main
 from ...model.shared import HEAD, SharedBase, lora_config, set_adapter
 from ...records.contents import Fingerprint, StageResults
 from ...records.files import Row, read_json
+from ...records.folder import adapter_fault
 from ...records.progress import Later
 from ..job import Job
 from .adapters import (
@@ -57,7 +58,7 @@ def train_reward(job: Job) -> StageResults:
     """
     jobs = adapter_jobs(job)
     for index, member in enumerate(jobs):
-        if not (member.folder / PROBES).is_file():
+        if adapter_fault(member.folder, PROBES, HELDOUT) is not None:
             with nullcontext(member) if index == 0 else member.tracked(beside=True) as tracked:
                 train_member(tracked)
             release()
@@ -129,7 +130,7 @@ def evaluate_adapters(job: Job) -> StageResults:
         add_reward_roles(shared, {role: folder})
         demonstrations = set_bias(shared, folder, role, job.extras.get("demonstrations"))
         # The scores (R,) of the held-out responses, and with the bias that has been set since then.
-        trained = torch.tensor(read_json(folder / HELDOUT)) + shared.biases.get(role, 0.0)
+        trained = torch.tensor(read_json(folder / HELDOUT, kind=list)) + shared.biases.get(role, 0.0)
         scores = fold(trained, ranking)  # (N, K)
         # Not TRL's figure, which is a mean over batches of unequal size.
         accuracies[role] = (scores[row_index, better] > scores[row_index, worse]).float().mean().item()

@@ -1,0 +1,61 @@
+"""Checkpoints that the disk has damaged."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf_recipes.records.checkpoints import SEAL, last_checkpoint, seal
+
+
+def make_checkpoints(folder: Path) -> list[Path]:
+    made = [folder / f"checkpoint-{step}" for step in (9, 10)]
+    for checkpoint in made:
+        (checkpoint / "policy").mkdir(parents=True)
+        (checkpoint / "policy" / "adapter_model.safetensors").write_bytes(bytes(range(256)))
+        (checkpoint / "optimizer.pt").write_bytes(b"momentum")
+        (checkpoint / "trainer_state.json").write_text("{}")
+        seal(checkpoint)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "why"),
+    [
+        ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
+        ("optimizer.pt", lambda path: path.write_bytes(b""), "optimizer.pt is not what was written"),
+        (
+            "policy/adapter_model.safetensors",
+            lambda path: path.write_bytes(bytes(256)),
+            "policy/adapter_model.safetensors is not what was written",
+        ),
+        (SEAL, lambda path: path.write_bytes(bytes(100)), f"{SEAL} is not JSON"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], object], why: str
+) -> None:
+    older, newest = make_checkpoints(tmp_path)
+    assert last_checkpoint(tmp_path) == str(newest) and not caplog.messages
+    damage(newest / name)
+    assert last_checkpoint(tmp_path) == str(older) and not newest.exists()
+    damage(older / name)
+    assert last_checkpoint(tmp_path) is None
+    assert caplog.messages == [
+        f"{newest} was damaged and is deleted ({why}): the stage goes on from checkpoint-9.",
+        f"{older} was damaged and is deleted ({why}): the stage begins at its start.",
+    ]
+
+
+def test_a_checkpoint_without_a_seal_is_gone_on_from_and_sealed_once(tmp_path: Path) -> None:
+    _, newest = make_checkpoints(tmp_path)
+    (newest / SEAL).unlink()  # a kill came before it, or an earlier version wrote none
+    assert last_checkpoint(tmp_path) == str(newest)
+    seal(newest)
+    (newest / "optimizer.pt").write_bytes(b"")
+    seal(newest)
+    assert json.loads((newest / SEAL).read_text()).keys() == {
+        *("optimizer.pt", "policy/adapter_model.safetensors", "trainer_state.json")
+    }
+    assert last_checkpoint(tmp_path) != str(newest)
