@@ -65,6 +65,11 @@ class StopInOrder(TrainerCallback):
         self.code = 128 + number
         print("\nstopping when this step is done and saved; once more stops at once", file=sys.stderr, flush=True)
 
+    def check_clock(self) -> None:
+        """Raises Stopped where the time has come, in a process that waits and trains nothing."""
+        if self.at is not None and datetime.now().timestamp() >= self.at:
+            raise Stopped(BY_THE_CLOCK)
+
     def _is_asked(self) -> bool:
         """Whether it is to stop now: in all processes where the main one is."""
         if self.code is None and self.at is not None and datetime.now().timestamp() >= self.at:
