@@ -59,7 +59,7 @@ def run(
     stop = StopInOrder(stop_at)
     cell = ShowInNotebook(run_dir) if in_notebook() and jobs == 1 and ray is None else None
     watching = (*callbacks, cell) if cell is not None else tuple(callbacks)
-    waiting = stop.check_clock if wait else None
+    waiting = stop.check if wait else None
     with stop.listening():
         if recipe.variants:
             summary = run_sweep(recipe, run_dir, stages, force, watching, jobs, waiting, stop, ray)

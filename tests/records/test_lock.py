@@ -66,7 +66,7 @@ def test_waiting_ends_by_the_clock_and_what_a_holder_says_does_nothing_to_a_term
 ) -> None:
     said = {"process": "\x1b]0;owned\x07", "user": "u\nerror: forged", "host": "h", "since": "s"}
     (tmp_path / ".lock.owner.json").write_text(json.dumps(said))
-    with pytest.raises(Stopped) as stopped, held(tmp_path, StopInOrder(datetime(2020, 1, 1)).check_clock):
+    with pytest.raises(Stopped) as stopped, held(tmp_path, StopInOrder(datetime(2020, 1, 1)).check):
         pass
     assert stopped.value.code == 143
     printed = capsys.readouterr().err
@@ -80,6 +80,17 @@ def test_who_waits_comes_next(
     with held(tmp_path, wait=lambda: None):
         assert other.wait(timeout=10) == -signal.SIGKILL
     assert f"in use by process {other.pid} of" in capsys.readouterr().err
+
+
+def test_a_thread_that_waits_hears_a_signal_as_the_others_do() -> None:
+    stop = StopInOrder()
+    stop.check()
+    with stop.listening(), pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.check()
+    with pytest.raises(Stopped) as stopped:
+        stop.check()
+    assert stopped.value.code == 143
 
 
 def test_a_file_is_held_beside_it_and_others_are_free(tmp_path: Path) -> None:
