@@ -38,6 +38,9 @@ def write_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(scratch, path)
+    except OSError as error:
+        error.filename = str(path)  # which is not said of what cannot be written, or is the neighbour's name
+        raise
     finally:
         scratch.unlink(missing_ok=True)  # where the disk is full it would take what room is left
     _sync(path.parent)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from support.command_line import error_of
 
-from rlhf_recipes.records.files import Journal, read_rows, writing_in
+from rlhf_recipes.records.files import Journal, read_rows, write_text, writing_in
 from rlhf_recipes.records.lock import held
 
 
@@ -40,6 +40,15 @@ def test_what_a_disk_refuses_is_said_in_words(error: Exception, words: str) -> N
         raise error
     assert str(raised.value).startswith(words)
     assert str(raised.value).endswith(f"({error}). What is there is safe: then run the same again.")
+
+
+def test_a_file_is_named_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'gone'}: it was deleted"), writing_in(tmp_path):
+        write_text(tmp_path / "gone" / "file", "text")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'file'}: the disk is full"), writing_in(tmp_path):
+        write_text(tmp_path / "file", "text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_libraries_write_into_a_folder_that_is_gone_is_said_in_words(tmp_path: Path) -> None:
@@ -82,7 +91,7 @@ def test_who_holds_a_file_hears_in_words_what_the_disk_refuses(tmp_path: Path, m
         monkeypatch.setattr(os, "fsync", full)
         journal.append({"id": 2})
     assert read_rows(labels) == [{"id": 1}]
-    with pytest.raises(ValueError, match=r"labels\.jsonl: the disk is full"), held(labels):
+    with pytest.raises(ValueError, match=r"labels\.jsonl\.owner\.json: the disk is full"), held(labels):
         pass
     monkeypatch.undo()
     with held(labels):
