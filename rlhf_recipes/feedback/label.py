@@ -201,6 +201,8 @@ def serve_label_page(
 ) -> None:
     """Serve the page until Ctrl-C, and print its link, and at the end how much was judged.
 
+    A file that was deleted meanwhile is then written again, from memory.
+
     Args:
         samples: the file of samples.
         labels: the file of labels; None: beside the samples, with the suffix .labels.jsonl.
@@ -233,6 +235,8 @@ def serve_label_page(
             try:
                 serve(app, listener, certificate, key)
             except KeyboardInterrupt:
+                for journal in (board.labels, board.skips):
+                    journal.restore()
                 now = len(board.labels.rows)
                 print(f"\n{now - before:,} judgements, {now:,} in all in {labels}")
 

@@ -170,8 +170,8 @@ class Journal:
         new, lines = not self.path.exists(), "".join(json.dumps(row) + "\n" for row in rows).encode()
         if new and self.rows:
             raise ValueError(
-                f"{self.path} was deleted or moved while this ran, with {len(self.rows)} rows: put it back, or run the "
-                "same again to begin anew."
+                f"{self.path} was deleted or moved while this ran, with {len(self.rows)} rows: put it back, and run "
+                "the same again."
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as stream:
@@ -189,9 +189,17 @@ class Journal:
 
     def remove(self, unwanted: Callable[[Row], bool]) -> None:
         """Take rows out again. The file is replaced in one step, so that no other row is ever at risk."""
-        kept = [row for row in self.rows if not unwanted(row)]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.rows = kept
+        self._write([row for row in self.rows if not unwanted(row)])
+
+    def restore(self) -> None:
+        """Write the file again, with all its rows, where it was deleted."""
+        if self.rows and not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(self.rows)
+
+    def _write(self, rows: list[Row]) -> None:
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.rows = rows
 
 
 def sync_all(*paths: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -23,6 +24,7 @@ from typing import Any
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
+from starlette.applications import Starlette
 from support.command_line import error_of, start
 from support.hostile import HOSTILE, ODD
 from support.label_page import TOKEN, Client, done, press, serving, shown
@@ -397,6 +399,23 @@ def test_what_cannot_be_written_is_said_to_the_labeler_and_the_page_goes_on(
         assert not labels.exists()
         (tmp_path / "moved").rename(labels)
         assert judge()[0] == 200 and len(rows_of(labels)) == 2
+
+
+def test_labels_that_were_deleted_while_the_page_was_open_are_written_again_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, labels = write_samples(tmp_path, 3), tmp_path / "labels" / "labels.jsonl"
+
+    def served(app: Starlette, *rest: Any) -> None:
+        board: Board = app.state.board
+        for _ in range(2):
+            judge(board, "Ann", board.state("Ann")["item"]["id"])
+        shutil.rmtree(labels.parent)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_recipes.feedback.label.serve", served)
+    serve_label_page(samples, labels, port=0)
+    assert [row["labeler"] for row in rows_of(labels)] == ["Ann", "Ann"]
 
 
 def test_the_token_is_kept_where_nobody_else_writes(tmp_path: Path) -> None:
