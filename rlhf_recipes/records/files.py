@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -42,7 +42,8 @@ def write_text(path: Path, text: str) -> None:
         error.filename = str(path)  # which is not said of what cannot be written, or is the neighbour's name
         raise
     finally:
-        scratch.unlink(missing_ok=True)  # where the disk is full it would take what room is left
+        with suppress(OSError):  # it is renamed, or its disk can only be read
+            scratch.unlink()  # where the disk is full it would take what room is left
     _sync(path.parent)
 
 

@@ -49,6 +49,9 @@ def test_a_file_is_named_by_its_own_name(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=rf"^{tmp_path / 'file'}: the disk is full"), writing_in(tmp_path):
         write_text(tmp_path / "file", "text")
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "unlink", lambda *words, **more: full(0))  # a disk that can only be read refuses that, too
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'file'}: the disk is full"), writing_in(tmp_path):
+        write_text(tmp_path / "file", "text")
 
 
 def test_what_libraries_write_into_a_folder_that_is_gone_is_said_in_words(tmp_path: Path) -> None:
