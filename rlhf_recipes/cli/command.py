@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..model.quiet import quiet_libraries
+from ..records.files import writing_in
 from ..records.terminal import printable
 from .completion import recipes, settings_keys
 
@@ -30,11 +31,13 @@ def notes_to_stderr() -> redirect_stdout:
 def exit_codes() -> Iterator[None]:
     """A user's error is one line without a traceback; an interrupted run says how to go on.
 
-    A ValueError that a library or a user's own function raised keeps its traceback: that is where to look.
+    What a disk refuses is a user's error, too. A ValueError that a library or a user's own function raised keeps its
+    traceback: that is where to look.
     """
     quiet_libraries()
     try:
-        yield
+        with writing_in(Path()):
+            yield
     except ValueError as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not Path(raised_in).is_relative_to(Path(__file__).parents[1]):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from ..recipe.overrides import suggestion
+from ..records.files import write_text
 from .command import Command, notes_to_stderr
 from .plan import COMMAND as PLAN
 
@@ -68,8 +69,7 @@ def _run(options: argparse.Namespace) -> None:
         print(f"warning: {warning}")
     if made.guessed and not options.yes and sys.stdin.isatty() and not _agrees():
         raise ValueError("Then say which they are: --columns reward.prompt=... and so on.")
-    with path.open("x", encoding="utf-8") as file:
-        file.write(made.text)
+    write_text(path, made.text)
     plan = argparse.ArgumentParser()
     PLAN.arguments(plan)
     PLAN.run(plan.parse_args([str(path), *(["--gpu", options.gpu] if options.gpu else [])]))

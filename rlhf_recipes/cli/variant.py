@@ -25,7 +25,8 @@ def run_ordered() -> None:
     Thread(target=end_with_parent, daemon=True).start()
     with exit_codes():
         at = None if order["stop_at"] is None else datetime.fromtimestamp(order["stop_at"])
-        run(from_dict(order["recipe"]), Path(order["run_dir"]), order["stages"], order["force"], stop_at=at)
+        options = {"stages": order["stages"], "force": order["force"], "wait": order["wait"], "stop_at": at}
+        run(from_dict(order["recipe"]), Path(order["run_dir"]), **options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..records.digest import digest
+from ..records.files import writing_in
 from ..records.lock import held
 from ..report.access import Access, Refusal, access_file
 from ..report.server import (
@@ -124,7 +125,10 @@ class _LabelPage:
         return page_response(request, self.access, self.html.replace("{nonce}", nonce), POLICY.format(nonce=nonce))
 
     async def act(self, request: Request) -> Response:
-        """Do what a labeler asked for, and say what he has before him then."""
+        """Do what a labeler asked for, and say what he has before him then.
+
+        Raises Refusal, also where the disk has no room for it or the file of labels was deleted.
+        """
         browser = browser_of(request, self.access)
         sent = await _sent_json(request)
         labeler = _name(sent.get("labeler"))
@@ -136,7 +140,11 @@ class _LabelPage:
             return StreamingResponse(lines, media_type="application/x-ndjson", headers=HEADERS)
         if action not in self.actions:
             raise Refusal(404, "There is no such page.")
-        self.actions[action](labeler, sent)
+        try:
+            with writing_in(self.board.labels.path):
+                self.actions[action](labeler, sent)
+        except ValueError as error:  # nothing of it is written
+            raise Refusal(507, str(error)) from error
         settings = self.settings if action == "start" else {}
         return JSONResponse(settings | self.board.state(labeler), headers=HEADERS)
 
@@ -193,6 +201,8 @@ def serve_label_page(
 ) -> None:
     """Serve the page until Ctrl-C, and print its link, and at the end how much was judged.
 
+    A file that was deleted meanwhile is then written again, from memory.
+
     Args:
         samples: the file of samples.
         labels: the file of labels; None: beside the samples, with the suffix .labels.jsonl.
@@ -225,6 +235,8 @@ def serve_label_page(
             try:
                 serve(app, listener, certificate, key)
             except KeyboardInterrupt:
+                for journal in (board.labels, board.skips):
+                    journal.restore()
                 now = len(board.labels.rows)
                 print(f"\n{now - before:,} judgements, {now:,} in all in {labels}")
 

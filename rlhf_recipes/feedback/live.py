@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
+from ..records.files import writing_in
 from .board import Board
 from .rows import Row
 
@@ -33,7 +34,8 @@ async def ask(board: Board, labeler: str, prompt: str, answer: Answerer) -> Asyn
         loop.call_soon_threadsafe(lines.put_nowait, line)
 
     def work() -> Asked:
-        return answer(prompt, lambda side, text: say({"side": side, "text": text}))
+        with writing_in(board.labels.path):
+            return answer(prompt, lambda side, text: say({"side": side, "text": text}))
 
     def conclude(done: asyncio.Future[Asked]) -> None:
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..recipe.lookup import function
 from ..records.files import read_rows, write_text
+from ..records.lock import held
 from .rows import read_samples
 
 
@@ -18,6 +19,12 @@ def label_by_function(labeler: str, samples: Path, labels: Path, seed: int) -> i
     Raises:
         ValueError: there is no such function, it returns ranks of other shapes, or others have labelled in that file.
     """
+    with held(labels):
+        return _label(labeler, samples, labels, seed)
+
+
+def _label(labeler: str, samples: Path, labels: Path, seed: int) -> int:
+    """What `label_by_function` does with a file that is its own."""
     others = {row.get("labeler") for row in read_rows(labels)} - {labeler}
     if others:
         raise ValueError(f"{labels} holds labels of {', '.join(map(str, others))}: name another --labels.")

@@ -29,7 +29,7 @@ from ..records import tracking
 from ..records.contents import Summary
 from ..records.files import read_json, write_json, writing_in
 from ..records.folder import SAME_AGAIN, recipe_to_show, round_folder, write_recipe
-from ..records.lock import held
+from ..records.lock import Wait, held
 from ..records.manifest import Manifest, open_run
 from ..records.recorder import say_lost_rows
 from ..records.summary import footnote, summarize, table
@@ -51,7 +51,7 @@ def run_one(
     stages: Sequence[str] | None,
     force: bool,
     callbacks: Sequence[TrainerCallback],
-    wait: bool = False,
+    wait: Wait = None,
 ) -> Summary:
     """What `run` does with a recipe without variants: check, take the folder, plan, prepare, train, report."""
     wanted = stages_of(recipe, stages)
@@ -66,7 +66,7 @@ def run_one(
             # Nobody goes on before the folder is the main process's and the base is built: transformers saves a model
             # in the first process of a group only.
             on_main(functools.partial(model_path, recipe.base))
-            return _run_stages(recipe, run_dir, wanted, configs, force, callbacks)
+            return _run_stages(recipe, run_dir, wanted, configs, force, callbacks, wait)
 
 
 def _run_stages(
@@ -76,6 +76,7 @@ def _run_stages(
     configs: Configs,
     force: bool,
     callbacks: Sequence[TrainerCallback],
+    wait: Wait,
 ) -> Summary:
     """What `run_one` does in a folder that is its own."""
     manifest = open_run(recipe, run_dir, wanted)
@@ -105,7 +106,7 @@ def _run_stages(
         on_main(lambda: write_recipe(run_dir, recipe))
         for stage in todo:
             run.train(run.job(stage, *inputs[stage]), manifest)
-        waiting = run_rounds(run, rounds, prompts)
+        waiting = run_rounds(run, rounds, prompts, wait)
     summary, commands = on_main(lambda: write_results(recipe, run_dir, manifest))
     if recipe.artifacts and (todo or rounds) and is_main():
         tracking.upload_report(recipe, run_dir)

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from ..feedback.simulate import label_by_function
 from ..model.base import longest_row
 from ..model.memory import release
 from ..model.open import open_models
-from ..model.processes import on_main
+from ..model.processes import is_main, on_main
 from ..recipe.lookup import is_function
 from ..recipe.values import PEOPLE, Recipe
 from ..records.files import read_rows, write_text
 from ..records.folder import adapter_folder, round_folder, write_recipe
+from ..records.lock import Wait, held
 from ..records.manifest import Manifest
 from ..stages.inputs import prepare_extras, prepare_stage
 from .check import judge_prices, judge_settings
@@ -65,19 +67,23 @@ def fresh_prompts(run: ActiveRun) -> list[Prepared]:
     return [dataclasses.replace(prepared, train=prepared.train.select(part)) for part in parts]
 
 
-def run_rounds(run: ActiveRun, numbers: Sequence[int], prompts: Sequence[Prepared]) -> str | None:
+def run_rounds(run: ActiveRun, numbers: Sequence[int], prompts: Sequence[Prepared], wait: Wait) -> str | None:
     """Run rounds, as far as their labels go.
 
     Args:
         numbers: of the rounds that are left.
         prompts: those of each round from the second on, as `fresh_prompts` returns them.
+        wait: for a process that works in a round's folder, as `held` does.
     Returns:
         what to tell the people who have to label before the next round can go on; None where nothing is left to do.
     """
     for number in numbers:
-        if not on_main(functools.partial(collect_labels, run, number, prompts[number - 2])):
-            return labelling_instructions(run.run_dir, number)
-        train_round(run, number)
+        folder = round_folder(run.run_dir, number)
+        on_main(lambda folder=folder: folder.mkdir(exist_ok=True))
+        with held(folder, wait) if is_main() else nullcontext():  # it may be run by itself, too
+            if not on_main(functools.partial(collect_labels, run, number, prompts[number - 2])):
+                return labelling_instructions(run.run_dir, number)
+            train_round(run, number)
     return None
 
 
@@ -165,10 +171,11 @@ def sample_policies(run: ActiveRun, number: int, prompts: Prepared, samples: Pat
     assert rounds is not None
     seed = run.recipe.seed + number
     settings = SampleSettings(rounds.models, rounds.temperatures, rounds.responses, config.response_length, seed)
-    keep_sample_settings(samples, settings)
     before = round_folder(run.run_dir, number - 1)
     shared = open_models(run.recipe, {name: adapter_folder(before, run.recipe, name) for name in rounds.models})
-    draw_samples(shared, run.tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
+    with held(samples):
+        keep_sample_settings(samples, settings)
+        draw_samples(shared, run.tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
     del shared
     release()
 

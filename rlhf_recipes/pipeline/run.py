@@ -41,7 +41,7 @@ def run(
         force: run stages that cannot fit by the plan.
         callbacks: given to the trainer of every stage, whose `args.output_dir` tells them which it is.
         jobs: of a recipe with variants, run so many of them at once.
-        wait: for a process that works in the folder, in place of refusing.
+        wait: for a process that works in the folder, or in that of a round or a variant, in place of refusing.
         stop_at: end then as by SIGTERM; a time without a zone is the machine's.
         ray: of a recipe with variants, the address of a Ray cluster on which they run.
     Raises:
@@ -59,11 +59,12 @@ def run(
     stop = StopInOrder(stop_at)
     cell = ShowInNotebook(run_dir) if in_notebook() and jobs == 1 and ray is None else None
     watching = (*callbacks, cell) if cell is not None else tuple(callbacks)
+    waiting = stop.check if wait else None
     with stop.listening():
         if recipe.variants:
-            summary = run_sweep(recipe, run_dir, stages, force, watching, jobs, wait, stop, ray)
+            summary = run_sweep(recipe, run_dir, stages, force, watching, jobs, waiting, stop, ray)
         else:
-            summary = run_one(recipe, run_dir, stages, force, (*watching, stop), wait)
+            summary = run_one(recipe, run_dir, stages, force, (*watching, stop), waiting)
     if cell is not None:
         cell.draw()
     return summary

@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe
 from ..records.contents import Summary
-from ..records.files import Row, read_json, read_rows, write_json, write_text
+from ..records.files import Row, read_json, read_rows, write_json, write_text, writing_in
 from ..records.folder import recipe_to_show, write_recipe
-from ..records.lock import held
+from ..records.lock import Wait, held
 from ..records.manifest import Manifest, open_run
 from ..records.progress import rough_duration
 from ..records.recorder import METRICS, SAMPLES
@@ -55,7 +55,7 @@ def run_sweep(
     force: bool,
     callbacks: Sequence[TrainerCallback],
     jobs: int,
-    wait: bool,
+    wait: Wait,
     stop: StopInOrder,
     ray: str | None = None,
 ) -> SweepSummary:
@@ -80,10 +80,11 @@ def run_sweep(
     if ray is not None and jobs == 1:
         jobs = len(recipe.variants)
     workers = OnRay(ray) if ray is not None else Here(jobs) if jobs > 1 else None
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with writing_in(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
     with held(run_dir, wait):
         recipe = dated(recipe, run_dir)  # one day for all, because they share stages
-        sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, workers, Console(), stop)
+        sweep = Sweep(expand(recipe), run_dir, stages, force, callbacks, jobs, workers, Console(), stop, wait)
         sweep.open()
         write_recipe(run_dir, recipe)
         sweep.run_all()
@@ -103,6 +104,7 @@ class Sweep:
     workers: Workers | None  # what runs them; None: this process
     console: Console
     stop: StopInOrder
+    wait: Wait  # for a process that works in a variant's folder
 
     def __post_init__(self) -> None:
         self.locks: defaultdict[str, Lock] = defaultdict(Lock)  # one for each stage that is trained once
@@ -151,12 +153,11 @@ class Sweep:
             if len(self.alike[key]) == 1:
                 continue
             with self.locks[key]:
-                finished = [alike for alike in self.alike[key] if self.manifest(alike).is_done(stage)]
-                if name in finished:
-                    continue
-                if finished:
-                    copy_stage(stage, self.run_dir / finished[0], self.run_dir / name)
-                else:
+                with held(self.run_dir / name, self.wait):  # another process may be running this variant by itself
+                    finished = [alike for alike in self.alike[key] if self.manifest(alike).is_done(stage)]
+                    if finished and name not in finished:
+                        copy_stage(stage, self.run_dir / finished[0], self.run_dir / name)
+                if not finished:
                     self.execute(name, [stage])
         if not self.is_finished(name):
             self.execute(name, self.stages)
@@ -206,11 +207,12 @@ class Sweep:
         if self.workers is None:
             self.console.print(Text(title + self.time_left(), style="bold"))
             callbacks = (*self.callbacks, self.stop)
-            run_one(self.variants[name], self.run_dir / name, stages, self.force, callbacks)
+            run_one(self.variants[name], self.run_dir / name, stages, self.force, callbacks, self.wait)
             return
         log = self.run_dir / name / "log.txt"
         order = {"recipe": to_dict(self.variants[name]), "run_dir": str(log.parent), "stages": stages}
-        code = self.workers.run(order | {"force": self.force, "stop_at": self.stop.at}, log)
+        order |= {"force": self.force, "stop_at": self.stop.at, "wait": self.wait is not None}
+        code = self.workers.run(order, log)
         if code in STOPPED:
             raise Stopped(code)
         if code:

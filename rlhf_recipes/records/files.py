@@ -3,9 +3,9 @@
 import errno
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,9 +14,12 @@ REFUSALS = {  # of a disk, by the system's number for it, and what to do
     errno.ENOSPC: "the disk is full: make room",
     errno.EDQUOT: "the quota is used up: make room",
     errno.EROFS: "this disk can only be read: name a folder on another one",
-    errno.EACCES: "it may not be written: change its permissions, or name another folder",
+    errno.EACCES: "its permissions forbid it: change them, or name another",
+    errno.EIO: "the disk fails: name a folder on another one",
+    errno.ENOENT: "it was deleted or moved while this ran: put it back",
 }
-ROOM = 2**20  # bytes: a disk with less is full
+# Errors of what safetensors and tokenizers (Rust), and torch, write: they have no number, but mostly its words.
+LIBRARIES = re.compile(r"\(os error \d+\)|inline_container\.cc.*(strerror|unexpected pos|PytorchStreamWriter)")
 
 WRITE_AGAIN = "Delete it, or run what writes it again."
 
@@ -37,8 +40,12 @@ def write_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(scratch, path)
+    except OSError as error:
+        error.filename = str(path)  # which is not said of what cannot be written, or is the neighbour's name
+        raise
     finally:
-        scratch.unlink(missing_ok=True)  # where the disk is full it would take what room is left
+        with suppress(OSError):  # it is renamed, or its disk can only be read
+            scratch.unlink()  # where the disk is full it would take what room is left
     _sync(path.parent)
 
 
@@ -138,21 +145,30 @@ def check_links(folder: Path) -> None:
 
 @contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """A block that writes in a folder. Raises ValueError, which says what to do, where the disk does not let it.
-
-    Libraries report a full disk in ways of their own (torch by a RuntimeError, safetensors by an error without a
-    number): it is looked at, whatever was raised.
-    """
+    """A block that writes in a folder, or a file. Raises ValueError, which says what to do, where the disk refuses."""
     try:
         yield
+    except ValueError:
+        raise
     except Exception as error:
-        why = REFUSALS.get(error.errno or 0) if isinstance(error, OSError) else None
-        if why is None and folder.is_dir() and shutil.disk_usage(folder).free < ROOM:
-            why = REFUSALS[errno.ENOSPC]
+        place = Path(getattr(error, "filename", None) or folder)
+        why = _refusal(error, place)
         if why is None:
             raise
-        place = getattr(error, "filename", None) or folder
-        raise ValueError(f"{place}: {why} ({error}). What was finished is safe: then run the same again.") from error
+        place = place if place.parent.is_dir() else place.parent
+        raise ValueError(f"{place}: {why} ({error}). What is there is safe: then run the same again.") from error
+
+
+def _refusal(error: Exception, place: Path) -> str | None:
+    """What the disk has against something, and what to do; None where an error is of something else."""
+    if isinstance(error, OSError):  # a file may be missing for other reasons than that its folder is gone
+        return None if error.errno == errno.ENOENT and place.parent.is_dir() else REFUSALS.get(error.errno or 0)
+    if str(error).startswith("Parent directory"):  # torch's words
+        return REFUSALS[errno.ENOENT]
+    if not LIBRARIES.search(str(error)):
+        return None
+    words = (why for number, why in REFUSALS.items() if os.strerror(number) in str(error))
+    return next(words, "it cannot be written: make room, or see to the quota")
 
 
 class Journal:
@@ -175,8 +191,16 @@ class Journal:
                     stream.write(b"\n")
 
     def append(self, *rows: Row) -> None:
-        """Write rows, flushed and synced to disk. Where that fails (a full disk) the file stays as it was."""
+        """Write rows, flushed and synced to disk. Where that fails (a full disk) the file stays as it was.
+
+        Raises ValueError where the file was deleted: a new one would have these rows alone.
+        """
         new, lines = not self.path.exists(), "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if new and self.rows:
+            raise ValueError(
+                f"{self.path} was deleted or moved while this ran, with {len(self.rows)} rows: put it back, and run "
+                "the same again."
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as stream:
             size = stream.tell()
@@ -193,9 +217,17 @@ class Journal:
 
     def remove(self, unwanted: Callable[[Row], bool]) -> None:
         """Take rows out again. The file is replaced in one step, so that no other row is ever at risk."""
-        kept = [row for row in self.rows if not unwanted(row)]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.rows = kept
+        self._write([row for row in self.rows if not unwanted(row)])
+
+    def restore(self) -> None:
+        """Write the file again, with all its rows, where it was deleted."""
+        if self.rows and not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(self.rows)
+
+    def _write(self, rows: list[Row]) -> None:
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.rows = rows
 
 
 def sync_all(*paths: Path) -> None:

@@ -4,18 +4,21 @@ import getpass
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .files import read_json, write_json
+from .files import read_json, write_json, writing_in
+from .terminal import printable
+
+Wait = Callable[[], None] | None  # is called each second of waiting, and may end it by raising; None: do not wait
 
 
 @contextmanager
-def held(path: Path, wait: bool = False) -> Iterator[None]:
+def held(path: Path, wait: Wait = None) -> Iterator[None]:
     """A block in which no other process holds the same folder or file.
 
     The operating system lets go of what a process holds when that ends, however it ends. On NFS its locks hold between
@@ -24,10 +27,18 @@ def held(path: Path, wait: bool = False) -> Iterator[None]:
 
     Args:
         path: a folder that is there, in which the lock stands as `.lock`, or a file, beside which it stands.
-        wait: for as long as another process holds it.
+        wait: what is done for as long as another process holds it, in place of refusing.
     Raises:
-        ValueError: another process holds it; the message says which, whose, where and since when.
+        ValueError: another process holds it; the message says which, whose, where and since when. And as `writing_in`
+            does, of all that the block writes.
     """
+    with writing_in(path), _held(path, wait):
+        yield
+
+
+@contextmanager
+def _held(path: Path, wait: Wait) -> Iterator[None]:
+    """What `held` does but for the words of what the disk refuses."""
     place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.is_symlink():  # filelock does not follow one
@@ -36,27 +47,35 @@ def held(path: Path, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        message = f"{path} is in use by {_named(owner)}."
-        if not wait:
+        message = printable(f"{path} is in use by {_named(owner)}.")
+        if wait is None:
             raise ValueError(f"{message} Let it end, or stop it, and run this again.") from None
         print(f"{message} Waiting for it.", file=sys.stderr, flush=True)
-        lock.acquire()
+        while not lock.is_locked:
+            wait()
+            with suppress(Timeout):
+                lock.acquire(timeout=1)
     try:
+        if owner.exists():  # who lets go takes it away
+            left = printable(f"{path} was in use by {_named(owner)}, which has ended without letting go: taken over.")
+            print(left, file=sys.stderr, flush=True)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         name = {"process": os.getpid(), "user": _user(), "host": socket.gethostname(), "since": since}
         write_json(owner, name)
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or its disk can only be read by now
+            owner.unlink()
         lock.release()
 
 
 def _named(owner: Path) -> str:
     """Who holds a lock, in words, as far as it has said so."""
-    found = read_json(owner)
-    if not isinstance(found, dict):
+    try:
+        found = read_json(owner)
+        return f"process {found['process']} of {found['user']} on {found['host']}, since {found['since']}"
+    except (OSError, ValueError, TypeError, KeyError):  # not there, being written, or damaged
         return "another process"
-    return f"process {found['process']} of {found['user']} on {found['host']}, since {found['since']}"
 
 
 def _user() -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..records.files import write_text
+from ..records.files import write_text, writing_in
 from .gather import gather, refusing_strange_values
 from .page import render
 from .what_now import next_steps, readme
@@ -18,12 +18,13 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Returns:
         `out`.
     Raises:
-        ValueError: a folder is no run's, or a file in it is damaged.
+        ValueError: a folder is no run's, a file in it is damaged, or the disk refuses `out`.
     """
     with refusing_strange_values(runs):
         page = render(gather(runs))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
+    with writing_in(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page)
     return out
 
 

@@ -66,15 +66,25 @@ class StopInOrder(TrainerCallback):
                 signal.signal(number, handler)
 
     def _hear(self, number: int, frame: Any) -> None:
-        if self.code is not None or not self.is_training:
-            raise Stopped(128 + number)
+        at_once = self.code is not None or not self.is_training
         self.code = 128 + number
+        if at_once:
+            raise Stopped(self.code)
         print("\nstopping when this step is done and saved; once more stops at once", file=sys.stderr, flush=True)
+
+    def check(self) -> None:
+        """Raises Stopped where a signal or the time has come, in a thread that waits and trains nothing."""
+        self._look_at_clock()
+        if self.code is not None:
+            raise Stopped(self.code)
+
+    def _look_at_clock(self) -> None:
+        if self.code is None and self.deadline is not None and time.monotonic() >= self.deadline:
+            self.code = BY_THE_CLOCK
 
     def _is_asked(self) -> bool:
         """Whether it is to stop now: in all processes where the main one is."""
-        if self.code is None and self.deadline is not None and time.monotonic() >= self.deadline:
-            self.code = BY_THE_CLOCK
+        self._look_at_clock()
         self.code = broadcast(self.code)
         return self.code is not None
 

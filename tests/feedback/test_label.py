@@ -1,8 +1,11 @@
 """The labelers' page: who gets what, what is written, who is let in; and the page itself in a real Chromium."""
 
+import errno
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -21,6 +24,7 @@ from typing import Any
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
+from starlette.applications import Starlette
 from support.command_line import error_of, start
 from support.hostile import HOSTILE, ODD
 from support.label_page import TOKEN, Client, done, press, serving, shown
@@ -379,6 +383,50 @@ def test_only_the_browser_that_gave_a_judgement_takes_it_back(client: Client) ->
     for forged in (f"{name}={TOKEN}", f"{name}=x.{value.rpartition('.')[2]}", f"{name}=.", f"{name}="):
         assert client.post("/undo", said, Cookie=forged)[0] == 403
     assert client.post("/undo", said)[1]["last"] is None
+
+
+def test_what_cannot_be_written_is_said_to_the_labeler_and_the_page_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = tmp_path / "labels.jsonl"
+    with serving(write_samples(tmp_path, 3)) as link:
+        client = Client(link)
+
+        def judge() -> tuple[int, Any]:
+            item = client.post("/start", {"labeler": "Ann"})[1]["item"]
+            return client.post("/judge", {"labeler": "Ann", "id": item["id"], "ranking": [1, 2, 3], **REMARKS})
+
+        def full(descriptor: int) -> None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        assert judge()[0] == 200
+        monkeypatch.setattr(os, "fsync", full)
+        status, answer = judge()
+        assert status == 507 and f"{labels}: the quota is used up: make room" in answer["error"]
+        monkeypatch.undo()
+        labels.rename(tmp_path / "moved")
+        status, answer = judge()
+        assert status == 507 and f"{labels} was deleted or moved while this ran, with 1 rows" in answer["error"]
+        assert not labels.exists()
+        (tmp_path / "moved").rename(labels)
+        assert judge()[0] == 200 and len(rows_of(labels)) == 2
+
+
+def test_labels_that_were_deleted_while_the_page_was_open_are_written_again_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, labels = write_samples(tmp_path, 3), tmp_path / "labels" / "labels.jsonl"
+
+    def served(app: Starlette, *rest: Any) -> None:
+        board: Board = app.state.board
+        for _ in range(2):
+            judge(board, "Ann", board.state("Ann")["item"]["id"])
+        shutil.rmtree(labels.parent)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_recipes.feedback.label.serve", served)
+    serve_label_page(samples, labels, port=0)
+    assert [row["labeler"] for row in rows_of(labels)] == ["Ann", "Ann"]
 
 
 def test_the_token_is_kept_where_nobody_else_writes(tmp_path: Path) -> None:

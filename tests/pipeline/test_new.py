@@ -2,6 +2,8 @@
 
 import ast
 import csv
+import errno
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -51,6 +53,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def words_of(files: dict[str, str], *more: str) -> list[str]:
     return ["new", "mine", "--base", "base", *(word for pair in files.items() for word in pair), *more]
+
+
+def failing(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def commands_in(printed: str) -> list[list[str]]:
@@ -134,7 +140,13 @@ def test_what_was_guessed_is_asked_about(
     with pytest.raises(SystemExit):
         main_cli(words)
     assert "--columns reward.prompt=... and so on" in capsys.readouterr().err and not Path("mine.py").exists()
-    main_cli([*words, "--columns", "sft.prompt=reply", "sft.completion=question"])  # nothing is left to ask
+    words += ["--columns", "sft.prompt=reply", "sft.completion=question"]  # nothing is left to ask
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", failing)
+        with pytest.raises(SystemExit):
+            main_cli(words)
+    assert "the disk is full: make room" in capsys.readouterr().err and not Path("mine.py").exists()
+    main_cli(words)
     assert 'columns={"prompt": "reply", "completion": "question"}' in Path("mine.py").read_text()
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from rlhf_recipes.pipeline.stage import run_stage
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, to_dict
 from rlhf_recipes.records.files import Journal, read_rows
 from rlhf_recipes.records.folder import read_recipe
+from rlhf_recipes.records.lock import held
 from rlhf_recipes.report.gather import gather
 from rlhf_recipes.report.sections import report_sections
 from rlhf_recipes.stages.job import Job
@@ -303,6 +305,17 @@ def test_a_killed_round_goes_on_to_the_same_end(
         assert same(tmp_path / "run" / "round-2" / part, finished / "round-2" / part)
     run(recipe, tmp_path / "run")  # more rounds may follow
     assert same(tmp_path / "run" / "round-3" / "ppo" / "policy", finished / "round-3" / "ppo" / "policy")
+
+
+def test_a_round_in_use_is_refused(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    manifest = tmp_path / "run" / "round-3" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    with (
+        held(manifest.parent),
+        pytest.raises(ValueError, match=rf"{manifest.parent} is in use by process \d+ of"),
+    ):
+        run(recipe, tmp_path / "run")
 
 
 def test_a_finished_run_loads_nothing_again(recipe: Recipe, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

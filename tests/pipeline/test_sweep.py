@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from rlhf_recipes.pipeline.workers import Here
 from rlhf_recipes.recipe.lookup import load, recipe_names
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, settings, to_dict
 from rlhf_recipes.records.folder import read_recipe
+from rlhf_recipes.records.lock import held
 from rlhf_recipes.stages.job import Job
 from rlhf_recipes.stages.stop import Stopped
 
@@ -191,6 +193,18 @@ def test_a_finished_sweep_takes_more_variants_and_trains_nothing_again(
     assert (finished / "free" / "summary.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"variants: free: .* holds a run of another recipe"):
         run(replace(recipe, seed=1), finished)
+
+
+def test_what_a_variant_shares_is_not_copied_into_a_folder_in_use(
+    recipe: Recipe, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "free", tmp_path / "free")
+    under_way = tmp_path / "few" / "sft" / "checkpoint-1"
+    under_way.mkdir(parents=True)
+    two = replace(recipe, variants={name: VARIANTS[name] for name in ("free", "few")})
+    with held(tmp_path / "few"), pytest.raises(ValueError, match=rf"{tmp_path / 'few'} is in use by process"):
+        run(two, tmp_path, stages=["sft"])
+    assert under_way.is_dir()
 
 
 @pytest.fixture(params=["jobs", "ray"])

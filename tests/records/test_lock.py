@@ -1,10 +1,13 @@
 """One process at a time in a folder or at a file: who holds it is named, and a killed process holds nothing."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from threading import Timer
 
@@ -13,6 +16,7 @@ from filelock import FileLock
 from support.paths import ROOT
 
 from rlhf_recipes.records.lock import held
+from rlhf_recipes.stages.stop import StopInOrder, Stopped
 
 HOLD = "import sys, time, pathlib; from rlhf_recipes.records.lock import held\n"
 HOLD += "with held(pathlib.Path(sys.argv[1])): print(flush=True), time.sleep(60)"
@@ -30,7 +34,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_the_process_that_holds_a_folder_is_named_and_a_killed_one_holds_nothing(
-    other: subprocess.Popen[bytes], tmp_path: Path
+    other: subprocess.Popen[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = rf"{tmp_path} is in use by process {other.pid} of \S+ on \S+, since \d{{4}}-\d\d-\d\dT\S+\. Let it end"
     with pytest.raises(ValueError, match=message), held(tmp_path):
@@ -40,13 +44,41 @@ def test_the_process_that_holds_a_folder_is_named_and_a_killed_one_holds_nothing
     with held(tmp_path):
         assert f'"process": {os.getpid()}' in (tmp_path / ".lock.owner.json").read_text()
     assert not (tmp_path / ".lock.owner.json").exists()
+    taken = rf"{tmp_path} was in use by process {other.pid} of \S+ on \S+, since \d{{4}}\S+, which has ended without"
+    assert re.match(taken, capsys.readouterr().err)
+    with held(tmp_path):
+        pass
+    assert not capsys.readouterr().err, "who lets go leaves nothing to be said"
+
+
+@pytest.mark.parametrize("text", [None, "", '{"process": 1', "{}", "[]", "\x00\xff"])
+def test_a_holder_who_has_not_said_who_he_is_holds_it_too(tmp_path: Path, text: str | None) -> None:
+    with held(tmp_path):
+        owner = tmp_path / ".lock.owner.json"
+        owner.unlink()
+        if text is not None:
+            owner.write_text(text)
+        with pytest.raises(ValueError, match=rf"{tmp_path} is in use by another process\. Let it end"), held(tmp_path):
+            pass
+
+
+def test_waiting_ends_by_the_clock_and_what_a_holder_says_does_nothing_to_a_terminal(
+    other: subprocess.Popen[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"process": "\x1b]0;owned\x07", "user": "u\nerror: forged", "host": "h", "since": "s"}
+    (tmp_path / ".lock.owner.json").write_text(json.dumps(said))
+    with pytest.raises(Stopped) as stopped, held(tmp_path, StopInOrder(datetime(2020, 1, 1)).check):
+        pass
+    assert stopped.value.code == 143
+    printed = capsys.readouterr().err
+    assert printed.endswith(r"process \x1b]0;owned\x07 of u\nerror: forged on h, since s. Waiting for it." + "\n")
 
 
 def test_who_waits_comes_next(
     other: subprocess.Popen[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Timer(0.2, other.kill).start()
-    with held(tmp_path, wait=True):
+    with held(tmp_path, wait=lambda: None):
         assert other.wait(timeout=10) == -signal.SIGKILL
     assert f"in use by process {other.pid} of" in capsys.readouterr().err
 
@@ -60,6 +92,17 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic link"):  # nor by filelock itself, should one be made in between
         FileLock(tmp_path / ".lock").acquire()
     assert letter.read_text() == "Dear Ada"
+
+
+def test_a_thread_that_waits_hears_a_signal_as_the_others_do() -> None:
+    stop = StopInOrder()
+    stop.check()
+    with stop.listening(), pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.check()
+    with pytest.raises(Stopped) as stopped:
+        stop.check()
+    assert stopped.value.code == 143
 
 
 def test_a_file_is_held_beside_it_and_others_are_free(tmp_path: Path) -> None:
