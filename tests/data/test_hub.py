@@ -75,7 +75,8 @@ def test_a_base_in_the_cache_is_used_where_the_hub_does_not_answer(
     requests: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = Base("org/cached")
-    base_config(base), load_tokenizer(base), load_base(base)
+    for load in (base_config, load_tokenizer, load_base):
+        load(base)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(said) == 1 and "the Hub does not answer" in said[0] and "The cache is used, offline" in said[0]
     assert requests in ([], ["/api/models/org/cached"])
