@@ -37,6 +37,7 @@ from ..stages.job import Job
 from ..stages.ppo.stage import train_ppo
 from ..stages.reward.stage import train_reward
 from ..stages.sft import train_sft
+from ..stages.stop import StopInOrder
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,15 @@ class ActiveRun:
             callbacks=self.callbacks,
         )
 
+    def stop_in_order(self) -> None:
+        """Raises Stopped between two parts of the run if its time is over."""
+        for callback in self.callbacks:
+            if isinstance(callback, StopInOrder):
+                callback.between_parts()
+
     def train(self, job: Job, manifest: Manifest) -> None:
         """Run a stage, and say before how many rows it has and after what is doubtful about its results."""
+        self.stop_in_order()
         said = f"{job.stage}: {rows_line(job.data.report)}"
         steps = training_steps(job.stage, job.config, job.data.report["train"])
         if steps is not None and not getattr(job.config, "judge_share", 0):  # the judge has some of the rows

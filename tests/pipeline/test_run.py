@@ -32,6 +32,7 @@ from rlhf_recipes.model.shared import HEAD
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.records.folder import checkpoint_step, last_checkpoint
 from rlhf_recipes.records.lock import held
+from rlhf_recipes.records.manifest import Manifest
 from rlhf_recipes.stages.stop import Stopped
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
@@ -465,6 +466,15 @@ def test_a_run_that_is_told_to_stop_does_so_behind_a_checkpoint_and_goes_on_to_t
     assert stopped.value.code == 143 and last_checkpoint(tmp_path / "ppo") == str(tmp_path / "ppo" / "checkpoint-1")
     run(recipe, tmp_path, stop_at=datetime(2220, 1, 1))
     assert weights(tmp_path) == weights(finished[0])
+
+
+def test_the_clock_ends_a_stage_that_has_only_its_comparison_left(recipe: Recipe, copied: Path) -> None:
+    manifest = Manifest.read(copied)
+    manifest.stages["ppo"]["state"] = "running"
+    manifest.write(copied)
+    with pytest.raises(Stopped):
+        run(recipe, copied, stop_at=datetime(2020, 1, 1))
+    assert states(copied)["ppo"] == "running"
 
 
 def test_a_second_signal_stops_at_once(recipe: Recipe, tmp_path: Path) -> None:
