@@ -78,7 +78,8 @@ LossOn = Literal["completion", "answers", "all"]
 AT_ONCE = 1000  # rows whose texts are rendered and tokenized together
 
 NO_CELL = (pa.ArrowException, UnicodeEncodeError, OverflowError)  # raised where a table cannot hold a value
-RESERVED = ("prompts", "completions", "completion_ids", "prompt_ids")  # arguments of reward functions, and our column
+OURS = ("prompt", "prompt_ids", "prompt_row")  # columns of prompts that are not the source's other ones
+RESERVED = ("prompts", "completions", "completion_ids", *OURS[1:])  # reward functions' arguments, and our columns
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Prepared:
             rejected response are K = 2 with ranks [1, 2].
     dpo     prompt_ids, chosen_ids and rejected_ids, the last two without the prompt. Not the form of `reward`, because
             these are the columns that TRL's collator takes.
-    ppo     prompt_ids, prompt, and every other column of the source, for reward functions
+    ppo     prompt_ids, prompt, prompt_row (in the source), and every other column of it, for reward functions
     ptx     input_ids
 
     Attributes:
@@ -442,5 +443,6 @@ def _prompt_columns(stage: str, source: Source, rows: list[Row]) -> dict[str, An
     columns: dict[str, Any] = {
         "prompt_ids": _token_column(rows, lambda row: row.prompt_ids),
         "prompt": [row.prompt for row in rows],
+        "prompt_row": [row.number for row in rows],
     }
     return columns | {column: [row.columns.get(column) for row in rows] for column in others}

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..data.prepare import Prepared, prepare
+from ..data.prepare import OURS, Prepared, prepare
 from ..data.sources import MOST_RESPONSES
 from ..model.base import load_tokenizer, longest_row
 from ..model.open import open_models
@@ -217,7 +217,7 @@ def _sample(key: str, row: Row, drawn: list[Drawn]) -> Row:
     """A sample: the prompt's own columns, and its responses in the prompt's format."""
     conversational = not isinstance(row["prompt"], str)
     texts = [[{"role": "assistant", "content": text}] if conversational else text for text, _ in drawn]
-    others = {name: cell for name, cell in row.items() if name not in ("prompt", "prompt_ids")}
+    others = {name: cell for name, cell in row.items() if name not in OURS}
     return {
         **others,
         "id": key,

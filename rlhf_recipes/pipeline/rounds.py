@@ -81,7 +81,10 @@ def run_rounds(run: ActiveRun, numbers: Sequence[int], prompts: Sequence[Prepare
         folder = round_folder(run.run_dir, number)
         on_main(lambda folder=folder: folder.mkdir(exist_ok=True))
         with held(folder, wait) if is_main() else nullcontext():  # it may be run by itself, too
-            if not on_main(functools.partial(collect_labels, run, number, prompts[number - 2])):
+            run.stop_in_order()
+            on_main(functools.partial(collect_samples, run, number, prompts[number - 2]))
+            run.stop_in_order()
+            if not on_main(functools.partial(collect_labels, run, number)):
                 return labelling_instructions(run.run_dir, number)
             train_round(run, number)
     return None
@@ -122,18 +125,22 @@ def labelled_comparisons(run: ActiveRun, number: int) -> Iterator[Prepared]:
         yield part
 
 
-def collect_labels(run: ActiveRun, number: int, prompts: Prepared) -> bool:
-    """Sample the policy of the round before on a round's prompts and have the samples ranked.
+def collect_samples(run: ActiveRun, number: int, prompts: Prepared) -> None:
+    """Sample the policy of the round before on those of a round's prompts that have no samples yet."""
+    samples, _ = feedback_files(run.run_dir, number)
+    sampled = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in read_rows(path)}
+    if not sampled.issuperset(map(prompt_id, prompts.train["prompt"])):
+        sample_policies(run, number, prompts, samples)
 
-    What is there already is not done again. Returns whether there is a file to train on: people may have to label
-    first.
+
+def collect_labels(run: ActiveRun, number: int) -> bool:
+    """Have a round's samples ranked, as far as they are not yet.
+
+    Returns whether there is a file to train on: people may have to label first.
     """
     recipe, rounds = run.recipe, run.recipe.rounds
     assert rounds is not None
     samples, labels = feedback_files(run.run_dir, number)
-    sampled = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in read_rows(path)}
-    if not sampled.issuperset(map(prompt_id, prompts.train["prompt"])):
-        sample_policies(run, number, prompts, samples)
     if not have_labelled(recipe, samples, labels, recipe.seed + number):
         return False
     freeze_labels(labels, rounds.weigh_labelers)

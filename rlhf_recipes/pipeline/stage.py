@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from ..stages.job import Job
 from ..stages.ppo.stage import train_ppo
 from ..stages.reward.stage import train_reward
 from ..stages.sft import train_sft
+from ..stages.stop import StopInOrder
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ TRAIN: dict[str, Callable[[Job], StageResults]] = {
     "ppo": train_ppo,
     "dpo": train_dpo,
 }
+
+EVALUATING = {"evaluation_loop", "compare"}  # the functions, transformers' and ours, that take rows to evaluate on
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,15 @@ class ActiveRun:
             callbacks=self.callbacks,
         )
 
+    def stop_in_order(self) -> None:
+        """Raises Stopped between two parts of the run if its time is over."""
+        for callback in self.callbacks:
+            if isinstance(callback, StopInOrder):
+                callback.between_parts()
+
     def train(self, job: Job, manifest: Manifest) -> None:
         """Run a stage, and say before how many rows it has and after what is doubtful about its results."""
+        self.stop_in_order()
         said = f"{job.stage}: {rows_line(job.data.report)}"
         steps = training_steps(job.stage, job.config, job.data.report["train"])
         if steps is not None and not getattr(job.config, "judge_share", 0):  # the judge has some of the rows
@@ -155,7 +166,7 @@ def run_stage(job: Job, manifest: Manifest, plan: StagePlan | None) -> None:
 
 
 def train_within_memory(job: Job, record: StageRecord) -> StageResults:
-    """Train a stage, and where memory runs out, go on from its last checkpoint with half of the rows at once.
+    """Train a stage, and where memory runs out, go on from its last checkpoint with fewer rows at once.
 
     A step still takes as many rows, accumulated, so that the results are the same but for rounding. PPO does so by
     itself, in each of its phases; processes that share a run end together. Raises what the last attempt did.
@@ -167,21 +178,42 @@ def train_within_memory(job: Job, record: StageRecord) -> StageResults:
         try:
             return TRAIN[job.stage](job)
         except (RuntimeError, MemoryError) as error:
-            rows = job.config.per_device_train_batch_size
-            if job.stage == "ppo" or rows % 2 or count() > 1 or not is_out_of_memory(error):
+            if job.stage == "ppo" or count() > 1 or not is_out_of_memory(error):
+                raise
+            called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+            evaluates = not called.isdisjoint(EVALUATING)
+            sizes = smaller_sizes(job.config, evaluates)
+            if evaluates:
+                error.add_note("evaluating")
+            if not sizes:
                 raise
         # Behind the handler, where the error no longer holds the trainer and its tensors.
         release()
+        rows = getattr(job.config, next(iter(sizes)))
         config = copy.copy(job.config)
-        config.per_device_train_batch_size, config.gradient_accumulation_steps = (
-            rows // 2,
-            2 * config.gradient_accumulation_steps,
-        )
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        record["chosen_sizes"] = {name: getattr(config, name) for name in names}
-        sizes = ", ".join(f"{job.stage}.{name}={size}" for name, size in record["chosen_sizes"].items())
-        logger.warning("%s ran out of memory with %d rows at once; it goes on with %s.", job.stage, rows, sizes)
+        vars(config).update(sizes)
+        record["chosen_sizes"] = {**record.get("chosen_sizes", {}), **sizes}
+        settings = ", ".join(f"{job.stage}.{name}={size}" for name, size in sizes.items())
+        what = f"{job.stage}'s evaluation" if evaluates else job.stage
+        logger.warning("%s ran out of memory with %d rows at once; it goes on with %s.", what, rows, settings)
         job = dataclasses.replace(job, config=config, resume=last_checkpoint(job.folder))
+
+
+def smaller_sizes(config: Any, evaluates: bool) -> dict[str, int]:
+    """The settings with which a stage of rows takes fewer at once; none where it takes a single one.
+
+    Args:
+        evaluates: it is the evaluation that is to take fewer.
+    """
+    if evaluates:
+        rows = config.per_device_eval_batch_size
+        return {"per_device_eval_batch_size": rows // 2} if rows > 1 else {}
+    rows = config.per_device_train_batch_size
+    for size in range(rows - 1, 0, -1):
+        if rows % size == 0:
+            steps = rows // size * config.gradient_accumulation_steps
+            return {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    return {}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

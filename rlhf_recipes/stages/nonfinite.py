@@ -4,6 +4,7 @@ In float16 such steps are part of the method and are left to its scaler (see `fl
 """
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ class NonFinite:
                 f"last checkpoint, or with a lower {self.stage}.learning_rate in a new --run-dir."
             )
         if self.in_a_row > MOST:
-            raise ValueError(f"{said} So it was {MOST} times before: lower {self.stage}.learning_rate.")
+            raise ValueError(
+                f"{said} So it was {MOST} times before: lower {self.stage}.learning_rate, in a new --run-dir."
+            )
         logger.warning("%s", said)
 
 
@@ -51,10 +54,22 @@ class LeaveOutNonFinite(TrainerCallback):
     def __init__(self, stage: str, mode: str) -> None:
         self.answer = NonFinite(stage, mode)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         if torch.nn.utils.get_total_norm(parameter.grad for parameter in parameters).isfinite():
             return self.answer.passed()
         for parameter in parameters:
             parameter.grad = None  # which an optimizer passes over
-        self.answer.left_out(state.global_step + 1, "the gradient")
+        batches = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)  # in an epoch, a step takes one
+        epoch, batch = divmod(state.global_step, batches)
+        self.answer.left_out(
+            state.global_step + 1, f"the gradient of batch {batch + 1} of {batches} of epoch {epoch + 1}"
+        )

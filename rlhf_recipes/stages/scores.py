@@ -136,7 +136,8 @@ class Rewards:
         ids, device = samples.responses(), samples.input_ids.device
 
         def ask(rows: list[Row], ids: list[list[int]], texts: list[str]) -> dict[str, Tensor]:
-            return call_reward_funcs(functions, rows, ids, texts, self.state(), self.config.reward_timeout)
+            folder = Path(str(self.config.output_dir))
+            return call_reward_funcs(functions, rows, ids, texts, self.state(), self.config.reward_timeout, folder)
 
         if self.config.whole_rollout_rewards:
             found = on_main(lambda: ask(rows, ids, texts))

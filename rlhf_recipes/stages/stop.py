@@ -88,9 +88,13 @@ class StopInOrder(TrainerCallback):
         self.code = broadcast(self.code)
         return self.code is not None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def between_parts(self) -> None:
+        """Raises Stopped where it is time: called between two parts of a run, where that loses nothing."""
         if self._is_asked():
             raise Stopped(self.code)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.between_parts()
         self.is_training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -596,6 +596,7 @@ def test_ppo_holds_out_one_row_a_prompt(tokenizer: FastTokenizer, tmp_path: Path
     heldout = prepare("ppo", stage, tokenizer, None).heldout
     assert 1 <= len(heldout) == len(set(heldout["prompt"]))
     assert all(row < 10 for row in heldout["row"])
+    assert heldout["prompt_row"] == [row + 1 for row in heldout["row"]], "in their file, from 1"
 
 
 @pytest.mark.parametrize(("key", "value"), [("heldout", 0.95), ("heldout", -0.1), ("limit", -1), ("heldout_limit", -1)])

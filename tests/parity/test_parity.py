@@ -180,7 +180,7 @@ class LateScore(Bessel):
         advantages = objectives.whiten(advantages, mask) * bessel(mask)
         return replace(own, values=values, advantages=advantages, returns=returns)
 
-    def optimizer_step(self, rollout: Rollout, rows: Tensor) -> float:
+    def optimizer_step(self, rollout: Rollout, rows: Tensor, number: int = 1) -> float:
         """Each micro-batch's own mean, over the number of micro-batches that there ought to be."""
         losses = (("policy", self.policy_loss, rollout.response_mask), ("critic", self.value_loss, self.late))
         for micro in rows.split(self.config.per_device_train_batch_size):

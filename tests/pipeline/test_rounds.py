@@ -19,6 +19,7 @@ from rlhf_recipes import Recipe, Rounds, Source, replace, run
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.feedback.rows import read_samples
 from rlhf_recipes.feedback.sample import SampleSettings, alike, prompts_to_rank, sample_responses
+from rlhf_recipes.pipeline import rounds
 from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.pipeline.rounds import freeze_labels, have_labelled, training_file
 from rlhf_recipes.pipeline.stage import run_stage
@@ -29,6 +30,7 @@ from rlhf_recipes.records.lock import held
 from rlhf_recipes.report.gather import gather
 from rlhf_recipes.report.sections import report_sections
 from rlhf_recipes.stages.job import Job
+from rlhf_recipes.stages.stop import StopInOrder, Stopped
 from rlhf_recipes.worlds.tiny import comparisons, gold, labeler
 
 
@@ -316,6 +318,29 @@ def test_a_round_in_use_is_refused(recipe: Recipe, finished: Path, tmp_path: Pat
         pytest.raises(ValueError, match=rf"{manifest.parent} is in use by process \d+ of"),
     ):
         run(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("part", ["collect_samples", "collect_labels", "prepare_stage"])
+def test_the_clock_ends_a_round_between_its_parts(
+    recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """What was sampled, and ranked, until then stays."""
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "round-3")
+    clock, real = StopInOrder(), getattr(rounds, part)
+
+    def takes_long(*args: Any) -> Any:
+        found = real(*args)
+        clock.deadline = 0.0
+        return found
+
+    monkeypatch.setattr(rounds, part, takes_long)
+    with pytest.raises(Stopped) as stopped:
+        run(recipe, tmp_path / "run", callbacks=[clock])
+    feedback, samples = tmp_path / "run" / "round-3" / "feedback", "round-3/feedback/samples.jsonl"
+    assert stopped.value.code == 143 and read(tmp_path / "run" / samples) == read(finished / samples)
+    assert (feedback / "labels.trained.jsonl").is_file() == (part != "collect_samples")
+    assert not (tmp_path / "run" / "round-3" / "reward").exists()
 
 
 def test_a_finished_run_loads_nothing_again(recipe: Recipe, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -565,6 +565,15 @@ def test_a_run_that_is_told_to_stop_does_so_behind_a_checkpoint_and_goes_on_to_t
     assert weights(tmp_path) == weights(finished[0])
 
 
+def test_the_clock_ends_a_stage_that_has_only_its_comparison_left(recipe: Recipe, copied: Path) -> None:
+    manifest = Manifest.read(copied)
+    manifest.stages["ppo"]["state"] = "running"
+    manifest.write(copied)
+    with pytest.raises(Stopped):
+        run(recipe, copied, stop_at=datetime(2020, 1, 1))
+    assert states(copied)["ppo"] == "running"
+
+
 def test_a_second_signal_stops_at_once(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(Stopped) as stopped:
         run(recipe, tmp_path, callbacks=[Signals("sft", 1, signal.SIGTERM, signal.SIGINT)])

@@ -13,7 +13,7 @@ import torch
 from support.worded import make_recipe, weights
 from transformers import TrainerCallback
 
-from rlhf_recipes import Base, load, replace, run
+from rlhf_recipes import Base, DPOStage, Recipe, load, replace, run
 from rlhf_recipes.pipeline import stage
 from rlhf_recipes.records.manifest import Manifest
 
@@ -51,6 +51,13 @@ def test_a_stage_is_done_once_all_that_it_wrote_is_on_disk(tmp_path: Path, monke
     assert {"adapter_model.safetensors", "trainer_state.json", "checkpoint-1", "sft", "metrics.jsonl"} <= before
 
 
+def with_dpo(recipe: Recipe, **args: Any) -> Recipe:
+    """The recipe with a stage more, on the rows of pairs that `make_recipe` has written."""
+    assert recipe.sft is not None
+    data, args = str(Path(recipe.sft.data).with_name("pairs.jsonl")), {**recipe.sft.args, **args}
+    return dataclasses.replace(recipe, dpo=DPOStage(data, heldout=0.1, args={**args, "response_length": 4}))
+
+
 class RunsOut(TrainerCallback):
     """As if memory ran out in the third step of a stage that trains more than two rows at once."""
 
@@ -67,21 +74,61 @@ def test_where_memory_runs_out_a_stage_goes_on_with_half_of_the_rows_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes = {"gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 1}
-    recipe = replace(make_recipe(tmp_path), rounds=None, ppo=None, sft=sizes, reward=sizes)
+    recipe = with_dpo(replace(make_recipe(tmp_path), rounds=None, ppo=None, sft=sizes, reward=sizes), **sizes)
     watching = RunsOut()
     run(recipe, tmp_path / "run", callbacks=[watching])
     of_sft = [(8, 0), (8, 1), (8, 2), (4, 2), (2, 2), (2, 3)]  # from the checkpoint behind the second step
-    assert watching.seen == of_sft * 2
+    assert watching.seen == of_sft * 3
     assert "sft ran out of memory with 8 rows at once; it goes on with sft.per_device_train_batch_size=4" in caplog.text
     stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
     chosen = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert stages["sft"]["chosen_sizes"] == stages["reward"]["chosen_sizes"] == chosen
+    assert [stages[name]["chosen_sizes"] for name in ("sft", "reward", "dpo")] == [chosen] * 3
 
     run(recipe, tmp_path / "whole")
-    for name in ("sft", "reward"):
+    for name in ("sft", "reward", "dpo"):
         ours, whole = weights(tmp_path / "run" / name), weights(tmp_path / "whole" / name)
         for key in whole:
             torch.testing.assert_close(ours[key], whole[key], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "fewer"), [(6, [3, 1]), (5, [1]), (9, [3, 1]), (1, [])])
+def test_rows_that_are_no_power_of_two_go_down_to_one(rows: int, fewer: list[int]) -> None:
+    config = SimpleNamespace(per_device_train_batch_size=rows, gradient_accumulation_steps=2)
+    found = []
+    while sizes := stage.smaller_sizes(config, evaluates=False):
+        vars(config).update(sizes)
+        found.append(config.per_device_train_batch_size)
+        assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 2 * rows
+    assert found == fewer
+
+
+class RunsOutInEvaluation(TrainerCallback):
+    """As if memory ran out where more rows than there is room for are evaluated at once."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.seen = room, set[tuple[int, int]]()  # rows at once, in training and in evaluation
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.add((args.per_device_train_batch_size, args.per_device_eval_batch_size))
+        if args.per_device_eval_batch_size > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_where_memory_runs_out_in_evaluation_it_takes_fewer_rows_and_training_as_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"max_steps": 1, "per_device_eval_batch_size": 4}
+    recipe = with_dpo(replace(make_recipe(tmp_path), rounds=None, ppo=None, reward=None, sft=sizes), **sizes)
+    watching = RunsOutInEvaluation(room=3)
+    run(recipe, tmp_path / "run", callbacks=[watching])
+    assert watching.seen == {(8, 4), (8, 2)}
+    said = "{}'s evaluation ran out of memory with 4 rows at once; it goes on with {}.per_device_eval_batch_size=2."
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    for name in ("sft", "dpo"):
+        assert said.format(name, name) in caplog.text
+        assert stages[name]["chosen_sizes"] == {"per_device_eval_batch_size": 2}
+    with pytest.raises(ValueError, match=r"sft ran out of memory while evaluating: 2.00 GiB"):
+        run(replace(recipe, dpo=None), tmp_path / "none", callbacks=[RunsOutInEvaluation(room=0)])
 
 
 def test_auto_takes_a_whole_step_at_once_where_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

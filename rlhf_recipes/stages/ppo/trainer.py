@@ -13,6 +13,7 @@ B rows, P prompt tokens (left-padded), T response tokens (right-padded).
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -325,9 +326,8 @@ class PPOTrainer(WritesOnce):
         with self.phase("update"):
             if self.state.global_step == 0 and rollout.passes[-1] is not rollout.passes[0]:
                 self.metrics.add({"val/batching_noise": self.batching_noise(rollout)})
-            for mini_batches in rollout.passes:
-                for rows in mini_batches:
-                    loss = self.optimizer_step(rollout, rows)
+            for number, rows in enumerate(itertools.chain(*rollout.passes), 1):
+                loss = self.optimizer_step(rollout, rows, number)
         # As in any Trainer the learning-rate schedule waits where nothing has moved.
         self.optimizer._is_overflow = self.skipped - skipped == sum(map(len, rollout.passes))
         return loss
@@ -343,11 +343,14 @@ class PPOTrainer(WritesOnce):
                 self.kl_coef, rollout.mean_kl, config.target_kl, episodes, config.kl_horizon
             )
 
-    def optimizer_step(self, rollout: Rollout, rows: Tensor) -> float:
+    def optimizer_step(self, rollout: Rollout, rows: Tensor, number: int = 1) -> float:
         """One step on a mini-batch: the policy's forward and backward, then the critic's, in micro-batches.
 
         The two never share a graph, because a backward must run under the role of its forward. Returns the loss, the
         policy's and `vf_coef` times the critic's, without the language-model loss of `ptx`.
+
+        Args:
+            number: of the mini-batch, of all those of the update, from 1.
         """
         logged: dict[str, float] = {}
         roles = self.trained[1:] if self.warming_up else self.trained
@@ -372,8 +375,9 @@ class PPOTrainer(WritesOnce):
         if self.scaler.get_scale() < scale:  # some gradient overflowed
             check_scale(self.scaler)
         elif not steps:
-            what = f"{unsteady[0]} of a mini-batch of {len(rows)} episodes"
-            self.nonfinite.left_out(self.state.global_step + 1, what)
+            where = f"mini-batch {number} of {sum(map(len, rollout.passes))}"
+            ratio = f"whose largest ratio is {self.largest_ratio(rollout, rows):.3g}"
+            self.nonfinite.left_out(self.state.global_step + 1, f"{unsteady[0]} of {where}, {ratio},")
         else:
             rollout.fresh = False
             self.nonfinite.passed()
@@ -382,6 +386,13 @@ class PPOTrainer(WritesOnce):
         self.skipped += 1  # nothing has changed
         self.metrics.add({name: value for name, value in logged.items() if math.isfinite(value)})
         return loss if math.isfinite(loss) else 0.0
+
+    def largest_ratio(self, rollout: Rollout, rows: Tensor) -> float:
+        """The most, over a mini-batch's tokens, that the policy has made of a token's probability in the rollout."""
+        batches = list(micro_batches(rows, self.micro_batch_size))
+        now, _ = self.sampler.log_probs("policy", rollout, batches=batches)  # (B, T)
+        all_sum_([now])
+        return (now - rollout.log_probs)[rows][rollout.response_mask[rows]].max().exp().item()
 
     def summed(self, averages: dict[str, float], roles: Sequence[str]) -> dict[str, float]:
         """The whole mini-batch's gradients of roles, and its averages, from each process's share of them."""

@@ -30,6 +30,8 @@ from rlhf_recipes.model.base import device, load_base
 from rlhf_recipes.model.sampler import Samples, state_values
 from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.recipe.values import Base
+from rlhf_recipes.stages.nonfinite import MOST, NonFinite
+from rlhf_recipes.stages.ppo.rollout import Rollout
 from rlhf_recipes.stages.reward.adapters import check_probes
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_a_mini_batchs_step_knows_nothing_of_the_other_rows(folder: Path, make: 
 def test_every_pass_takes_each_row_once_in_another_order(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(num_mini_batches=3, num_ppo_epochs=3, total_episodes=12)
     step, taken = trainer.optimizer_step, []
-    monkeypatch.setattr(trainer, "optimizer_step", lambda rollout, rows: taken.append(rows) or step(rollout, rows))
+    monkeypatch.setattr(trainer, "optimizer_step", lambda *given: taken.append(given[1]) or step(*given))
     trainer.train()
     assert [len(rows) for rows in taken] == [4] * 9
     passes = [torch.cat(taken[i : i + 3]).tolist() for i in (0, 3, 6)]
@@ -507,9 +509,38 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_stops_training(make: Make
     trainer = make()
     before = weights(trainer, "policy").clone()
     trainer.model.head_weight("critic").data.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"^At update 1 of ppo loss/\w+ of a mini-batch .* ppo\.on_nonfinite=skip"):
+    where = r"loss/\w+ of mini-batch 1 of 2, whose largest ratio is 1, is not finite"
+    with pytest.raises(ValueError, match=rf"^At update 1 of ppo {where}.* ppo\.on_nonfinite=skip"):
         trainer.train()
     assert torch.equal(weights(trainer, "policy"), before)
+
+
+def test_the_message_says_which_mini_batch_was_not_finite_and_its_largest_ratio(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(num_mini_batches=2, total_episodes=8, num_ppo_epochs=2)
+    real, ratios = trainer.policy_loss, []
+
+    def loss(rollout: Rollout, rows: Tensor, tokens: Tensor) -> Any:
+        value, shares = real(rollout, rows, tokens)
+        batch = rollout.rows(rows)
+        now, _ = trainer.policy_forward(batch)
+        ratios.append((now - batch.log_probs).exp().max().item())
+        return (value * math.nan, shares) if len(ratios) == 4 else (value, shares)
+
+    monkeypatch.setattr(trainer, "policy_loss", loss)
+    with pytest.raises(ValueError, match=r"of mini-batch 4 of 4, whose largest ratio is [0-9.]+, is not finite") as e:
+        trainer.train()
+    assert ratios[-1] > 1 and f"largest ratio is {ratios[-1]:.3g}," in str(e.value)
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_are_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    answer = NonFinite("ppo", "skip")
+    for step in (*range(MOST), None, *range(MOST)):
+        answer.passed() if step is None else answer.left_out(step, "it")
+    assert len(caplog.messages) == 2 * MOST, "one that passed begins the count anew"
+    with pytest.raises(ValueError, match=r"^At update 10 .* 10 times before: lower ppo\.learning_rate"):
+        answer.left_out(MOST, "it")
 
 
 def test_steps_that_are_not_finite_can_be_left_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
