@@ -155,6 +155,7 @@ def test_no_command_runs_the_code_of_a_folder_that_it_opens(tmp_path: Path, caps
     mine.mkdir()
     save_model(tmp_path / "base")
     write_recipe(mine, replace(load("tiny"), base={"model": str(tmp_path / "base")}))
+    capsys.readouterr()
     samples = tmp_path / "samples.jsonl"
     samples.write_text(json.dumps({"prompt": "a", "responses": ["b", "c"]}) + "\n")
     for words in (
