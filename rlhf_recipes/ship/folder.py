@@ -51,7 +51,7 @@ def check_room(path: Path, base: Base, dtype: torch.dtype, copies: float = 1.0) 
 
 
 def has_foreign_code(made: Any) -> bool:
-    """Whether a model or tokenizer is of a class that came with it; else its `auto_map` names code that nobody needs."""
+    """Whether a model or tokenizer is of a class that came with it. Else nobody needs what its `auto_map` names."""
     return type(made).__module__.startswith("transformers_modules.")
 
 
