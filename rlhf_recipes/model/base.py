@@ -104,6 +104,16 @@ def base_config(base: Base) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
 
 
+def check_attention(base: Base) -> None:
+    """Raises ValueError where a base's own configuration has a kernel of the Hub loaded, which nobody has asked for."""
+    named = getattr(base_config(base), "_attn_implementation", None)
+    if base.attn_implementation is None and "/" in str(named):
+        raise ValueError(
+            f"base.model={base.model}: its configuration names {named}, code of the Hub, for attention: set "
+            "base.attn_implementation, to that where you trust it, or to sdpa."
+        )
+
+
 def longest_row(base: Base, limit: int | None, spare: int = 0, key: str = "") -> int | None:
     """The longest row, in tokens: `limit`, or what the model's context leaves beside `spare` tokens of response.
 
@@ -148,6 +158,7 @@ def load_base(base: Base, auto_class: type = AutoModelForCausalLM, **kwargs: Any
     Raises:
         ValueError: the architecture is not one that this package computes rightly (see `check`).
     """
+    check_attention(base)
     read = functools.partial(_read_base, base, auto_class, **kwargs)
     model = load_in_shards(read, device()) if is_sharded(base) else read()
     scores = auto_class is AutoModelForSequenceClassification

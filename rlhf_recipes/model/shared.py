@@ -415,7 +415,7 @@ class SharedBase(nn.Module):
     def load_role(self, name: str, folder: Path) -> None:
         """Read a role's weights from a PEFT folder. Raises ValueError where they do not fit the role."""
         assert self.peft is not None
-        state = read_adapter_weights(folder)
+        state: dict[str, Any] = read_adapter_weights(folder)
         score = state.pop(HEAD, None)
         saved = {key: value.shape for key, value in state.items()}
         wanted = {key: value.shape for key, value in self.role_state(name).items() if key != HEAD}

@@ -50,6 +50,11 @@ def check_room(path: Path, base: Base, dtype: torch.dtype, copies: float = 1.0) 
         raise ValueError(f"{there} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written.")
 
 
+def has_foreign_code(made: Any) -> bool:
+    """Whether a model or tokenizer is of a class that came with it. Else nobody needs what its `auto_map` names."""
+    return type(made).__module__.startswith("transformers_modules.")
+
+
 def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype, **tokens: Any) -> None:
     """Write the configuration of a model whose weights are no longer quantized.
 
@@ -59,6 +64,8 @@ def write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype, **tok
     config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if hasattr(config, "auto_map") and not has_foreign_code(model):
+        del config.auto_map
     config.architectures, config.dtype = [type(model).__name__], dtype
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         part.update(tokens)

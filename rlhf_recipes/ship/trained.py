@@ -18,6 +18,7 @@ from ..records.contents import Fingerprint
 from ..records.files import read_json, write_json
 from ..records.folder import EXPORT, adapter_folder, last_model, newest_round_first, read_recipe
 from ..stages.reward.adapters import PROBES
+from .folder import has_foreign_code
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Trained:
         read, and their positions begin with the first.
         """
         self.tokenizer.padding_side = "right" if self.scores else "left"
+        if not has_foreign_code(self.tokenizer):
+            self.tokenizer.init_kwargs.pop("auto_map", None)
         self.tokenizer.save_pretrained(folder)
 
     def write_record(self, folder: Path, **entries: Any) -> None:

@@ -838,6 +838,15 @@ def test_a_padding_token_of_its_own_is_kept(llama: Setup) -> None:
     assert llama.tokenizer.pad_token == "<pad>" == make_tokenizer().pad_token
 
 
+def test_a_base_names_no_code_of_the_hub(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "their/kernel"}))
+    with pytest.raises(ValueError, match="its configuration names their/kernel, code of the Hub"):
+        load_base(Base(str(tmp_path)))
+    load_base(Base(str(tmp_path), attn_implementation="sdpa"))
+
+
 def test_a_base_without_eos_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path)
     tokenizer = make_tokenizer()

@@ -1,5 +1,6 @@
 """What of a run folder may be obeyed: nothing that a stranger's recipe names but this package's own worlds."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from support.command_line import error_of, failed
 from support.tiny_models import save_model
 
 from rlhf_recipes import load, replace
-from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.cli.main import COMMANDS, main_cli
 from rlhf_recipes.evaluate.judges import Asking, find_judge
 from rlhf_recipes.feedback.judge import JudgeSettings
 from rlhf_recipes.feedback.ledger import Prices
@@ -125,6 +126,13 @@ def test_no_row_is_written_through_a_link(tmp_path: Path) -> None:
         Journal(tmp_path / "rows.jsonl")
 
 
+def test_every_command_that_refuses_takes_the_word_that_it_asks_for() -> None:
+    for name in ("arena", "chat", "critique", "evaluate", "export", "judge", "push", "sample", "serve"):
+        parser = argparse.ArgumentParser()
+        COMMANDS[name].arguments(parser)
+        assert "--trust-functions" in parser.format_help(), name
+
+
 def test_nobody_is_asked_whether_a_models_code_may_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mark = tmp_path / "model", tmp_path / "mark"
     model.mkdir()
@@ -155,6 +163,7 @@ def test_no_command_runs_the_code_of_a_folder_that_it_opens(tmp_path: Path, caps
     mine.mkdir()
     save_model(tmp_path / "base")
     write_recipe(mine, replace(load("tiny"), base={"model": str(tmp_path / "base")}))
+    capsys.readouterr()
     samples = tmp_path / "samples.jsonl"
     samples.write_text(json.dumps({"prompt": "a", "responses": ["b", "c"]}) + "\n")
     for words in (
@@ -175,8 +184,7 @@ def test_no_command_runs_the_code_of_a_folder_that_it_opens(tmp_path: Path, caps
     main_cli(["report", str(folder)])
     gather([folder])  # as `watch` does
     assert not mark.exists()
-    for command in ("chat", "arena"):
-        failed(capsys, [command, str(folder), "--trust-functions"])  # it has no finished model
+    failed(capsys, ["chat", str(folder), "--trust-functions"])  # it has no finished model
     main_cli(["list"])
     capsys.readouterr()  # the word is not for the rest of the process
     assert "names code" in error_of(capsys, ["chat", str(folder)])

@@ -17,13 +17,14 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from rlhf_recipes import replace
 from rlhf_recipes.cli.main import main_cli
-from rlhf_recipes.model.base import load_tokenizer
+from rlhf_recipes.model.base import fingerprint, load_base, load_tokenizer
 from rlhf_recipes.model.open import open_models
 from rlhf_recipes.model.sampler import autocast_of
 from rlhf_recipes.records.folder import read_recipe
 from rlhf_recipes.ship import folder as shipped_folder
 from rlhf_recipes.ship import measure
 from rlhf_recipes.ship.merge import merged_layers
+from rlhf_recipes.ship.trained import find_trained
 
 ROWS = [[4, 5, 6, 7, 8], [9, 4, 30]]
 # A name, what its base is, and how far a token's log-probability may be from the adapter on that base, on average.
@@ -201,3 +202,21 @@ def test_stopped_it_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit):
         main_cli(["export", str(run), "--to", str(tmp_path / "out")])
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_code_that_a_base_names_and_nobody_needs_is_not_shipped(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    base = Path(read_recipe(run).base.model)
+    for name in ("config.json", "tokenizer_config.json"):
+        written = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(written | {"auto_map": {"AutoConfig": "code.Theirs"}}))
+    (run / "ppo" / "policy" / "base.json").write_text(
+        json.dumps(fingerprint(read_recipe(run).base, load_tokenizer(read_recipe(run).base)))
+    )
+    trained = find_trained(run, "ppo")
+    model = load_base(trained.base)
+    assert model.config.auto_map and trained.tokenizer.init_kwargs["auto_map"], "they come along"
+    trained.save_tokenizer(tmp_path)
+    shipped_folder.write_config(model, tmp_path, torch.float32)
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((tmp_path / name).read_text())
