@@ -177,7 +177,7 @@ class Sweep:
         ):
             return False
         later = unfinished_rounds(self.variants[name], self.run_dir / name) if "ppo" in wanted else []
-        return not later and summary["seconds"].keys() >= set(wanted)
+        return not later and summary.get("seconds", {}).keys() >= set(wanted)
 
     def seconds(self, name: str) -> float:
         """What the stages took that were trained for this variant."""

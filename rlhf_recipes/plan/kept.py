@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..model.base import precision
 from ..records.cache import cache_folder
-from ..records.files import write_json
+from ..records.files import read_json, write_json
 from .dry_run import Shape, dry_run
 from .skeleton import read_config
 
@@ -29,7 +29,7 @@ def kept_dry_run(shape: Shape, layers: int, training_only: bool = False) -> dict
         return dry_run(shape, layers, training_only)
     entry = cache_folder() / "dry_runs" / f"{entry_name(shape, layers, training_only)}.json"
     if entry.is_file():
-        return json.loads(entry.read_text())
+        return read_json(entry)
     numbers = dry_run(shape, layers, training_only)
     with suppress(OSError):  # a plan needs no disk, which may be full or read-only
         entry.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,10 @@ def seconds_left(of_stage: float, later: Sequence[Later]) -> Seconds:
 
 def read_progress(run_dir: Path) -> Progress | None:
     """How far a run was; None where it has not said so. Raises ValueError where the file is damaged."""
-    return read_json(run_dir / PROGRESS)
+    found = read_json(run_dir / PROGRESS)
+    if found is not None and not Progress.__annotations__.keys() <= found.keys():
+        raise ValueError(f"{run_dir / PROGRESS} is not what this package writes. Delete it.")
+    return found
 
 
 def stage_words(stage: str, number: int) -> str:

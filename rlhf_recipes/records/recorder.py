@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .contents import Sample
-from .files import read_rows, write_text
+from .files import Row, read_rows, write_text
 from .manifest import Manifest
 from .tracking import Tracker
 
@@ -51,18 +51,29 @@ def say_lost_rows(folder: Path) -> None:
     manifest = Manifest.read(folder)
     for name, stages in ((METRICS, tuple(manifest.stages)), (SAMPLES, ("ppo", "dpo"))):
         path = folder / name
-        recorded = {row["stage"] for row in read_rows(path)}
+        recorded = {row["stage"] for row in check_rows(path, read_rows(path))}
         lost = [stage for stage in stages if manifest.is_done(stage) and stage not in recorded]
         if lost:
             said = f"{path} has no rows of {' and '.join(lost)} any more: the report lacks these curves and answers"
             print(f"warning: {said}. What was trained is whole.", file=sys.stderr)
 
 
+def check_rows(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows of metrics or samples as they are. Raises ValueError where one is none of a stage's."""
+    for number, row in enumerate(rows, 1):
+        if not {"stage", "step"} <= row.keys():
+            raise ValueError(f"{path}, row {number}: it has no stage or no step. Delete this row.")
+    return rows
+
+
 def drop_rows_to_come_again(path: Path, stage: str, step: int) -> None:
-    """Drop a stage's rows that are about to be written again: after the step it resumes from, or after its training."""
+    """Drop a stage's rows that are about to be written again: after the step it resumes from, or after its training.
+
+    Raises ValueError where a row is none of a stage's.
+    """
     if path.is_file():
         kept, again = [], False
-        for row in read_rows(path):
+        for row in check_rows(path, read_rows(path)):
             # A row of totals ends the training; the comparison of the models after it begins with the base.
             ends = "train_runtime" in row or row.get("model") == "base"
             again = again or (row["stage"] == stage and (row["step"] > step or ends))

@@ -17,6 +17,7 @@ from ..records.files import Row, read_json, read_rows
 from ..records.folder import checkpoint_step, checkpoints, newest_round_first, recipe_to_show
 from ..records.manifest import Manifest
 from ..records.progress import Progress, read_progress
+from ..records.recorder import METRICS, SAMPLES, check_rows
 from ..records.summary import summarize
 
 SCORES = {"gold": "gold", "judge": "judge", "reward": "score"}  # judge -> the key of its scores in samples and means
@@ -185,7 +186,7 @@ def _read_run(folder: Path, name: str, read: Callable[[Path], list[Row]]) -> Run
     recipe = recipe_to_show(folder)
     parts = []
     for number, path in enumerate(reversed(newest_round_first(folder)), 1):
-        metrics, samples = read(path / "metrics.jsonl"), read(path / "samples.jsonl")
+        metrics, samples = (check_rows(path / name, read(path / name)) for name in (METRICS, SAMPLES))
         parts.append(PartContents(path, number, Manifest.read(path), metrics, samples))
     summary = summarize(parts[0].manifest, [part.manifest for part in parts[1:] if part.manifest.stages])
     answers = read(folder / "evaluation" / "answers.jsonl") or list(_answers(parts))
