@@ -17,6 +17,7 @@ REFUSALS = {  # of a disk, by the system's number for it, and what to do
     errno.EACCES: "it may not be written: change its permissions, or name another folder",
 }
 ROOM = 2**20  # bytes: a disk with less is full
+LONGEST_ROW = 2**26  # bytes of a line: what is longer is no row
 
 Row = dict[str, Any]  # of a JSONL file: whoever writes it says which keys it has
 
@@ -95,7 +96,9 @@ def _rows(path: Path, known: list[Row] | None = None, whole: int = 0) -> tuple[l
         return [], None
     with path.open("rb") as stream:
         stream.seek(whole)
-        for number, line in enumerate(stream, len(rows) + 1):
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW + 1), b""), len(rows) + 1):
+            if len(line) > LONGEST_ROW:  # a file of no blocks may have gigabytes
+                raise ValueError(f"{path}, line {number}: longer than {LONGEST_ROW:,} bytes.")
             if known is not None and not line.endswith(b"\n"):
                 break
             try:

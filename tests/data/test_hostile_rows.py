@@ -14,6 +14,7 @@ from support.rows import make_tokenizer
 
 from rlhf_recipes.data.prepare import Prepared, load_rows, prepare, read_judged
 from rlhf_recipes.data.sources import conversion
+from rlhf_recipes.data.tokens import render
 from rlhf_recipes.recipe.values import Source, Stage
 from rlhf_recipes.records.files import Journal, read_json, read_rows
 
@@ -227,3 +228,17 @@ def test_texts_where_messages_belong_are_bad_rows(tmp_path: Path) -> None:
     assert prepared("sft", data).report["dropped"] == {"wrong type": 2, "missing field": 1}
     strange = {**message("a", None), "role": []}
     assert list(conversion("x", "oasst1")([strange])) == [strange]
+
+
+def test_a_row_of_a_run_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "samples.jsonl").open("wb") as file:
+        file.truncate(6 * 2**30)  # without a block on the disk
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 1: longer than 67,108,864 bytes"):
+        read_rows(tmp_path / "samples.jsonl")
+
+
+def test_a_template_that_would_fill_the_memory_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ 'a' * (10 ** 18) }}"
+    with pytest.raises(ValueError, match="The chat template refuses these messages"):
+        render(tokenizer, [{"role": "user", "content": "a"}])
