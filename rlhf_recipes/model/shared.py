@@ -6,6 +6,7 @@ B rows, P prompt tokens (left-padded), T response tokens (right-padded), L any t
 import copy
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,21 @@ def lora_config(lora: Lora, task_type: TaskType, model: PreTrainedModel) -> Lora
         exclude_modules=excluded_modules(model, all_linear=targets == "all-linear"),
         task_type=task_type,
     )
+
+
+def without_patterns(config: LoraConfig, folder: Path) -> None:
+    """Have a saved adapter on the modules that its weights are of, and not on those that a pattern in its file matches.
+
+    A pattern may be made so that it is matched without end. Raises ValueError where ranks go by one.
+    """
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if not re.fullmatch(r"\^?[\w.]+", key):
+            raise ValueError(f"{folder / 'adapter_config.json'}: the pattern of a rank is no module's name: {key!r}.")
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
+        with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            names = [key.removeprefix("base_model.model.").partition(".lora_") for key in sorted(weights.keys())]
+        config.target_modules = {name for name, of_lora, _ in names if of_lora}
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 def lora_forward(layer: Any, x: Tensor) -> Tensor:
@@ -159,6 +175,8 @@ class SharedBase(nn.Module):
         )
         # The task only matters to PEFT's own wrappers; here every role runs through the one causal model.
         config.task_type, config.modules_to_save = TaskType.CAUSAL_LM, None
+        if folder is not None:
+            without_patterns(config, folder)
         if self.peft is None:
             self.peft = get_peft_model(self.causal, config, adapter_name=name)
         else:
