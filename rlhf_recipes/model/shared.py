@@ -60,8 +60,8 @@ def without_patterns(config: LoraConfig, folder: Path) -> None:
     A pattern may be made so that it is matched without end. Raises ValueError where ranks go by one.
     """
     for key in (*config.rank_pattern, *config.alpha_pattern):
-        if not re.fullmatch(r"\^?[\w.]+", key):
-            raise ValueError(f"{folder / 'adapter_config.json'}: the pattern of a rank is no module's name: {key!r}.")
+        if not re.fullmatch(r"\^?(\.\*)?(\\\.|[\w.])+", key):
+            raise ValueError(f"{folder / 'adapter_config.json'}: the pattern of a rank is none of PEFT's own: {key!r}.")
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
         with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as weights:
             names = [key.removeprefix("base_model.model.").partition(".lora_") for key in sorted(weights.keys())]
