@@ -54,12 +54,12 @@ def lora_config(lora: Lora, task_type: TaskType, model: PreTrainedModel) -> Lora
     )
 
 
-def without_patterns(config: LoraConfig, folder: Path) -> None:
+def without_patterns(config: Any, folder: Path) -> None:
     """Have a saved adapter on the modules that its weights are of, and not on those that a pattern in its file matches.
 
     A pattern may be made so that it is matched without end. Raises ValueError where ranks go by one.
     """
-    for key in (*config.rank_pattern, *config.alpha_pattern):
+    for key in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
         if not re.fullmatch(r"\^?(\.\*)?(\\\.|[\w.])+", key):
             raise ValueError(f"{folder / 'adapter_config.json'}: the pattern of a rank is none of PEFT's own: {key!r}.")
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
