@@ -44,6 +44,9 @@ def exit_codes() -> Iterator[None]:
             raise
         print(printable(f"error: {error}", keep="\n\t"), file=sys.stderr)
         raise SystemExit(2) from error
+    except MemoryError as error:  # beyond all bounds that are set where something is read
+        print("error: memory ran out. Take less at once, or a machine with more of it.", file=sys.stderr)
+        raise SystemExit(2) from error
     except KeyboardInterrupt as error:  # a `Stopped` has a code of its own
         print("stopped; run the same command again to resume", file=sys.stderr)
         raise SystemExit(getattr(error, "code", 130)) from error

@@ -20,6 +20,7 @@ from ..records.rates import mean_rate
 from .check_index import signed
 from .check_rows import QUARTERS, Examination, Tally, ranks
 from .draw import draw
+from .kept import row_bytes
 from .prepare import RESERVED, check_shares, normalize
 from .read import conversion_of, read
 from .rows import MIXED, BadRow, Row, Survey, example
@@ -29,6 +30,7 @@ from .split import prompt_hash
 PURPOSES = ("reward", "dpo", "rank", "sft", "ppo", "ptx")  # those that say more about a row first
 QUANTILES = {"10 %": 0.1, "median": 0.5, "90 %": 0.9, "95 %": 0.95, "99 %": 0.99}
 CHUNK = 1000  # rows that are in memory at a time
+CHUNK_BYTES = 2**26  # of them
 MOST_PARTS = 10  # of a source that are named
 LARGE_JSON = 100 * 2**20  # bytes
 
@@ -103,11 +105,22 @@ def examine(
 
 
 def _chunks(numbered: Iterator[tuple[int, Any]], purpose: str, total: int | None = None) -> Iterator[list[Any]]:
-    """The rows, a list of CHUNK at a time, under a progress bar on a terminal's standard error."""
+    """The rows, some at a time, under a progress bar on a terminal's standard error."""
     with tqdm(total=total, desc=purpose, unit=" rows", disable=None, leave=False) as bar:
-        while rows := list(islice(numbered, CHUNK)):
+        while rows := _chunk(numbered):
             yield rows
             bar.update(len(rows))
+
+
+def _chunk(numbered: Iterator[tuple[int, Any]]) -> list[Any]:
+    """The next CHUNK rows, or fewer where they are long."""
+    rows, taken = [], 0
+    for number, row in islice(numbered, CHUNK):
+        rows.append((number, row))
+        taken += row_bytes(row)
+        if taken > CHUNK_BYTES:
+            break
+    return rows
 
 
 def _report(examined: Examination) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..recipe.lookup import is_function
 from ..recipe.values import Source
+from .kept import check_kept, row_bytes
 from .rows import Survey, row_prompt
 from .split import drawing_hash
 
@@ -29,8 +30,17 @@ def draw(numbered: Iterable[tuple[int, Any]], source: Source, seed: int) -> Iter
         return islice(numbered, source.limit)
     rename = Survey(source).rename
     bar = tqdm(numbered, f"drawing from {source.data}", unit=" rows", disable=None, leave=False)
-    lowest = heapq.nsmallest(source.limit, bar, lambda item: (_row_hash(rename(item[1]), seed), item[0]))
-    return iter(sorted(lowest, key=lambda item: item[0]))
+    lowest: list[tuple[int, int, int, Any]] = []  # of each row the hash and the number, negative, its bytes, and itself
+    taken = 0
+    for number, row in bar:
+        item = (-_row_hash(rename(row), seed), -number, row_bytes(row), row)
+        taken += item[2]
+        if len(lowest) < source.limit:
+            heapq.heappush(lowest, item)
+        else:
+            taken -= heapq.heappushpop(lowest, item)[2]
+        check_kept(taken, source.data)
+    return iter(sorted(((-number, row) for _, number, _, row in lowest), key=lambda item: item[0]))
 
 
 def _row_hash(row: Any, seed: int) -> int:

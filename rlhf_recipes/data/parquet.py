@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .kept import VALUE
+
 PIECE = 1000  # rows that are read at once: a row group may hold a million
 LARGEST_PIECE = 2**28  # bytes of them that become Python's objects at once
 LARGEST_ROW = 2**26  # bytes, as of a line of JSON
@@ -84,7 +86,12 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _unpacked_bytes(array: Any) -> int:
-    """Bytes of an array's texts, of which a dictionary holds each once, and of its other values."""
+    """Bytes of Python's objects of an array's values, and of its texts, of which a dictionary holds each once."""
+    return len(array) * VALUE + _inner_bytes(array)
+
+
+def _inner_bytes(array: Any) -> int:
+    """Bytes of the texts, or of the parts, of an array's values."""
     kind = array.type
     if pa.types.is_dictionary(kind):
         return pc.sum(pc.take(pc.binary_length(array.dictionary), array.indices)).as_py() or 0

@@ -46,6 +46,7 @@ from transformers import PreTrainedTokenizerBase
 from ..recipe.values import Source
 from ..records.contents import DataReport
 from .draw import draw
+from .kept import kept
 from .read import read
 from .rows import (
     BadRow,
@@ -186,10 +187,12 @@ def load_rows(stage: str, source: Source, seed: int = 0) -> tuple[list[Row], lis
     """The usable rows of a source, all text or all messages; the bad ones with their numbers; the survey of both.
 
     `seed` is that of what a limit draws.
-    Raises ValueError where the source cannot be read, is empty, or has no format that the stage takes.
+    Raises ValueError where the source cannot be read, is empty, would fill the memory, or has no format that the stage
+    takes.
     """
     survey, bad = Survey(source), []
-    rows = [Row(number, survey.add(row)) for number, row in draw(read(stage, source), source, seed)]
+    numbered = kept(draw(read(stage, source), source, seed), source.data)
+    rows = [Row(number, survey.add(row)) for number, row in numbered]
     survey.check_columns(stage)
     rows = normalize(stage, rows, survey.format(stage), bad)
     # Text and messages cannot be mixed; of equally many the kind of the first row is taken.

@@ -20,11 +20,12 @@ from datasets.exceptions import DatasetsError
 from ..recipe.lookup import function, holds_secret, is_function, secret_refused
 from ..recipe.values import Source
 from .hub import ask_hub
+from .kept import VALUE, most_bytes
 from .parquet import json_rows, parquet_rows
 from .sources import conversion, recognized, resolve_source
 
-LONGEST_LINE = 2**26  # characters: what is longer is no row
-LONGEST_LIST = 2**31  # characters of a JSON list, which is in memory whole
+LONGEST_LINE = 2**26  # characters, also of a table's row of many lines: what is longer is no row
+LONGEST_LIST = 2**30  # characters of a JSON list, which is in memory whole
 
 
 def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
@@ -109,6 +110,8 @@ def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{key}: {path}, line {error.lineno}: not JSON ({error.msg}).") from error
     except RecursionError as error:
         raise ValueError(f"{key}: cannot read {path}: it is nested too deep.") from error
+    except MemoryError as error:
+        raise ValueError(f"{key}: cannot read {path}: a row, or a list of them, does not fit into memory.") from error
     except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
         raise ValueError(f"{key}: cannot read {path}: {error}") from error
     except (OverflowError, LookupError) as error:  # of tables
@@ -141,6 +144,9 @@ def _read_json(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     whole = text.read(LONGEST_LIST + 1)
     if len(whole) > LONGEST_LIST:
         raise ValueError(f"a list of more than {LONGEST_LIST:,} characters: write it as JSON lines (.jsonl).")
+    # Before each value stands one of these signs, so that it is known what all of them may take.
+    if len(whole) + VALUE * sum(map(whole.count, ",:[{")) > most_bytes():
+        raise ValueError("a list that would fill half of the memory: write it as JSON lines (.jsonl).")
     return iter(enumerate(json.loads(whole), 1))
 
 
@@ -164,7 +170,18 @@ def _read_csv(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """A table with a header. All cells are text, but for messages."""
     # Read by the standard library, not pyarrow, which fails a whole column for one cell of another type.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    for number, row in enumerate(csv.DictReader(_lines(text)), 1):
+    taken = 0
+
+    def lines() -> Iterator[str]:  # a cell in quotes goes on over them
+        nonlocal taken
+        for line in _lines(text):
+            taken += len(line)
+            if taken > LONGEST_LINE:
+                raise ValueError(f"a row is longer than {LONGEST_LINE:,} characters.")
+            yield line
+
+    for number, row in enumerate(csv.DictReader(lines()), 1):
+        taken = 0
         yield number, {column: _decode(cell) for column, cell in row.items()}
 
 

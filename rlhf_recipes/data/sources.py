@@ -13,6 +13,7 @@ from typing import Any
 from ..recipe.lookup import function, is_function
 from ..recipe.overrides import suggestion
 from ..recipe.values import Source
+from .kept import kept
 
 Row = dict[str, Any]
 
@@ -157,7 +158,7 @@ def _alpacaeval(rows: Iterable[Any]) -> Iterator[Any]:
     """
     votes: dict[Any, list[float]] = defaultdict(list)
     firsts: dict[Any, Row] = {}
-    for number, row in enumerate(rows):
+    for number, row in enumerate(kept(rows, "alpacaeval")):
         try:
             pair = (row["instruction"], row["output_1"], row["output_2"])
             vote = 2 - (float(row["preference"]) or 1.5)
@@ -210,7 +211,7 @@ def _oasst1(rows: Iterable[Row]) -> Iterator[Row]:
     messages are held in memory. A row that is no message stays as it is, to be refused.
     """
     messages: dict[str, Row] = {}
-    for row in rows:
+    for row in kept(rows, "oasst1"):
         if not _is_message(row):
             yield row
         elif not row.get("deleted"):

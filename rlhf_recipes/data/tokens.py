@@ -282,6 +282,7 @@ RAISED_BY_TEMPLATES = (
     TypeError,
     ValueError,
     RecursionError,
+    MemoryError,
 )
 
 

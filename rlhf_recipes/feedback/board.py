@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 from ..data.tokens import Text
 from ..records.files import Journal
@@ -23,6 +23,7 @@ Mode = Literal["rank", "pairs"]
 
 LEASE = 600.0  # seconds without a sign of life after which another labeler may get a labeler's sample
 PACE = 20  # judgements that the pace is the median of
+ORDERS = 100  # labelers whose orders of all samples are in memory
 NOTE = 2_000  # characters of a note at most
 
 
@@ -105,7 +106,9 @@ class Board:
         if left:
             self._lease(labeler, left[0])
             item = self._item(labeler, left[0])
-        seconds = [row["seconds"] for row in done.values() if "ranking" in row and "seconds" in row][-PACE:]
+        seconds = [row["seconds"] for row in done.values() if "ranking" in row and _is_seconds(row.get("seconds"))][
+            -PACE:
+        ]
         return {
             "labeler": labeler,
             "item": item,
@@ -130,6 +133,8 @@ class Board:
     def _left(self, labeler: str) -> tuple[list[str], int]:
         """The samples that the labeler may get, the next one first, and how many more others have before them."""
         if labeler not in self.sequences:  # each goes through the samples in an order of his own
+            if len(self.sequences) >= ORDERS:
+                self.sequences.clear()
             self.sequences[labeler] = sorted(self.samples, key=lambda id: digest_of(self.seed, id, labeler))
         done, own = self.done.get(labeler, {}), self.leases.get(labeler)
         shared, judged = self.shared, self.judged  # all samples are gone through with every judgement
@@ -290,7 +295,7 @@ def _turns(part: Text) -> list[dict[str, str]]:
 def _remarks(sent: Row) -> Row:
     """What comes with a judgement: the seconds it took, the browser's id, a note and a flag. Raises Refusal."""
     seconds, note, flag = sent.get("seconds"), sent.get("note", ""), sent.get("flag", False)
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
+    if not _is_seconds(seconds):
         raise Refusal(422, "seconds: it must be a number from 0 to a million.")
     if not isinstance(note, str) or len(note) > NOTE:
         raise Refusal(422, f"note: it must be text of at most {NOTE:,} characters.")
@@ -299,6 +304,11 @@ def _remarks(sent: Row) -> Row:
     note = note.strip().encode(errors="replace").decode()  # half of a surrogate pair is no text
     known = {"browser": sent["browser"]} if "browser" in sent else {}
     return {"seconds": round(seconds, 1)} | known | ({"note": note} if note else {}) | ({"flag": True} if flag else {})
+
+
+def _is_seconds(given: Any) -> TypeGuard[float]:
+    """Whether it is what a judgement took. A file of labels may say anything."""
+    return isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < 1e6
 
 
 def _now() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..recipe.overrides import suggestion
+from .plain_yaml import load_yaml
 
 DEFAULT = Path(__file__).with_name("constitution.yaml")
 
@@ -105,7 +106,7 @@ def read_constitution(path: Path, needs_principle: bool = False) -> list[Princip
 def _yaml(path: Path, text: str) -> list[Any]:
     """The entries of a YAML constitution, whatever they are."""
     try:
-        entries = yaml.safe_load(text)
+        entries = load_yaml(text)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"

@@ -5,14 +5,15 @@ Every judgement is on disk before the next sample is sent. What has been judged 
 and of skips when the server starts, so that killing it loses nothing.
 """
 
+import asyncio
 import json
 import re
 import secrets
 import unicodedata
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..records.digest import digest
 from ..records.files import writing_in
@@ -44,6 +45,7 @@ from .sheet import read_sheet, sheet_to_show
 
 BODY = 65_536  # bytes of a request at most
 NAME = r"[\w. -]{1,40}"
+NAMES = 20  # of labelers who share a browser, at most
 
 # Nothing may be loaded, and no script may run but the page's own; a string can become neither markup nor a script.
 POLICY = (
@@ -113,6 +115,8 @@ class _LabelPage:
         self.board, self.access, self.settings, self.answer = board, access, settings, answer
         self.actions = {"start": board.stay, "stay": board.stay, "judge": board.rank}
         self.actions |= {"skip": board.skip, "undo": board.undo}
+        self.names: dict[str, set[str]] = defaultdict(set)  # browser -> names that were given in it
+        self.turn, self.asking = asyncio.Lock(), set[str]()  # to be answered; browsers that wait for it
         self.html = Path(__file__).with_name("label.html").read_text(encoding="utf-8")
         for name in ("pages.css", "pages.js"):
             part = (Path(__file__).parents[1] / "report" / name).read_text(encoding="utf-8")
@@ -131,13 +135,14 @@ class _LabelPage:
         """
         browser = browser_of(request, self.access)
         sent = await _sent_json(request)
-        labeler = _name(sent.get("labeler"))
+        labeler = self._labeler(browser, sent)
         sent["browser"] = digest(browser)
         action = request.path_params["action"]
         if action == "ask" and self.answer is not None:
             prompt = _prompt(sent.get("prompt"))
-            lines = ask(self.board, labeler, prompt, self.answer)
-            return StreamingResponse(lines, media_type="application/x-ndjson", headers=HEADERS)
+            return StreamingResponse(
+                self._ask(browser, labeler, prompt, self.answer), media_type="application/x-ndjson", headers=HEADERS
+            )
         if action not in self.actions:
             raise Refusal(404, "There is no such page.")
         try:
@@ -148,13 +153,33 @@ class _LabelPage:
         settings = self.settings if action == "start" else {}
         return JSONResponse(settings | self.board.state(labeler), headers=HEADERS)
 
+    def _labeler(self, browser: str, sent: Row) -> str:
+        """Who is at a browser. Raises Refusal where that is no name, or one too many."""
+        labeler, names = _name(sent.get("labeler")), self.names[browser]
+        if len(names | {labeler}) > NAMES:
+            raise Refusal(429, f"{NAMES} people have given their names in this browser: take another one.")
+        names.add(labeler)
+        return labeler
+
+    async def _ask(self, browser: str, labeler: str, prompt: str, answer: Answerer) -> AsyncIterator[str]:
+        """The lines of `live.ask`, one prompt of a browser at a time."""
+        if browser in self.asking:
+            yield json.dumps({"error": "Your last prompt is still being answered."})
+            return
+        self.asking.add(browser)
+        try:
+            async for line in ask(self.board, labeler, prompt, answer, self.turn):
+                yield line
+        finally:
+            self.asking.remove(browser)
+
 
 async def _sent_json(request: Request) -> Row:
     """The JSON object that one of our own pages sent. Raises Refusal for anything else."""
     headers = request.headers
     if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refusal(415, "The request must be of the type application/json.")
-    if urlsplit(headers.get("origin", "")).netloc != headers.get("host"):
+    if headers.get("origin", "").partition("://")[2] != headers.get("host"):
         raise Refusal(403, "The request comes from another page.")
     if int(headers.get("content-length", BODY + 1)) > BODY:
         raise Refusal(413, f"The request must be of a known length, at most {BODY:,} bytes.")

@@ -23,8 +23,10 @@ class Asked(NamedTuple):
 Answerer = Callable[[str, Show], Asked]
 
 
-async def ask(board: Board, labeler: str, prompt: str, answer: Answerer) -> AsyncIterator[str]:
-    """Have a prompt answered and give the sample to who typed it, whether or not he is still there.
+async def ask(board: Board, labeler: str, prompt: str, answer: Answerer, turn: asyncio.Lock) -> AsyncIterator[str]:
+    """Have a prompt answered and give the sample to who typed it, also where he leaves while it is answered.
+
+    Who leaves before his turn has come, of which there is one at a time, is not answered.
 
     Yields a JSON object a line: `{"side": 0, "text": "so far"}`, and at last the labeler's `state` or an `error`.
     """
@@ -44,8 +46,10 @@ async def ask(board: Board, labeler: str, prompt: str, answer: Answerer) -> Asyn
         except ValueError as error:
             lines.put_nowait({"error": str(error)})
         finally:
+            turn.release()
             lines.put_nowait(None)
 
+    await turn.acquire()
     loop.run_in_executor(None, work).add_done_callback(conclude)
     while (line := await lines.get()) is not None:
         yield json.dumps(line) + "\n"

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from .plain_yaml import load_yaml
+
 DEFAULT = Path(__file__).with_name("sheet.yaml")
 MOST_STEPS = 10  # of a scale
 
@@ -42,7 +44,7 @@ def read_sheet(path: Path = DEFAULT) -> Sheet:
     Raises ValueError, naming the file and the entry or line, where it is no such list.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        entries = load_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--sheet: {path} cannot be read as YAML: {error}") from error
     if not isinstance(entries, list) or not entries:

@@ -3,6 +3,7 @@
 Of its other kinds and settings PEFT loads a tokenizer that the folder names, or imports a module: none of them is read.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,31 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """PEFT's configuration of a saved adapter. Raises ValueError where it is more than plain LoRA in safetensors."""
     path, default = folder / "adapter_config.json", LoraConfig().to_dict()
     saved = read_json(path)
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder} holds no adapter: there is no {path.name} that PEFT has written.")
     for key in sorted(saved.keys() - READ - OF_NO_EFFECT):
         if saved[key] and saved[key] != default.get(key):
             raise ValueError(f"{path}: {key}={saved[key]!r} is none of a plain LoRA adapter, and no other is loaded.")
-    _weights(folder)
-    return LoraConfig(**{key: saved[key] for key in READ & saved.keys()})
+    config = LoraConfig(**{key: saved[key] for key in READ & saved.keys()})
+    _leave_patterns_out(config, _weights(folder))
+    return config
+
+
+def _leave_patterns_out(config: LoraConfig, weights: Path) -> None:
+    """Have a saved adapter on the modules that its weights are of, and not on those that a pattern in its file matches.
+
+    A pattern may be made so that it is matched without end. Raises ValueError where ranks go by one.
+    """
+    for key in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
+        if not re.fullmatch(r"\^?(\.\*)?(\\\.|[\w.])+", key):
+            raise ValueError(
+                f"{weights.with_name('adapter_config.json')}: the pattern of a rank is none of PEFT's own: {key!r}."
+            )
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
+        with safetensors.safe_open(weights, "pt") as file:
+            names = [key.removeprefix("base_model.model.").partition(".lora_") for key in sorted(file.keys())]
+        config.target_modules = {name for name, of_lora, _ in names if of_lora}
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:

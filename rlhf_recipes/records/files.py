@@ -20,6 +20,7 @@ REFUSALS = {  # of a disk, by the system's number for it, and what to do
 }
 # Errors of what safetensors and tokenizers (Rust), and torch, write: they have no number, but mostly its words.
 LIBRARIES = re.compile(r"\(os error \d+\)|inline_container\.cc.*(strerror|unexpected pos|PytorchStreamWriter)")
+LONGEST_ROW = 2**26  # bytes of a line: what is longer is no row
 
 WRITE_AGAIN = "Delete it, or run what writes it again."
 
@@ -114,7 +115,9 @@ def _rows(path: Path, known: list[Row] | None = None, whole: int = 0) -> tuple[l
         return [], None
     with path.open("rb") as stream:
         stream.seek(whole)
-        for number, line in enumerate(stream, len(rows) + 1):
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_ROW + 1), b""), len(rows) + 1):
+            if len(line) > LONGEST_ROW:  # a file of no blocks may have gigabytes
+                raise ValueError(f"{path}, line {number}: longer than {LONGEST_ROW:,} bytes.")
             if known is not None and not line.endswith(b"\n"):
                 break
             try:

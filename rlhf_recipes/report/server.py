@@ -1,5 +1,6 @@
 """A page on this machine: who gets it, under which headers, and at which port."""
 
+import asyncio
 import secrets
 import socket
 import ssl
@@ -18,6 +19,7 @@ try:  # pages import what they need of it from here, so that what to install is 
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     raise ValueError(f"The page needs {error.name}: pip install 'rlhf_recipes[label]'.") from error
 
@@ -25,6 +27,9 @@ COOKIE = 10_000_000  # seconds, four months
 OPEN_THE_LINK = "Open the link that the server printed: it ends in ?token=..."
 HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 LOOPBACK = ("127.0.0.1", "localhost")
+HEAD = 65_536  # bytes of a request without its body: browsers send the cookies of all ports
+PATIENCE = 20.0  # seconds for a request to come whole
+MOST_WAITING = 256  # connections, above which those without a request make room: files may be 1,024
 
 
 def page_app(routes: Sequence[Route], hosts: Sequence[str] = LOOPBACK) -> Starlette:
@@ -136,6 +141,33 @@ def link_to(listener: socket.socket, access: Access, share: bool = False, encryp
     return f"http://127.0.0.1:{link}"
 
 
+class _Connection(H11Protocol):
+    """A connection that ends where no request comes on it, so that silent ones do not keep out who has the token."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MOST_WAITING:
+            for other in list(self.connections):
+                if other is not self and isinstance(other, _Connection) and not other.is_answering():
+                    other.transport.abort()
+        self.patience = self.loop.call_later(PATIENCE, self._look, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.patience.cancel()
+        super().connection_lost(exc)
+
+    def is_answering(self) -> bool:
+        """Whether a request has come whole, and its answer has not gone yet."""
+        return self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete)
+
+    def _look(self, before: object) -> None:
+        """End it where it waits for the request for which it waited when it was last looked at."""
+        if self.cycle is before and not self.is_answering():
+            self.transport.abort()
+        else:
+            self.patience = self.loop.call_later(PATIENCE, self._look, self.cycle)
+
+
 def server_of(app: Starlette, certificate: Path | None = None, key: Path | None = None) -> uvicorn.Server:
     """The server of a page, which the page's `state.server` is, so that endless answers can end with it."""
     config = uvicorn.Config(
@@ -143,6 +175,9 @@ def server_of(app: Starlette, certificate: Path | None = None, key: Path | None 
         log_level="warning",
         lifespan="off",
         timeout_graceful_shutdown=2,
+        http=_Connection,
+        h11_max_incomplete_event_size=HEAD,
+        backlog=MOST_WAITING,
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )

@@ -1,7 +1,7 @@
 """Exported models behind an OpenAI-compatible endpoint of this machine, by an engine that is installed.
 
-The server is the engine's own, `transformers serve` or `vllm serve`, a process beside this one. Each model has a name,
-by which it is asked for: that of its folder or, of a run, that of the model.
+The server is the engine's own, `transformers serve` (behind `guard`) or `vllm serve`, a process beside this one. Each
+model has a name, by which it is asked for: that of its folder or, of a run, that of the model.
 """
 
 import json
@@ -33,6 +33,7 @@ from .trained import ExportSettings, find_trained
 
 Engine = Literal["transformers", "vllm"]
 HOST = "127.0.0.1"
+GUARD = Path(__file__).with_name("guard.py")
 INSTALL = {"transformers": "pip install 'rlhf_recipes[serve]'", "vllm": "pip install 'rlhf_recipes[vllm]'"}
 PLACE = "exports"  # in a run folder: what was exported of it to be served
 
@@ -128,7 +129,8 @@ def command(engine: Engine, served: Sequence[Served], port: int, options: Sequen
     if engine == "transformers":
         if adapters:
             raise ValueError(f"transformers serves no adapter, and {adapters[0].folder} is one: take --engine vllm.")
-        return [sys.executable, "-m", "transformers.cli.transformers", "serve", *names[: len(names) == 1], *ours]
+        # -P: neither beside the guard nor in the folder of models is anything to be imported.
+        return [sys.executable, "-P", str(GUARD), "serve", *names[: len(names) == 1], *ours]
     if not adapters and len(served) == 1:
         return ["vllm", "serve", names[0], "--served-model-name", names[0], *ours]
     bases = {_base_id(model) for model in adapters}

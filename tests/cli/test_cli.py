@@ -18,6 +18,7 @@ from support.paths import ROOT
 from support.tiny_models import save_model
 
 from rlhf_recipes import __version__, load, replace
+from rlhf_recipes.cli.command import exit_codes
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.cli.notify import notifying
 from rlhf_recipes.cli.run import main
@@ -306,3 +307,10 @@ def test_a_shell_is_offered_commands_recipes_and_settings(line: str, offered: li
     asked["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "offered")
     subprocess.run([sys.executable, "-m", "rlhf_recipes"], env=os.environ | asked, check=True)
     assert (tmp_path / "offered").read_text().split() == offered
+
+
+def test_what_no_bound_stops_says_that_memory_ran_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, exit_codes():
+        raise MemoryError
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: memory ran out. Take less at once, or a machine with more of it.\n"

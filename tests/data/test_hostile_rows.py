@@ -14,6 +14,7 @@ from support.rows import make_tokenizer
 
 from rlhf_recipes.data.prepare import Prepared, load_rows, prepare, read_judged
 from rlhf_recipes.data.sources import conversion
+from rlhf_recipes.data.tokens import render
 from rlhf_recipes.recipe.values import Source, Stage
 from rlhf_recipes.records.files import Journal, read_json, read_rows
 
@@ -156,6 +157,50 @@ def test_a_list_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatc
         load_rows("ppo", Source(str(tmp_path / "rows.json.gz")))
 
 
+def test_a_list_of_more_values_than_fit_is_refused_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_recipes.data.read.most_bytes", lambda: 1_000_000)
+    (tmp_path / "rows.json").write_text("[" + "[]," * 50_000 + "[]]")  # 150 kB, and of Python's objects 4 MB
+    with pytest.raises(
+        ValueError, match=r"rows\.json: a list that would fill half of the memory: write it as JSON lin"
+    ):
+        load_rows("ppo", Source(str(tmp_path / "rows.json")))
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "a" * 500_000}]))
+    assert len(load_rows("ppo", Source(str(tmp_path / "rows.json")))[0]) == 1
+
+
+def test_a_row_of_endless_lines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.data.read.LONGEST_LINE", 10_000)
+    short = "prompt\n" + '"a\nb"\n' * 10_000  # of which each row is short
+    written(tmp_path / "rows.csv", short)
+    assert len(load_rows("ppo", Source(str(tmp_path / "rows.csv")))[0]) == 10_000
+    (tmp_path / "rows.csv").write_text('prompt\n"' + 'x\n","' * 10_000)
+    with pytest.raises(ValueError, match=r"ppo\.data: cannot read .*rows\.csv: a row is longer than 10,000 characters"):
+        load_rows("ppo", Source(str(tmp_path / "rows.csv")))
+
+
+@pytest.mark.parametrize("limit", [None, 900])
+def test_rows_that_would_fill_the_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """However short they are: a file of 250 kB may hold a hundred million."""
+    data = written(tmp_path / "rows.jsonl", *(json.dumps({"prompt": f"p{n}"}) for n in range(1000)))
+    monkeypatch.setattr("rlhf_recipes.data.kept.most_bytes", lambda: 1_000_000)
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl: its rows take more than half of this machine's memory \(0\.0 GB\)"
+    ):
+        load_rows("ppo", Source(data, limit=limit))
+    assert len(load_rows("ppo", Source(data, limit=500))[0]) == 500
+
+
+def test_messages_that_are_held_for_their_trees_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.data.kept.most_bytes", lambda: 100_000)
+    for name, row in {"oasst1": message("a", None), "alpacaeval": {"instruction": "i"}}.items():
+        with pytest.raises(ValueError, match=f"{name}: its rows take more than half"):
+            list(conversion("x", name)(dict(row) for _ in range(1_000)))
+
+
 @pytest.mark.long
 def test_ten_thousand_columns_are_read(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", **{f"column {m}": m for m in range(10_000)}} for n in range(2)]
@@ -183,3 +228,17 @@ def test_texts_where_messages_belong_are_bad_rows(tmp_path: Path) -> None:
     assert prepared("sft", data).report["dropped"] == {"wrong type": 2, "missing field": 1}
     strange = {**message("a", None), "role": []}
     assert list(conversion("x", "oasst1")([strange])) == [strange]
+
+
+def test_a_row_of_a_run_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "samples.jsonl").open("wb") as file:
+        file.truncate(6 * 2**30)  # without a block on the disk
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 1: longer than 67,108,864 bytes"):
+        read_rows(tmp_path / "samples.jsonl")
+
+
+def test_a_template_that_would_fill_the_memory_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ 'a' * (10 ** 18) }}"
+    with pytest.raises(ValueError, match="The chat template refuses these messages"):
+        render(tokenizer, [{"role": "user", "content": "a"}])

@@ -8,10 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_recipes.data.check import _chunks, survey_source
 from rlhf_recipes.data.read import read
 from rlhf_recipes.recipe.values import Source
 
@@ -62,6 +64,26 @@ def test_what_unpacks_without_end_does_not_fill_the_disk(tmp_path: Path, monkeyp
     (tmp_path / "rows.parquet.gz").write_bytes(gzip.compress(b"\0" * 2**24))
     with pytest.raises(ValueError, match=r"rows\.parquet\.gz: it unpacks to more than 4,194,304 bytes"):
         list(rows_of(tmp_path / "rows.parquet.gz"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.StructArray.from_arrays([pa.array(np.zeros(5 * 10**6, bool))], ["a"]),
+        pa.DictionaryArray.from_arrays(pa.array(np.zeros(5 * 10**6, np.int32)), pa.array([""])),
+    ],
+)
+def test_a_row_of_millions_of_small_values_is_refused(tmp_path: Path, values: pa.Array) -> None:
+    rows = pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+    with pytest.raises(ValueError, match=r"cannot read .*rows\.parquet: a row is longer than 67,108,864 bytes"):
+        list(rows_of(written(tmp_path / "rows.parquet", rows)))
+
+
+def test_a_check_holds_few_rows_where_they_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.data.check.CHUNK_BYTES", 100_000)
+    data = written(tmp_path / "rows.parquet", repeated("a" * 60_000, 20))
+    assert [len(rows) for rows in _chunks(read("ppo", Source(str(data))), "x")] == [2] * 10
+    assert survey_source(Source(str(data))).total == 20
 
 
 @pytest.mark.parametrize("limits", [{}, {"LARGEST_PIECE": 0}, {"LARGEST_GROUP": 1000, "PIECE": 1}])

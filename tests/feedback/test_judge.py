@@ -240,6 +240,7 @@ def test_constitutions(tmp_path: Path, name: str, content: str, principles: list
         ("a.txt", "# nothing\n\n", "holds no principle"),
         ("a.yaml", "- one\n- [\n", r"a\.yaml, line 3: not YAML"),
         ("a.yaml", "name: one\n", "a constitution is a list"),
+        ("a.yaml", "- &a one\n- *a\n", r"a\.yaml, line 2: not YAML \(write out what the alias \(\*name\) stands for"),
         ("a.yaml", "- one\n- 3\n", r"a\.yaml, entry 2: int, not a text"),
         ("a.yaml", "- {princple: one}\n", r"entry 1: there is no key 'princple'. Did you mean principle\?"),
         ("a.yaml", "- {critique: one}\n", r"entry 1: it has neither `principle` nor both"),

@@ -11,10 +11,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from itertools import combinations
 from pathlib import Path
@@ -34,6 +35,7 @@ from support.tiny_models import make_tokenizer
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.feedback.board import Board
 from rlhf_recipes.feedback.label import serve_label_page
+from rlhf_recipes.feedback.live import Asked, Show
 from rlhf_recipes.feedback.rows import read_labels, read_samples
 from rlhf_recipes.recipe.values import Stage
 from rlhf_recipes.records.lock import held
@@ -328,6 +330,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         ({"labeler": "Ann"}, {"Origin": "http://evil.example"}, 403),
         ({"labeler": "Ann"}, {"Origin": ""}, 403),
         ({"labeler": "Ann"}, {"Origin": "null"}, 403),
+        ({"labeler": "Ann"}, {"Origin": "http://[::1"}, 403),
         ({"labeler": "Ann"}, {"Host": "evil.example", "Origin": "http://evil.example"}, 400),
         ({"labeler": "Ann"}, {"Content_Type": "text/plain"}, 415),
         ({"labeler": "Ann", "more": "x" * 70_000}, {}, 413),
@@ -355,6 +358,139 @@ def test_without_the_token_there_is_no_page(client: Client) -> None:
     assert client("GET", "/", Cookie=client.cookie)[0] == 200
     assert client("GET", "/judge", Cookie=client.cookie)[0] == 405
     assert client.post("/other", {"labeler": "Ann"})[0] == 404
+
+
+def test_a_browser_has_some_names_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.feedback.label.NAMES", 2)
+    with serving(write_samples(tmp_path, 5)) as link:
+        client, other = Client(link), Client(link)
+        assert [client.post("/start", {"labeler": name})[0] for name in ("Ann", "Bob", "Cem", "Ann")] == [
+            200,
+            200,
+            429,
+            200,
+        ]
+        assert other.post("/start", {"labeler": "Cem"})[0] == 200
+
+
+def test_orders_of_many_labelers_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.feedback.board.ORDERS", 3)
+    board = make_board(tmp_path)
+    for n in range(10):
+        board.state(f"L{n}")
+        assert len(board.sequences) <= 3
+
+
+@pytest.mark.parametrize("seconds", ["x", True, float("nan"), -1, [], None])
+def test_seconds_that_are_none_do_not_stop_the_page(tmp_path: Path, seconds: Any) -> None:
+    rows = [{"id": f"s{n}", "labeler": "Ann", "ranking": [1, 2, 3], "seconds": s} for n, s in enumerate((seconds, 3))]
+    write(tmp_path / "labels.jsonl", rows)
+    assert make_board(tmp_path).state("Ann")["seconds"] == 3
+
+
+def opened_sockets(link: str, count: int, sent: bytes) -> list[socket.socket]:
+    host, port = link.split("/")[2].split(":")
+    made = [socket.create_connection((host, int(port)), timeout=5) for _ in range(count)]
+    for one in made:
+        one.sendall(sent)
+    return made
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_who_has_the_token_gets_in_past_silent_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.report.server.MOST_WAITING", 20)
+    with serving(write_samples(tmp_path, 5)) as link:
+        silent = opened_sockets(link, 60, b"GET / HTTP/1.1\r\nX-")
+        assert Client(link).post("/start", {"labeler": "Ann"})[0] == 200
+        assert all(map(is_closed, silent[:20]))
+        for one in silent:
+            one.close()
+
+
+def test_a_request_that_does_not_come_whole_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.report.server.PATIENCE", 0.3)
+    with serving(write_samples(tmp_path, 5)) as link:
+        client = Client(link)
+        head = (
+            f"POST /start HTTP/1.1\r\nHost: {client.host}\r\nOrigin: http://{client.host}\r\n"
+            f"Cookie: {client.cookie}\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
+        )
+        (first,), (second,) = (opened_sockets(link, 1, sent) for sent in (b"GET / HTTP/1.1\r\nX-", head.encode()))
+        assert is_closed(first) and is_closed(second)
+        first.close()
+        second.close()
+        assert client.post("/start", {"labeler": "Ann"})[0] == 200
+
+
+def test_a_head_without_end_is_refused(client: Client) -> None:
+    (one,) = opened_sockets(f"http://{client.host}/", 1, b"GET / HTTP/1.1\r\nX: ")
+    with suppress(OSError):  # it is not read to its end
+        for _ in range(64):
+            one.sendall(b"a" * 2**20)
+    with suppress(ConnectionResetError):
+        assert one.recv(100).startswith(b"HTTP/1.1 400")
+    one.close()
+    assert client.post("/start", {"labeler": "Ann"})[0] == 200
+
+
+# --- Prompts that are typed -------------------------------------------------------------------------------------------
+
+
+class SlowAnswers:
+    """Answers as the test lets it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.go = threading.Event()
+
+    def __call__(self, prompt: str, show: Show) -> Asked:
+        self.asked.append(prompt)
+        assert self.go.wait(10)
+        return Asked({"id": prompt, "prompt": prompt, "responses": ["a", "b"]}, [0, 1])
+
+
+def test_typed_prompts_take_turns_and_who_has_left_is_not_answered(tmp_path: Path) -> None:
+    """One at a time is answered; a browser asks one at a time; and nobody asks from another page."""
+    answers = SlowAnswers()
+    with serving(tmp_path / "typed.jsonl", answer=answers) as link:
+        first, second, third = Client(link), Client(link), Client(link)
+        for headers in ({"Origin": "http://evil.example"}, {"Origin": ""}, {"Cookie": ""}):
+            assert first.post("/ask", {"labeler": "Ann", "prompt": "p"}, **headers)[0] == 403
+        left = HTTPConnection(second.host)
+        said: list[Any] = []
+        asking = [
+            threading.Thread(target=lambda: said.append(first.post("/ask", {"labeler": "Ann", "prompt": "first"})))
+        ]
+        asking[0].start()
+        until(lambda: answers.asked == ["first"])
+        usual = {"Content-Type": "application/json", "Origin": f"http://{second.host}", "Cookie": second.cookie}
+        left.request("POST", "/ask", json.dumps({"labeler": "Bob", "prompt": "second"}), usual)
+        assert left.getresponse().status == 200
+        assert "still being answered" in str(first.post("/ask", {"labeler": "Ann", "prompt": "again"})[1])
+        assert "still being answered" in str(second.post("/ask", {"labeler": "Bob", "prompt": "again"})[1])
+        left.close()
+        until(lambda: second.post("/start", {"labeler": "Bob"})[0] == 200)
+        asking.append(threading.Thread(target=third.post, args=("/ask", {"labeler": "Cem", "prompt": "third"})))
+        asking[1].start()
+        time.sleep(0.3)  # in which the server hears that the second has left
+        answers.go.set()
+        for thread in asking:
+            thread.join()
+    assert answers.asked == ["first", "third"]
+    assert said[0][1]["state"]["item"]["prompt"][0]["content"] == "first"
+
+
+def until(holds: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def test_the_page_may_load_nothing_and_run_nothing_but_its_own(client: Client) -> None:

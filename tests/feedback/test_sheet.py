@@ -19,6 +19,10 @@ SHEET = """
 - {name: quality, ask: Overall quality, steps: 3}
 - {name: made_up, ask: Makes something up, help: "It isn't <b>so</b>."}
 """
+# Half a kilobyte that stands for 10 ** 10 texts.
+BOMB = "- name: q\n  ask: a\n  steps:\n    - &a0 [x]\n" + "".join(
+    f"    - &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 11)
+)
 
 
 def write_sheet(folder: Path, text: str = SHEET) -> Path:
@@ -42,6 +46,8 @@ def test_the_shipped_sheet_is_instructgpts() -> None:
     ("text", "part"),
     [
         ("- [", "cannot be read as YAML"),
+        ("- {name: &a x, ask: *a}", "write out what the alias (*name) stands for"),
+        (BOMB, "write out what the alias"),
         ("name: x", "must be a list of questions"),
         ("[]", "must be a list of questions"),
         ("- x", "entry 1: a question has `name` and `ask`"),

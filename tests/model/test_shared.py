@@ -399,6 +399,26 @@ def test_the_language_model_head_may_not_be_adapted(tmp_path: Path) -> None:
         shared.add_role("policy", trainable=True)
 
 
+def test_a_pattern_in_a_saved_adapter_is_not_matched(tmp_path: Path) -> None:
+    """The modules are those of its weights, whatever the pattern: one that is matched without end would hang."""
+    base, folder = Base(str(save_model(tmp_path))), tmp_path / "policy"
+    shared = SharedBase(load_base(base), replace(LORA, target_modules=r".*\.[qv]_proj"))
+    shared.add_role("policy", trainable=True)
+    shared.save_role("policy", folder)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert saved["target_modules"] == r".*\.[qv]_proj"
+    hostile = {"target_modules": r"(([a-z_.0-9])+)+!", "exclude_modules": r"(([a-z_.0-9])+)+!"}
+    for changes in ({}, hostile, {"exclude_modules": ".*"}):
+        (folder / "adapter_config.json").write_text(json.dumps(saved | changes))
+        again = SharedBase(load_base(base), LORA)
+        again.add_role("policy", folder)
+        for key, value in shared.role_state("policy").items():
+            assert torch.equal(value, again.role_state("policy")[key])
+    (folder / "adapter_config.json").write_text(json.dumps(saved | {"rank_pattern": {r"(([a-z_.0-9])+)+!": 4}}))
+    with pytest.raises(ValueError, match=r"adapter_config\.json: the pattern of a rank is none of PEFT's own"):
+        SharedBase(load_base(base), LORA).add_role("policy", folder)
+
+
 def test_under_checkpointing_a_backward_outside_its_role_is_wrong_and_raises_nothing(llama: Setup) -> None:
     expected = stand_alone_gradients(llama)["policy"]
     shared = llama.shared().train()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def test_transformers_serves_runs_and_exports_side_by_side(tmp_path: Path) -> No
             assert said == tokenizer.decode(expected, skip_special_tokens=True)
         curl, python = (shlex.split(line) for line in lines[2:4])
         assert lines[1] == "ppo:\n" and curl[0] == "curl" and json.loads(curl[-1])["model"] == "ppo"
+        check_guarded(port, tmp_path / "mine")
         printed = subprocess.run([sys.executable, *python[1:]], capture_output=True, text=True)
         assert printed.returncode == 0 and printed.stdout.strip(), printed.stderr
     finally:
@@ -70,6 +72,27 @@ def test_transformers_serves_runs_and_exports_side_by_side(tmp_path: Path) -> No
         assert process.wait(30) == 128 + signal.SIGTERM
     with socket.socket() as listener:
         assert listener.connect_ex(("127.0.0.1", port)) != 0, "the engine has ended with it"
+
+
+def check_guarded(port: int, folder: Path) -> None:
+    """Neither a foreign page nor another host's name is answered, and no folder is loaded that was not named."""
+
+    def status(method: str, path: str, sent: Any = None, **headers: str) -> int:
+        connection = HTTPConnection("127.0.0.1", port)
+        all_headers = {"Content-Type": "application/json"} | {key.replace("_", "-"): headers[key] for key in headers}
+        connection.request(method, path, sent and json.dumps(sent), all_headers)
+        return connection.getresponse().status
+
+    ours = f"http://127.0.0.1:{port}"
+    assert status("GET", "/v1/models", Host="evil.example") == 400
+    assert status("GET", "/v1/models", Origin="http://evil.example") == 403
+    assert status("GET", "/v1/models", Origin=ours) == status("GET", "/v1/models") == 200
+    assert status("POST", "/reset", Origin="http://evil.example") == 403
+    assert status("POST", "/reset", Content_Type="text/plain") == 403
+    for model in (str(folder), "../", [], "org/model"):
+        for path in ("/load_model", "/v1/chat/completions"):
+            assert status("POST", path, {"model": model, "messages": []}) == 403
+    assert status("POST", "/reset", Origin=ours) == 200
 
 
 def test_the_words_for_vllm(tmp_path: Path) -> None:
