@@ -1,7 +1,6 @@
 """A model behind an OpenAI-compatible endpoint: how it is asked, and what its answers say."""
 
 import ipaddress
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..data.tokens import Messages
 from ..recipe.lookup import holds_secret, secret_refused
-from .client import Choice, Completion, ModelSettings, NoCompletion, final_text, one_line
+from .client import Choice, Completion, ModelSettings, NoCompletion, final_text, one_line, token_count
 
 LOGPROBS = 5  # of the likeliest tokens: what every endpoint that has them allows
 
@@ -52,7 +51,7 @@ class Endpoint:
                 return one_line(str(client.models.list().data[0].id))
         except self._openai.OpenAIError as error:
             raise NoCompletion(f"{self._gone(error)} It was asked for its models; --model-name saves that.") from error
-        except (AttributeError, IndexError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, IndexError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.url} lists no model: name it with --model-name.") from error
 
     async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Completion:
@@ -105,7 +104,7 @@ class Endpoint:
                 if reason is None:
                     return error
                 reasons[reason] = one_line(str(error))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # of reading it: bytes, numbers or lists that are none
                 return error
             except self._openai.OpenAIError as error:
                 raise self._gone(error) from error
@@ -133,6 +132,8 @@ def endpoint_key(url: str, variable: str | None) -> str:
     """
     if holds_secret(url):
         raise ValueError(f"{secret_refused(url)} --api-key-env names the variable.")
+    if variable == "":  # as of a shell's variable that is not set
+        raise ValueError("--api-key-env (in rounds: rounds.api_key_env) is empty: name a variable, or leave it out.")
     parts = urlsplit(url)
     host = parts.hostname or ""
     if variable is None and (host == "localhost" or _is_loopback(host)):
@@ -167,15 +168,13 @@ def _read_completion(response: Any) -> Completion:
     except (AttributeError, IndexError, TypeError):
         return Completion(None, 0, 0, error=f"no completion: {one_line(str(response))}")
     usage = getattr(response, "usage", None)
-    tokens = (_count(getattr(usage, "prompt_tokens", None)), _count(getattr(usage, "completion_tokens", None)))
+    tokens = (
+        token_count(getattr(usage, "prompt_tokens", None)),
+        token_count(getattr(usage, "completion_tokens", None)),
+    )
     if not isinstance(text, str):
         return Completion(None, *tokens, error="an answer without text")
     return Completion(text, *tokens, ended=reason != "length")
-
-
-def _count(value: Any) -> int | None:
-    """A number of tokens as a server reports it; None where that is none."""
-    return value if type(value) is int and value >= 0 else None
 
 
 # What may stand before an option in its line, and after it.
