@@ -75,6 +75,7 @@ def test_a_journal_keeps_what_was_appended_and_cuts_a_torn_line(tmp_path: Path) 
     [
         ("{oops}\n", "line 2: not JSON"),
         ("[1]\n", "line 2: list, not an object"),
+        ("My notes", "line 2: not JSON"),
         ("\0\0\0", "line 2: holds NUL bytes, as a power cut leaves them. Delete what stands from there on"),
     ],
 )
@@ -82,6 +83,7 @@ def test_a_journal_names_the_line_that_is_none(tmp_path: Path, line: str, part: 
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\n' + line)
     with pytest.raises(ValueError, match=part):
         Journal(tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_text() == '{"id": 1}\n' + line
 
 
 def test_a_full_disk_costs_no_row_but_the_one_that_did_not_fit(tmp_path: Path) -> None:
