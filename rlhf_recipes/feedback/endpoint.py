@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,7 +43,7 @@ class Endpoint:
         }
         self.name = settings.model_name or self._first_model(openai.OpenAI(**reach))
         self._client = openai.AsyncOpenAI(**reach)
-        self._refused: set[str] = set()  # of OPTIONAL, what it has refused so far
+        self._refusals: Counter[str] = Counter()  # of OPTIONAL, the requests that were answered only without
 
     def _first_model(self, client: Any) -> str:
         """The name of the first model that it lists. Raises ValueError where it lists none."""
@@ -88,7 +89,7 @@ class Endpoint:
         wanted |= {"logprobs": True} if logprobs else {}
         reasons: dict[str, str] = {}  # to leave out what was not left out before
         while True:
-            refused = self._refused | reasons.keys()
+            refused = reasons.keys() | {name for name, number in self._refusals.items() if number > 1}
             request = {name: value for name, value in wanted.items() if name not in refused}
             request |= {"model": self.name, "messages": messages}
             request |= {OPTIONAL[name]: wanted[name] for name in refused & wanted.keys() if OPTIONAL[name]}
@@ -110,12 +111,12 @@ class Endpoint:
                 raise self._gone(error) from error
 
     def _learn(self, reasons: dict[str, str]) -> None:
-        """Leave out of later requests what one was refused for, now that it was answered without.
+        """Leave out of later requests what two were refused for, now that both were answered without.
 
-        Not before: the words of an error may be those of the question.
+        Not before: the words of an error may be those of the question, or of an endpoint that was busy for a moment.
         """
-        for name in reasons.keys() - self._refused:
-            self._refused.add(name)
+        self._refusals.update(reasons.keys())
+        for name in (name for name in reasons if self._refusals[name] == 2):
             instead = f"{OPTIONAL[name]} is used" if OPTIONAL[name] else "it is left out"
             tqdm.write(f"The endpoint refuses {name}, so {instead}: {reasons[name]}", file=sys.stderr)
 

@@ -439,7 +439,7 @@ def test_parameters_that_an_endpoint_refuses_are_left_out(
 
     with Endpoint(reply) as endpoint:
         assert run(samples, endpoint.url, "--parallel", "1") == undisturbed
-    assert len(endpoint.bodies) == 24 + 3
+    assert len(endpoint.bodies) == 24 + 2 * 3
     printed = capsys.readouterr().err
     assert all(printed.count(f"refuses {name},") == 1 for name in ("logprobs", "max_tokens", "temperature"))
 
@@ -454,6 +454,13 @@ def test_the_words_of_one_error_take_nothing_from_other_questions(samples: Path,
         run(samples, endpoint.url, "--parallel", "1")
         assert sum("temperature" not in body for body in endpoint.bodies) == 1
         assert run(samples, endpoint.url) == undisturbed
+
+
+def test_one_error_of_a_moment_takes_nothing_from_later_questions(samples: Path, undisturbed: Rows) -> None:
+    busy = error(400, "Busy with a question about temperature, try again.")
+    with Endpoint(lambda body, number: busy if number == 5 else longer(body)) as endpoint:
+        assert run(samples, endpoint.url, "--parallel", "1") == undisturbed
+    assert sum("temperature" not in body for body in endpoint.bodies) == 1
 
 
 @pytest.mark.parametrize("tokens", ["7", {"all": 7}, -7, 1.5, True, [7], 10**400])
