@@ -6,7 +6,7 @@ model's probabilities of the options are exact; an endpoint's come from the like
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..data.tokens import Messages
 
@@ -78,6 +78,11 @@ class ModelSettings:
 def final_text(text: str) -> str:
     """An answer without what a model thought before it, which is "" where it only thought."""
     return text.rpartition("</think>")[2].strip() if "</think>" in text or "<think>" not in text else ""
+
+
+def token_count(value: Any) -> int | None:
+    """A number of tokens as a server reports it; None where that is none, or more than any text has."""
+    return value if type(value) is int and 0 <= value < 1e12 else None
 
 
 def one_line(text: str) -> str:

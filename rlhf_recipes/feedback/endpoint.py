@@ -1,11 +1,11 @@
 """A model behind an OpenAI-compatible endpoint: how it is asked, and what its answers say."""
 
 import ipaddress
-import json
 import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.tokens import Messages
 from ..recipe.lookup import holds_secret, secret_refused
-from .client import Choice, Completion, ModelSettings, NoCompletion, final_text, one_line
+from .client import Choice, Completion, ModelSettings, NoCompletion, final_text, one_line, token_count
 
 LOGPROBS = 5  # of the likeliest tokens: what every endpoint that has them allows
 
@@ -43,7 +43,7 @@ class Endpoint:
         }
         self.name = settings.model_name or self._first_model(openai.OpenAI(**reach))
         self._client = openai.AsyncOpenAI(**reach)
-        self._refused: set[str] = set()  # of OPTIONAL, what it has refused so far
+        self._refusals: Counter[str] = Counter()  # of OPTIONAL, the requests that were answered only without
 
     def _first_model(self, client: Any) -> str:
         """The name of the first model that it lists. Raises ValueError where it lists none."""
@@ -52,7 +52,7 @@ class Endpoint:
                 return one_line(str(client.models.list().data[0].id))
         except self._openai.OpenAIError as error:
             raise NoCompletion(f"{self._gone(error)} It was asked for its models; --model-name saves that.") from error
-        except (AttributeError, IndexError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, IndexError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.url} lists no model: name it with --model-name.") from error
 
     async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Completion:
@@ -89,7 +89,7 @@ class Endpoint:
         wanted |= {"logprobs": True} if logprobs else {}
         reasons: dict[str, str] = {}  # to leave out what was not left out before
         while True:
-            refused = self._refused | reasons.keys()
+            refused = reasons.keys() | {name for name, number in self._refusals.items() if number > 1}
             request = {name: value for name, value in wanted.items() if name not in refused}
             request |= {"model": self.name, "messages": messages}
             request |= {OPTIONAL[name]: wanted[name] for name in refused & wanted.keys() if OPTIONAL[name]}
@@ -105,18 +105,18 @@ class Endpoint:
                 if reason is None:
                     return error
                 reasons[reason] = one_line(str(error))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # of reading it: bytes, numbers or lists that are none
                 return error
             except self._openai.OpenAIError as error:
                 raise self._gone(error) from error
 
     def _learn(self, reasons: dict[str, str]) -> None:
-        """Leave out of later requests what one was refused for, now that it was answered without.
+        """Leave out of later requests what two were refused for, now that both were answered without.
 
-        Not before: the words of an error may be those of the question.
+        Not before: the words of an error may be those of the question, or of an endpoint that was busy for a moment.
         """
-        for name in reasons.keys() - self._refused:
-            self._refused.add(name)
+        self._refusals.update(reasons.keys())
+        for name in (name for name in reasons if self._refusals[name] == 2):
             instead = f"{OPTIONAL[name]} is used" if OPTIONAL[name] else "it is left out"
             tqdm.write(f"The endpoint refuses {name}, so {instead}: {reasons[name]}", file=sys.stderr)
 
@@ -133,6 +133,8 @@ def endpoint_key(url: str, variable: str | None) -> str:
     """
     if holds_secret(url):
         raise ValueError(f"{secret_refused(url)} --api-key-env names the variable.")
+    if variable == "":  # as of a shell's variable that is not set
+        raise ValueError("--api-key-env (in rounds: rounds.api_key_env) is empty: name a variable, or leave it out.")
     parts = urlsplit(url)
     host = parts.hostname or ""
     if variable is None and (host == "localhost" or _is_loopback(host)):
@@ -167,15 +169,13 @@ def _read_completion(response: Any) -> Completion:
     except (AttributeError, IndexError, TypeError):
         return Completion(None, 0, 0, error=f"no completion: {one_line(str(response))}")
     usage = getattr(response, "usage", None)
-    tokens = (_count(getattr(usage, "prompt_tokens", None)), _count(getattr(usage, "completion_tokens", None)))
+    tokens = (
+        token_count(getattr(usage, "prompt_tokens", None)),
+        token_count(getattr(usage, "completion_tokens", None)),
+    )
     if not isinstance(text, str):
         return Completion(None, *tokens, error="an answer without text")
     return Completion(text, *tokens, ended=reason != "length")
-
-
-def _count(value: Any) -> int | None:
-    """A number of tokens as a server reports it; None where that is none."""
-    return value if type(value) is int and value >= 0 else None
 
 
 # What may stand before an option in its line, and after it.

@@ -69,7 +69,8 @@ def judge_samples(
         limit: judge the first so many samples alone.
     Returns:
         labels: of this judge in all; of: samples; tied: labels without any preference; unjudged: samples without a
-        label, because no answer could be understood, or one failed, which another call asks again. pairs: compared in
+        label, because no answer could be understood, or one failed; failed: those of the latter, which another call
+        asks again. pairs: compared in
         both orders; agree: the share of them in which both orders gave the same answer; first: the share of answers for
         the response shown first (0.5 without a bias); unparsed: answers that could not be understood; mass: the mean
         probability of all options together. A share or mean of nothing is None. And what `Ledger.bill` says.
@@ -170,6 +171,7 @@ class _Judging:
             "of": len(self.samples),
             "tied": sum(len(set(row["ranking"])) == 1 for row in self.labels.rows),
             "unjudged": len(self.done) - len(self.labels.rows),
+            "failed": sum(any(map(passes, rows.values())) for rows in self.answers.values()),
             "pairs": len(both),
             "agree": agree / len(both) if both else None,
             "first": sum(row["option"] == "A" for row in understood) / len(understood) if understood else None,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..data.tokens import Messages
 from ..records.files import Journal
-from .client import Completion, one_line
+from .client import Completion, one_line, token_count
 from .rows import Row
 
 A = TypeVar("A", bound=Completion)
@@ -64,7 +64,7 @@ class Ledger:
             self._count(row)
 
     def _count(self, row: Row) -> None:
-        tokens = [row[key] if isinstance(row[key], int) else 0 for key in ("prompt_tokens", "completion_tokens")]
+        tokens = [token_count(row[key]) or 0 for key in ("prompt_tokens", "completion_tokens")]
         self.prompt_tokens += tokens[0]
         self.completion_tokens += tokens[1]
         self._dearest = max(self._dearest, self._price(*tokens))

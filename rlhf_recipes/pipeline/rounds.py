@@ -222,6 +222,11 @@ def have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> boo
                 f"rounds.max_cost={rounds.max_cost}: {found['labels']} of the {found['of']} labels of this round have "
                 f"cost {found['cost']:.4f}. Raise it, and run the same again."
             )
+        if found["of"] - found["failed"] < rounds.enough * found["of"]:
+            raise ValueError(
+                f"rounds.labeler: {rounds.labeler} failed on {found['failed']} of the {found['of']} samples of this "
+                "round. Run the same again, which asks for those alone, or lower rounds.enough to go on without them."
+            )
         release()
     return True
 

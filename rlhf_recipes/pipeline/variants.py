@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..recipe.overrides import replace
+from ..recipe.overrides import replace, to_dict
 from ..recipe.values import STAGES, Recipe
 from ..stages.configure import Configs
-from .check import check_recipe
+from .check import check_recipe, check_secrets
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of a variant: a folder, on every system
 
@@ -41,6 +41,7 @@ def checked_variants(recipe: Recipe) -> list[tuple[Recipe, Configs]]:
     """
     if not recipe.variants:
         return [(recipe, check_recipe(recipe))]
+    check_secrets(to_dict(recipe))  # what every variant replaces is written too
     checked = []
     for name, variant in expand(recipe).items():
         with naming_variant(name):

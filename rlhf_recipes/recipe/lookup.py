@@ -112,9 +112,8 @@ def code_hash(file: Path) -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a text is a URL with a user's name or password in it."""
-    _, is_url, rest = text.partition("://")
-    return bool(is_url) and "@" in re.split("[/?#]", rest)[0]
+    """Whether a text is a URL with a user's name or password in it, or several of fsspec's in a chain (`::`)."""
+    return any("@" in re.split("[/?#]", rest)[0] for rest in text.split("://")[1:])
 
 
 def secret_refused(url: str) -> str:

@@ -121,7 +121,7 @@ class Rounds:
     responses: int = 4  # to each prompt, 2 to 9
     models: tuple[str, ...] = ("ppo",)  # what is sampled: ppo (of the round before), sft, base
     temperatures: tuple[float, ...] = (1.0,)  # each model answers at each of them in turn
-    enough: float = 1.0  # share of the samples that people must have judged or skipped
+    enough: float = 1.0  # share of the samples that people must have judged or skipped, or a judge not failed on
     weigh_labelers: bool = False  # each by what it is worth: see `rlhf-recipes agreement`
     constitution: str | None = None  # of a judge: a file of principles; None: its own criteria
     price_in: float = 0.0  # of 10^6 tokens that an endpoint reads

@@ -126,8 +126,8 @@ def _rows(path: Path, known: list[Row] | None = None, whole: int = 0) -> tuple[l
                 if b"\0" in line:
                     lost = "holds NUL bytes, as a power cut leaves them. Delete what stands from there on"
                     raise ValueError(f"{path}, line {number}: {lost}, or bring the file back from a copy.") from error
-                if not line.endswith(b"\n"):
-                    break  # a kill has torn it
+                if line.startswith(b"{") and not line.endswith(b"\n"):
+                    break  # a kill has torn it; what does not begin like a row was never one
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: {type(row).__name__}, not an object.")

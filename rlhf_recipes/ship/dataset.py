@@ -1,6 +1,7 @@
 """What people and models judged for a run, as a dataset that others can train on, without the names of people."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..data.read import READERS, file_kind, read
 from ..feedback.rows import Row, read_labels
+from ..recipe.overrides import to_dict
 from ..recipe.values import Recipe, Source
 from ..records.files import write_text
+from ..records.trust import is_own
 from .markdown import fenced, plain, table, without_folders
 
 FILE = "labels.jsonl"
@@ -36,11 +39,15 @@ NAMED = {"note": "what the labeler wrote", "time": "of the judgement"}  # only w
 def find_labels(run_dir: Path, recipe: Recipe) -> dict[str, Path]:
     """The files of labels of a run, by the names of its parts: its own, its rounds', and those that it trained on.
 
+    Of a run that is not the user's own only files in its folder are taken.
+
     Raises ValueError where it has none.
     """
     rounds = [(path.parents[1].name, path) for path in sorted(run_dir.glob("round-*/feedback/labels.jsonl"))]
     own = [(path.name.split(".")[0], path) for path in sorted(run_dir.glob("feedback/*labels.jsonl"))]
     given = [Path(source.data) for source in (recipe.reward, recipe.dpo) if source is not None]
+    if not is_own(run_dir, to_dict(recipe)):  # a stranger's recipe may name any file of this machine
+        given = [path for path in given if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run_dir))]
     trained = [(path.name.split(".")[0], path) for path in given if _holds_labels(path)]
     found: dict[str, Path] = {}
     for name, path in [*own, *rounds, *trained]:
@@ -48,8 +55,8 @@ def find_labels(run_dir: Path, recipe: Recipe) -> dict[str, Path]:
             found[name if name not in found else f"{name}-{len(found)}"] = path
     if not found:
         raise ValueError(
-            f"{run_dir}: nobody has judged anything for this run, and its recipe trains on no file of labels, so that "
-            "there is no `data` to push."
+            f"{run_dir}: nobody has judged anything for this run, and its recipe trains on no file of labels (of a run "
+            "that you did not make here, none in its folder), so that there is no `data` to push."
         )
     return found
 

@@ -361,7 +361,15 @@ def test_a_judge_that_cannot_answer_is_stopped_early_and_may_be_mended(
 
 
 @pytest.mark.parametrize(
-    "failing", [error(400, "busy"), Response("<html>busy</html>", media_type="text/html"), {"choices": []}]
+    "failing",
+    [
+        error(400, "busy"),
+        Response("<html>busy</html>", media_type="text/html"),
+        {"choices": []},
+        Response(b"\xff", media_type="application/json"),
+        Response("[" * 100_000, media_type="application/json"),
+        Response('{"x": ' + "1" * 5_000 + "}", media_type="application/json"),
+    ],
 )
 def test_an_endpoint_that_fails_for_a_while_loses_no_sample(
     samples: Path, undisturbed: Rows, capsys: pytest.CaptureFixture[str], failing: Any
@@ -431,7 +439,7 @@ def test_parameters_that_an_endpoint_refuses_are_left_out(
 
     with Endpoint(reply) as endpoint:
         assert run(samples, endpoint.url, "--parallel", "1") == undisturbed
-    assert len(endpoint.bodies) == 24 + 3
+    assert len(endpoint.bodies) == 24 + 2 * 3
     printed = capsys.readouterr().err
     assert all(printed.count(f"refuses {name},") == 1 for name in ("logprobs", "max_tokens", "temperature"))
 
@@ -448,7 +456,14 @@ def test_the_words_of_one_error_take_nothing_from_other_questions(samples: Path,
         assert run(samples, endpoint.url) == undisturbed
 
 
-@pytest.mark.parametrize("tokens", ["7", {"all": 7}, -7, 1.5, True, [7]])
+def test_one_error_of_a_moment_takes_nothing_from_later_questions(samples: Path, undisturbed: Rows) -> None:
+    busy = error(400, "Busy with a question about temperature, try again.")
+    with Endpoint(lambda body, number: busy if number == 5 else longer(body)) as endpoint:
+        assert run(samples, endpoint.url, "--parallel", "1") == undisturbed
+    assert sum("temperature" not in body for body in endpoint.bodies) == 1
+
+
+@pytest.mark.parametrize("tokens", ["7", {"all": 7}, -7, 1.5, True, [7], 10**400])
 def test_a_usage_that_is_none_breaks_no_rerun(samples: Path, undisturbed: Rows, tokens: Any) -> None:
     with Endpoint(lambda body, number: completion(longer(body)) | {"usage": {"prompt_tokens": tokens}}) as endpoint:
         for _ in range(2):
@@ -559,6 +574,10 @@ def test_an_endpoint_that_refuses_the_key_is_named(samples: Path, capsys: pytest
             "https://example.com/v1 is given with a name",
         ),
         (["--judge", "http://api.openai.com/v1"], "needs --api-key-env"),
+        (
+            ["--judge", "https://api.example.com/v1", "--api-key-env", ""],
+            "--api-key-env (in rounds: rounds.api_key_env) is",
+        ),
         (["--judge", "https://api.example.com/v1", "--api-key-env", "GONE"], "GONE is not set"),
         (["--judge", "http://127.0.0.1:1", "--role", "sft"], "--role is for a local model"),
         (["--judge", "http://127.0.0.1:1", "--quantization", "nf4"], "--quantization is for a local model"),

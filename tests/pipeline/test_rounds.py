@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.command_line import error_of
-from support.endpoint import Endpoint, longer
+from support.endpoint import Body, Endpoint, error, longer
 from support.worded import WORDS, make_recipe, read, same, write
 
 from rlhf_recipes import Recipe, Rounds, Source, replace, run
@@ -75,6 +75,7 @@ def test_a_journal_keeps_what_was_appended_and_cuts_a_torn_line(tmp_path: Path) 
     [
         ("{oops}\n", "line 2: not JSON"),
         ("[1]\n", "line 2: list, not an object"),
+        ("My notes", "line 2: not JSON"),
         ("\0\0\0", "line 2: holds NUL bytes, as a power cut leaves them. Delete what stands from there on"),
     ],
 )
@@ -82,6 +83,7 @@ def test_a_journal_names_the_line_that_is_none(tmp_path: Path, line: str, part: 
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\n' + line)
     with pytest.raises(ValueError, match=part):
         Journal(tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_text() == '{"id": 1}\n' + line
 
 
 def test_a_full_disk_costs_no_row_but_the_one_that_did_not_fit(tmp_path: Path) -> None:
@@ -399,6 +401,27 @@ def test_a_round_of_a_judge_stops_at_its_cost_and_goes_on(recipe: Recipe, tmp_pa
     assert len(endpoint.bodies) == 6 and len(read(labels)) == 3
     with pytest.raises(ValueError, match=r"rounds\.price_in"):
         check_recipe(replace(judged, rounds={"price_out": 0.0}))
+
+
+def test_a_round_does_not_go_on_without_the_samples_on_which_its_judge_failed(recipe: Recipe, tmp_path: Path) -> None:
+    samples, labels = tmp_path / "samples.jsonl", tmp_path / "labels.jsonl"
+    write(samples, [{"id": str(n), "prompt": "w4", "responses": ["w5", f"w5 {'w6 ' * n}"]} for n in range(1, 5)])
+
+    busy = True
+
+    def reply(body: Body, number: int) -> Any:
+        if "w6 w6 w6 w6" in (question := body["messages"][0]["content"]):
+            return "Neither."  # which is an answer, and stays one
+        return error(400, "busy") if "w6 w6 w6" in question and busy else longer(body)
+
+    with Endpoint(reply) as endpoint:
+        judged = replace(recipe, rounds={"labeler": endpoint.url})
+        with pytest.raises(ValueError, match=r"failed on 1 of the 4 samples of this round\. Run the same again"):
+            have_labelled(judged, samples, labels, 0)
+        assert have_labelled(replace(judged, rounds={"enough": 0.75}), samples, labels, 0)
+        busy = False
+        assert have_labelled(judged, samples, labels, 0)
+    assert [row["id"] for row in read(labels)] == ["1", "2", "3"]
 
 
 def test_people_are_waited_for(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

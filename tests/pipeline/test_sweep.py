@@ -21,7 +21,7 @@ from rlhf_recipes import Recipe, replace, run
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.model.processes import visible_gpus
 from rlhf_recipes.pipeline.stage import run_stage
-from rlhf_recipes.pipeline.variants import expand
+from rlhf_recipes.pipeline.variants import checked_variants, expand
 from rlhf_recipes.pipeline.workers import Here
 from rlhf_recipes.recipe.lookup import load, recipe_names
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, settings, to_dict
@@ -106,6 +106,15 @@ def test_a_wrong_variant_is_named_before_anything_runs(
     with pytest.raises(ValueError, match=part):
         run(replace(one, variants=variants), tmp_path / "run")
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_secret_that_every_variant_replaces_is_refused_too(one: Recipe) -> None:
+    public = {"sft": {"data": "rlhf_recipes.worlds.tiny:demonstrations"}}
+    for url in ("https://u:secret@example.com/x.jsonl", "zip://x.jsonl::https://u:secret@example.com/x.zip"):
+        secret = replace(one, sft={"data": url}, variants={"a": public, "b": public})
+        with pytest.raises(ValueError, match=r"sft\.data: .*is given with a name or password") as refused:
+            checked_variants(secret)
+        assert "u:secret" not in str(refused.value)
 
 
 def test_jobs_are_of_variants(one: Recipe, recipe: Recipe, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from rlhf_recipes import replace
 from rlhf_recipes.cli.main import main_cli
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.model.base import load_tokenizer
+from rlhf_recipes.recipe.overrides import to_dict
 from rlhf_recipes.recipe.values import Source
 from rlhf_recipes.records.folder import read_recipe
+from rlhf_recipes.records.trust import remember_own
 from rlhf_recipes.ship import push
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the Hub's own client
@@ -114,6 +116,8 @@ def test_labels_of_rounds_and_those_that_were_trained_on_are_found_once(tmp_path
     (run / "feedback" / "samples.labels.trained.jsonl").write_text("{}\n")
     write_labels(tmp_path / "given" / "mine.jsonl")
     recipe = replace(make_recipe(tmp_path), reward={"data": str(tmp_path / "given" / "mine.jsonl")})
+    assert list(push.find_labels(run, recipe)) == ["samples", "round-2"], "a stranger's run takes no other file"
+    remember_own(run, to_dict(recipe))
     found = push.find_labels(run, recipe)
     assert list(found) == ["samples", "round-2", "mine"]
     again = replace(recipe, reward={"data": str(found["samples"])})
