@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from .push import STAGED, Push
+from .push import STAGED, Push, upload_folder
 
 # In a repository that holds an earlier push these would be loaded in place of what is there now.
 STALE = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
@@ -76,4 +76,5 @@ def upload_pushes(run_dir: Path, staged: Sequence[tuple[Push, Path]], public: bo
                 delete_patterns=STALE,
             )
         yield address
-    shutil.rmtree(run_dir / STAGED)
+    shutil.rmtree(upload_folder(run_dir))
+    shutil.rmtree(run_dir / STAGED, ignore_errors=True)  # nothing was exported of labels, or what was there

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..recipe.overrides import suggestion
+from ..records.cache import cache_folder
 from ..records.digest import digest
 from ..records.files import check_links, writing_in
 from ..records.folder import read_export, read_recipe
@@ -29,7 +30,7 @@ from .trained import ExportSettings, find_trained
 What = Literal["adapter", "merged", "reward", "data"]
 WHAT: tuple[What, ...] = get_args(What)
 EXPORTS = {"adapter": export_adapter, "merged": export_merged, "reward": export_reward}
-STAGED = "push"  # in the run folder
+STAGED = "push"  # in the run folder: exports that a push has made
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def stage_pushes(run_dir: Path, pushes: Sequence[Push], settings: PushSettings) 
     run, staged = gather([run_dir])[0], []
     with writing_in(run_dir):
         for push in pushes:
-            folder = run_dir / STAGED / "upload" / push.what
+            folder = upload_folder(run_dir) / push.what
             if folder.exists():
                 shutil.rmtree(folder)
             if push.model is not None:
@@ -160,6 +161,11 @@ def stage_pushes(run_dir: Path, pushes: Sequence[Push], settings: PushSettings) 
                 write_dataset(rows, dataset_card(push.repo_id, run.name, rows, settings.labelers), folder)
             staged.append((push, folder))
     return staged
+
+
+def upload_folder(run_dir: Path) -> Path:
+    """Where links to what is uploaded are put: not in the run folder, which may have none that lead out of it."""
+    return cache_folder() / "push" / digest(str(run_dir.resolve()))
 
 
 def _export(run_dir: Path, model: Shipped, settings: PushSettings) -> Path:
