@@ -353,6 +353,8 @@ def test_what_a_judge_said_goes_with_its_code_and_weights(finished: Path, recipe
         assert find_judge(name, finished, recipe, asking).identity != before
     gold = find_judge("gold", finished, recipe, asking)
     assert gold.identity == known_identity("gold", finished, recipe)
+    for name in (str(finished), ".", "a" * 300, "a" * 300 + ":b"):  # a run that was asked, or a name of nothing
+        assert known_identity(name, finished, recipe) != gold.identity
 
 
 def test_neither_batches_nor_limits_nor_kills_change_an_answer(
