@@ -332,7 +332,7 @@ def test_a_judge_of_an_evaluation_json_is_neither_run_nor_asked(copied: Path, tm
     before = json.loads(written.read_text())
     (copied / "judged-x.jsonl").write_text("")
     with Endpoint(longer) as endpoint:
-        theirs = {f"{code}:gold": "f", endpoint.url: "e", "path": "x/../../judged-x", f"{code}:absent": "a"}
+        theirs = {f"{code}:gold": "f", endpoint.url: "e", "path": "x/../../judged-x", f"{code}:absent": "a", "two": 2}
         written.write_text(json.dumps({**before, "judges": before["judges"] | theirs}))
         found = evaluate(copied, EvaluationSettings(judges=("gold",)))
         assert not endpoint.bodies and endpoint.listed == 0
