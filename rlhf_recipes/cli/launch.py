@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ..records.terminal import printable
+
 
 def launch(processes: int, words: Sequence[str]) -> None:
     """Run Python with these words in so many processes of this machine.
@@ -65,9 +67,9 @@ def end_after_failure(rank: int, processes: int, written: Any, otherwise: str, e
         kind, _, said = written["message"].partition(": ")
         is_users = kind == "ValueError"
         if not is_users:
-            print(written["extraInfo"]["py_callstack"], file=sys.stderr)
+            print(printable(written["extraInfo"]["py_callstack"], keep="\n\t"), file=sys.stderr)
             said = written["message"]
-    print(f"error: process {rank} of {processes}: {said}", file=sys.stderr)
+    print(printable(f"error: process {rank} of {processes}: {said}", keep="\n\t"), file=sys.stderr)
     if not is_users:
         print("the others were ended; run the same command again to resume", file=sys.stderr)
     raise SystemExit(2 if is_users else 1) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..recipe.overrides import suggestion
 from ..records.files import write_text
+from ..records.terminal import printable
 from .command import Command, notes_to_stderr
 from .plan import COMMAND as PLAN
 
@@ -66,7 +67,7 @@ def _run(options: argparse.Namespace) -> None:
     guesses += [f"{data[stage]}: plain text, taken as turns of a conversation (chat=True)." for stage in made.chat]
     print("\n".join(dict.fromkeys(guesses)), end="\n" * bool(guesses))  # PPO may have the comparisons' file
     for warning in made.warnings:
-        print(f"warning: {warning}")
+        print(printable(f"warning: {warning}"))
     if made.guessed and not options.yes and sys.stdin.isatty() and not _agrees():
         raise ValueError("Then say which they are: --columns reward.prompt=... and so on.")
     write_text(path, made.text)

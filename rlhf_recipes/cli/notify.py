@@ -9,10 +9,13 @@ from pathlib import Path
 from threading import Event, Thread
 
 from ..records.progress import PROGRESS
+from ..records.terminal import printable
 
 LOOK = 20.0  # seconds between two looks
 SILENT = 1800.0  # seconds without a step after which a run may be stuck,
 TIMES = 10  # if that is so many times as long as it has ever been silent before
+
+LONGEST = 10_000  # characters of an error that are passed on
 
 
 @contextmanager
@@ -45,7 +48,8 @@ def notifying(command: str | None, run_dir: Path, look: float = LOOK, silent: fl
         state = "stopped"
         raise
     except BaseException as error:
-        more = {"RUN_ERROR": " ".join(str(error).split())}
+        # The system passes on no NUL, no half of a surrogate pair and no 128 KiB in a variable.
+        more = {"RUN_ERROR": printable(" ".join(str(error).split()))[:LONGEST]}
         raise
     finally:
         ended.set()

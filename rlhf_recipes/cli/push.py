@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..records.terminal import printable
 from .command import Command, add_trust, notes_to_stderr
 
 
@@ -67,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
         pushes = plan_pushes(options.run, options.repo_id, settings)
         shown = [str(card) for card in cards(options.run, pushes, settings)] if options.card else []
     if options.card:
-        print("\n\n".join(shown))
+        print(printable("\n\n".join(shown), keep="\n\t"))
         return
     if not options.yes and not sys.stdin.isatty():
         raise ValueError("Nobody is there to say yes to the list of files: add --yes, or look first with --card.")

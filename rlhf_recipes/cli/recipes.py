@@ -9,6 +9,7 @@ from ..recipe.lookup import load, load_module, recipe_file, recipe_names
 from ..recipe.overrides import differing_settings, parse_overrides, replace, settings, to_dict
 from ..recipe.values import STAGES, Recipe
 from ..records.folder import recipe_to_show
+from ..records.terminal import printable
 from . import completion
 from .command import Command, add_settings, complete, notes_to_stderr
 
@@ -48,9 +49,10 @@ def _show(options: argparse.Namespace) -> None:
     if options.diff is not None:
         differ = differing_settings([recipe, _load(options.diff)])
         rows = [(key, *values) for key, values in differ.items()]
-        print(aligned([("", options.recipe, options.diff), *rows]) if rows else "They are the same.")
+        words = aligned([("", options.recipe, options.diff), *rows]) if rows else "They are the same."
     else:
-        print(json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe)))
+        words = json.dumps(to_dict(recipe), indent=2) if options.json else "\n".join(settings(recipe))
+    print(printable(words, keep="\n"))
 
 
 def _load(name: str) -> Recipe:

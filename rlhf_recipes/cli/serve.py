@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..records.terminal import printable
 from .command import Command, add_trust, notes_to_stderr, positive_int
 
 
@@ -52,7 +53,7 @@ def _run(options: argparse.Namespace) -> None:
         models = [name for name in (options.models or "").split(",") if name]
         served = [model for folder in options.folders for model in find_served(folder, models)]
         for warning in warnings(engine, served):
-            print(f"warning: {warning}")
+            print(printable(f"warning: {warning}"))
     signal.signal(signal.SIGTERM, _end)  # so that the engine does not outlive this process
     try:
         with serving(engine, served, options.port, shlex.split(options.engine_options)) as process:

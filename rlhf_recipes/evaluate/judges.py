@@ -1,5 +1,6 @@
 """Who says which answer is better: scores of single answers, or a model that is asked about two at a time."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -112,7 +113,7 @@ def known_identity(name: str, run_dir: Path, recipe: Recipe) -> str | None:
         return _adapters_identity(folders) if folders else None
     if is_function(name):
         return _function_identity(name)
-    if (Path(name) / "adapter_config.json").is_file():
+    if os.path.isfile(Path(name, "adapter_config.json")):  # False of a name that is too long, too
         return _adapters_identity([Path(name)])
     return digest(name, known_weights(name))
 

@@ -62,7 +62,7 @@ def write_results(run_dir: Path, out: Path, measured: Measurements) -> dict[str,
 
 def _is_same_judge(run_dir: Path, out: Path, measured: Measurements, name: str, identity: str) -> bool:
     """Whether a judge of an earlier call would say the same now. The labels of a model that was asked are kept."""
-    asked = identity.isalnum() and labels_file(out, identity).is_file()  # a path would lead out of the folder
+    asked = str(identity).isalnum() and labels_file(out, identity).is_file()  # a path would lead out of the folder
     return asked or known_identity(name, run_dir, measured.plan.recipe) == identity
 
 

@@ -98,7 +98,7 @@ class _Critiquing:
 
     def __init__(self, rows: list[Row], out: Path, client: Client, settings: CritiqueSettings, prices: Prices) -> None:
         self.rows, self.client, self.settings = rows, client, settings
-        self.written = Journal(out)
+        self.written = Journal(out, ["id", "model", "principles"])
         self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
         self.left_out: Counter[str] = Counter()
         self.done = {row["id"] for row in self.written.rows}

@@ -90,7 +90,7 @@ class _Judging:
     def __init__(self, samples: list[Row], out: Path, client: Client, settings: JudgeSettings, prices: Prices) -> None:
         self.samples, self.client, self.settings = samples, client, settings
         self.labeler = f"judge:{client.name}"
-        self.labels = Journal(out)
+        self.labels = Journal(out, ["id"])
         self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
         self.answers: dict[str, dict[Shown, Row]] = {sample["id"]: {} for sample in samples}  # rows of the ledger
         self.done = {row["id"] for row in self.labels.rows}

@@ -218,7 +218,7 @@ def load_bare_model(settings: ModelSettings) -> LocalModel:
     try:
         tokenizer = load_tokenizer(base)
         shared = SharedBase(load_base(base))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{settings.model} is no URL, run folder or model that can be loaded: {reason}") from error
     name = Path(settings.model).name if Path(settings.model).is_dir() else settings.model

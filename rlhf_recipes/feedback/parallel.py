@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 from .client import Client, NoCompletion
@@ -27,14 +28,15 @@ async def in_parallel(work: Callable[[T], Awaitable[None]], items: Iterable[T], 
     assert parallel > 0
     queue = iter(items)
 
-    async def worker() -> None:
+    async def worker(first: T) -> None:
+        await work(first)
         for item in queue:
             await work(item)
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(parallel):
-                group.create_task(worker())
+            for first in islice(queue, parallel):
+                group.create_task(worker(first))
     except ExceptionGroup as group_of_errors:
         raise group_of_errors.exceptions[0] from None
 

@@ -126,7 +126,7 @@ def draw_samples(
     limit: int | None = None,
 ) -> dict[str, int]:
     """What `sample_responses` does once its settings are kept and all is loaded: `shared` has a role for each model."""
-    written, left_out = Journal(out), Journal(out.with_suffix(".left_out.jsonl"))
+    written, left_out = (Journal(path, ["id"]) for path in (out, out.with_suffix(".left_out.jsonl")))
     done = {row["id"] for journal in (written, left_out) for row in journal.rows}
     todo = different_prompts(prompts.train, limit)
     stops = [prompts.stop_token_id]

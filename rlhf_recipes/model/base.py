@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,24 @@ def model_path(base: Base) -> str:
 
 
 def base_config(base: Base) -> PreTrainedConfig:
-    """The configuration of the base's model."""
+    """The configuration of the base's model. Raises ValueError where it cannot be read."""
     path = ask_hub(model_path(base), base.revision)
-    return AutoConfig.from_pretrained(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    with _naming(base):
+        return AutoConfig.from_pretrained(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+
+
+@contextmanager
+def _naming(base: Base) -> Iterator[None]:
+    """A block in which transformers reads a base. Raises ValueError, which names the setting, where it cannot."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # a disk's, of which `writing_in` says what to do
+            raise
+        why = f"it cannot be read ({str(error).partition(chr(10))[0].rstrip(' .:')}). Name a model's Hub id or folder."
+        if "trust_remote_code" in str(error):
+            why = "it has code of its own: set base.trust_remote_code=True if you trust it."
+        raise ValueError(f"base.model={base.model}: {why}") from error
 
 
 def check_attention(base: Base) -> None:
@@ -134,10 +150,11 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     transformers' sequence classifiers pool at the last token that is not the padding token. Were padding also the token
     that ends a response, the reward model would be trained to read its score one token too early.
 
-    Raises ValueError where the tokenizer has no EOS token, or the chat template cannot be read.
+    Raises ValueError where the tokenizer or the chat template cannot be read, or it has no EOS token.
     """
-    path = ask_hub(model_path(base), base.revision)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    path, trusted = ask_hub(model_path(base), base.revision), base.trust_remote_code
+    with _naming(base):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision, trust_remote_code=trusted)
     set_chat_template(tokenizer, base.chat_template, base.chat_template_date)
     if tokenizer.eos_token is None:
         raise ValueError(f"base.model={base.model}: its tokenizer has no EOS token, so a response could never end.")
@@ -260,7 +277,7 @@ def known_weights(model: str) -> str | None:
 
     None where neither is known.
     """
-    if Path(model).is_dir():
+    if os.path.isfile(Path(model, "config.json")):  # also of what is no name of a file, as Path.is_file is not
         return weights_hash(Path(model))
     try:
         config = try_to_load_from_cache(model, "config.json")

@@ -10,10 +10,10 @@ from ..data.check import examine, survey_source
 from ..data.guess import guess_columns
 from ..data.rows import FORMATS, Survey
 from ..data.tokens import CHAT_TEMPLATES
-from ..model.base import load_tokenizer
+from ..model.base import base_config, load_tokenizer
 from ..plan.cards import Card, on_card
 from ..plan.plan import plan_memory
-from ..plan.skeleton import read_config, weight_bytes
+from ..plan.skeleton import weight_bytes
 from ..recipe.values import Base, PPOStage, Recipe, Source, Stage
 from ..stages.configure import configure
 
@@ -58,7 +58,7 @@ def new_recipe(wanted: Wanted) -> NewRecipe:
     """
     base, why = choose_base(wanted)
     tokenizer = load_tokenizer(base)
-    context = getattr(read_config(base).get_text_config(), "max_position_embeddings", None) or 10**6
+    context = getattr(base_config(base).get_text_config(), "max_position_embeddings", None) or 10**6
     surveys, guessed = {}, {}
     for stage, data in wanted.data.items():
         surveys[stage], guess = look_at(stage, data, wanted.columns.get(stage, {}))

@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..model.base import base_config
 from ..recipe.values import Recipe
 from ..stages.configure import Configs, training_steps
 from ..stages.options import PPOConfig
 from .cards import Card
 from .plan import MemoryPlan, for_device, shape_of
-from .skeleton import quantized, read_config, skeleton, weight_bytes
+from .skeleton import quantized, skeleton, weight_bytes
 from .stage_memory import MIB, StagePlan
 from .work import flop_of_step, forwards_of_step
 
@@ -35,7 +36,7 @@ def seconds_of_step(recipe: Recipe, stage: str, config: Any, planned: StagePlan,
     floating-point operations, or by its kernels where these take longer. Loading and evaluations are left out.
     """
     assert card.tflops is not None and card.gb_per_s is not None
-    layers = read_config(recipe.base).get_text_config().num_hidden_layers
+    layers = base_config(recipe.base).get_text_config().num_hidden_layers
     flop, forwards = flop_of_step(recipe, stage, config), forwards_of_step(recipe, stage, config)
     ranges = {}
     for phase in flop.keys() - {"generate"}:

@@ -12,11 +12,10 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from ..model.base import precision
+from ..model.base import base_config, precision
 from ..records.cache import cache_folder
 from ..records.files import read_json, write_json
 from .dry_run import Shape, dry_run
-from .skeleton import read_config
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 CODE = ("model", "plan", "stages/ppo")  # folders of this package whose code a dry run runs, or reads its roles from
@@ -41,7 +40,7 @@ def entry_name(shape: Shape, layers: int, training_only: bool) -> str:
     """A digest of all that a dry run depends on. Where the model lies is no part of it: its configuration is."""
     base = {"precision": str(precision(shape.base))}
     base |= {name: getattr(shape.base, name) for name in ("quantization", "attn_implementation")}
-    config = read_config(shape.base).to_dict()
+    config = base_config(shape.base).to_dict()
     config.pop("_name_or_path", None)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     parts = [dataclasses.asdict(shape) | {"base": base}, layers, training_only, config, versions, code_digest()]

@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.training_args import OptimizerNames
 
+from ..model.base import base_config
 from ..model.batches import TOKENS_AT_ONCE
 from ..model.graph import layers_refusal, room, static_bytes
 from ..model.memory import resident_mib
@@ -33,7 +34,7 @@ from .dry_run import Shape
 from .kept import kept_dry_run
 from .meter import MicroBatchMemory
 from .others import for_gpu, other_models
-from .skeleton import quantized, read_config, sharded_bytes, skeleton, weight_bytes
+from .skeleton import quantized, sharded_bytes, skeleton, weight_bytes
 from .spread import plan_of_card
 from .stage_memory import CONTEXT, MIB, WORKSPACES, StagePlan, gib, held_beside
 
@@ -120,7 +121,7 @@ def shape_of(recipe: Recipe, stage: str, config: Any, on_gpu: bool) -> Shape:
 
     Raises ValueError where nothing says how long a row may be.
     """
-    context = getattr(read_config(recipe.base).get_text_config(), "max_position_embeddings", None) or math.inf
+    context = getattr(base_config(recipe.base).get_text_config(), "max_position_embeddings", None) or math.inf
     rows, more_rows, prompt = config.per_device_train_batch_size, config.per_device_eval_batch_size, 0
     if stage == "ppo":
         prompt = min(config.max_prompt_length or math.inf, context - config.response_length)
@@ -212,7 +213,7 @@ def captured_decoding(recipe: Recipe, config: PPOConfig, shape: Shape, numbers: 
     The KV cache has whole blocks of tokens. The policy's adapter is there once more, and so are the graphs' own memory
     and the state of the rows, while prompts go through the model eagerly.
     """
-    text = read_config(recipe.base).get_text_config()
+    text = base_config(recipe.base).get_text_config()
     refused = config.generation_backend != "native" or recipe.base.quantization == "int8" or recipe.base.split
     if refused or layers_refusal(text, room(shape.prompt, config.response_length)) is not None:
         return {}
@@ -230,7 +231,7 @@ def at_full_depth(shape: Shape) -> dict[str, float]:
     All grow with the layers in a straight line. Where only the first layers are checkpointed, the others keep what they
     keep without, which is gone before the first layer runs its forward again.
     """
-    text = read_config(shape.base).get_text_config()
+    text = base_config(shape.base).get_text_config()
     depth = text.num_hidden_layers
     if depth <= LAYERS[1]:
         numbers = dict(kept_dry_run(shape, depth))
@@ -339,7 +340,7 @@ def largest_size(recipe: Recipe, stage: str, config: Any, key: str, gpu: float |
 def least_checkpointed(recipe: Recipe, config: PPOConfig, gpu: float | None = None) -> int:
     """The fewest decoder layers, the first ones, with which PPO's update fits if they are checkpointed; else all."""
     total, device_recipe, config = for_device(recipe, "ppo", config, gpu)
-    layers = read_config(recipe.base).get_text_config().num_hidden_layers
+    layers = base_config(recipe.base).get_text_config().num_hidden_layers
 
     def fits(number: int) -> bool:
         config.checkpointed_layers = number

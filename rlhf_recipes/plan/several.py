@@ -14,14 +14,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..model.base import precision
+from ..model.base import base_config, precision
 from ..recipe.overrides import replace
 from ..recipe.values import Recipe
 from ..stages.configure import Configs
 from .cards import Card
 from .hours import SPREAD, Range, seconds_of_step
 from .plan import at_full_depth, for_device, settle_auto_sizes, shape_of, stage_plan
-from .skeleton import outside_bytes, read_config, weight_bytes
+from .skeleton import outside_bytes, weight_bytes
 from .spread import plan_of_card, weights_of_card
 from .stage_memory import GIB, MIB, StagePlan
 from .work import flop_of_step, forwards_of_step, weights_of_token
@@ -173,7 +173,7 @@ def sent_bytes(recipe: Recipe, stage: str, config: Any, alone: StagePlan, way: s
     if way == "layers":
         forward = 2 * weights_of_token(base)  # FLOP of a token
         passes = sum(flop_of_step(recipe, stage, unchecked).values()) / forward
-        return (cards - 1) * passes * read_config(base).get_text_config().hidden_size * precision(base).itemsize
+        return (cards - 1) * passes * base_config(base).get_text_config().hidden_size * precision(base).itemsize
     part = (cards - 1) / cards
     steps = config.num_ppo_epochs * config.num_mini_batches if stage == "ppo" else 1
     summed = 2 * part * steps * alone.parts["gradients"] * MIB

@@ -8,7 +8,6 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -17,19 +16,9 @@ from transformers import (
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from ..data.hub import ask_hub
 from ..model.architecture import register_classifier
-from ..model.base import model_path, precision
+from ..model.base import base_config, precision
 from ..recipe.values import Base
-
-
-def read_config(base: Base) -> Any:
-    """The model's configuration. Raises ValueError where it cannot be read."""
-    path = ask_hub(model_path(base), base.revision)
-    try:
-        return AutoConfig.from_pretrained(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"base.model={base.model}: {str(error).splitlines()[0]}") from error
 
 
 def skeleton(base: Base, layers: int | None = None, scores: bool = False) -> PreTrainedModel:
@@ -38,7 +27,7 @@ def skeleton(base: Base, layers: int | None = None, scores: bool = False) -> Pre
     Args:
         scores: a sequence classifier with one label, as the reward stage trains it.
     """
-    config = read_config(base)
+    config = base_config(base)
     text = config.get_text_config()
     if layers is not None:
         text.num_hidden_layers = layers
@@ -133,7 +122,7 @@ def outside_bytes(base: Base) -> float:
 
 def layers_of(base: Base) -> int:
     """The number of decoder layers."""
-    return read_config(base).get_text_config().num_hidden_layers
+    return base_config(base).get_text_config().num_hidden_layers
 
 
 def sharded_bytes(base: Base, processes: int) -> float:
@@ -154,7 +143,7 @@ def loading_bytes(base: Base, on_gpu: bool, scores: bool = False) -> float:
     whole checkpoint, mapped into memory, but for the weights that stay what is mapped; and bitsandbytes quantizes a
     weight there by way of numbers in float32, of which three times the weight was seen at one time (int8: twice).
     """
-    stored, model = read_config(base).dtype or torch.float32, skeleton(base, scores=scores)
+    stored, model = base_config(base).dtype or torch.float32, skeleton(base, scores=scores)
     counts = [parameter.numel() for parameter in model.parameters()]
     if on_gpu:
         return max(counts) * stored.itemsize

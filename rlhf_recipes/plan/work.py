@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+from ..model.base import base_config
 from ..recipe.values import Base, Recipe
 from ..stages.configure import training_steps
 from ..stages.options import PPOConfig
@@ -11,7 +12,7 @@ from ..stages.ppo.roles import Role
 from ..stages.reward.adapters import JUDGE
 from .dry_run import Shape
 from .plan import shape_of
-from .skeleton import read_config, skeleton
+from .skeleton import skeleton
 
 
 def work_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float | None]:
@@ -40,7 +41,7 @@ def flop_of_step(recipe: Recipe, stage: str, config: Any) -> dict[str, float]:
     forward = 2 * _rows_of_step(stage, config) * shape.length * weights_of_token(recipe.base)
     again = 0 if shape.checkpointing == "off" else 1
     if again and shape.checkpointed is not None:
-        again = min(1, shape.checkpointed / read_config(recipe.base).get_text_config().num_hidden_layers)
+        again = min(1, shape.checkpointed / base_config(recipe.base).get_text_config().num_hidden_layers)
     training = (2 + again) * forward
     if stage != "ppo":
         return {"train": training + (stage == "dpo") * forward}

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 import types
@@ -67,7 +68,7 @@ def load_module(path: Path) -> types.ModuleType:
 def is_function(name: str) -> bool:
     """Whether the text names a function (`module:function` or `file.py:function`), not a Hub id or a path."""
     module, colon, function = name.rpartition(":")
-    return bool(colon) and function.isidentifier() and len(module) > 1 and not Path(name).exists()
+    return bool(colon) and function.isidentifier() and len(module) > 1 and not os.path.exists(name)
 
 
 def function(name: str) -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """Checkpoints that say what they hold, by which one that the disk has damaged is known and passed over."""
 
 import hashlib
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -52,14 +51,13 @@ def damage(checkpoint: Path) -> str | None:
     try:
         if not (checkpoint / SEAL).exists():
             name = "trainer_state.json"
-            json.loads((checkpoint / name).read_text())
-            return None
+            return f"{name} is missing" if read_json(checkpoint / name) is None else None
         for name, written in read_json(checkpoint / SEAL).items():
             if _sha256(checkpoint / name) != written:
                 return f"{name} is not what was written"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"{name} is missing"
-    except ValueError:  # of what is no JSON, and no UTF-8
+    except ValueError:  # of what is no JSON, no UTF-8, and no object
         return f"{name} is not JSON"
     return None
 

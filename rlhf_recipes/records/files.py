@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ REFUSALS = {  # of a disk, by the system's number for it, and what to do
     errno.EACCES: "its permissions forbid it: change them, or name another",
     errno.EIO: "the disk fails: name a folder on another one",
     errno.ENOENT: "it was deleted or moved while this ran: put it back",
+    errno.EEXIST: "something else has this name: name another, or delete it",
+    errno.ENOTDIR: "it is no folder: name another",
+    errno.EISDIR: "it is a folder, and no file: name another",
+    errno.ENAMETOOLONG: "the name is too long: name a shorter one",
 }
 # Errors of what safetensors and tokenizers (Rust), and torch, write: they have no number, but mostly its words.
 LIBRARIES = re.compile(r"\(os error \d+\)|inline_container\.cc.*(strerror|unexpected pos|PytorchStreamWriter)")
@@ -158,7 +162,7 @@ def writing_in(folder: Path) -> Iterator[None]:
         why = _refusal(error, place)
         if why is None:
             raise
-        place = place if place.parent.is_dir() else place.parent
+        place = place if os.path.isdir(place.parent) else place.parent  # which bears a name of any length
         raise ValueError(f"{place}: {why} ({error}). What is there is safe: then run the same again.") from error
 
 
@@ -177,15 +181,24 @@ def _refusal(error: Exception, place: Path) -> str | None:
 class Journal:
     """A JSONL file that grows by a row at a time, each on disk when `append` returns. One process writes it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keys: Sequence[str] = ()) -> None:
         """Open the file and read its rows; a last line without its end, which a kill has torn, is cut off.
 
-        Raises ValueError where another line is no JSON object, or the file is a link, which may lead anywhere.
+        Args:
+            keys: what each row has, if this package has written it.
+        Raises:
+            ValueError: another line is no JSON object, a row lacks a key, or the file is a link, which may lead
+                anywhere.
         """
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and is not written through: name the file itself, or delete the link.")
         self.path = path
         self.rows, whole = _rows(path)
+        for number, row in enumerate(self.rows, 1):
+            if lacks := [key for key in keys if key not in row]:
+                raise ValueError(
+                    f"{path}, row {number}: it has no {lacks[0]!r}, and is of something else. Name another file."
+                )
         if whole is not None:
             with path.open("r+b") as stream:
                 stream.truncate(whole)

@@ -132,8 +132,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def _numbered(folder: Path, name: str) -> list[Path]:
     """The folders `name-1`, `name-2`, ... in a folder, in this order."""
-    found = [path for path in folder.glob(f"{name}-*") if re.fullmatch(rf"{name}-[0-9]{{1,18}}", path.name)]
-    return sorted(found, key=lambda path: checkpoint_step(path.name))
+    named = [path for path in folder.glob(f"{name}-*") if re.fullmatch(rf"{name}-[0-9]{{1,18}}", path.name)]
+    return sorted((path for path in named if path.is_dir()), key=lambda path: checkpoint_step(path.name))
 
 
 def checkpoint_step(name: str) -> int:

@@ -96,7 +96,7 @@ def lines(
     if not drawn:
         return None
     axes, figure = _axes(x_label)
-    for x in marks:
+    for x in filter(math.isfinite, marks):
         axes.axvline(x, color=DIM, linewidth=0.8, linestyle=DASHES["dotted"])
     together = 1
     for curve in drawn:
@@ -104,7 +104,7 @@ def lines(
     _number(axes, drawn)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, min_n_ticks=3, steps=STEPS))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=x_label in ("update", "step"), steps=STEPS))
-    places = {x for curve in drawn for x in curve.x}
+    places = {x for curve in drawn for x in curve.x if math.isfinite(x)}
     if len(places) == 1:
         axes.set_xticks(list(places))
     if unit == "share":
@@ -212,8 +212,9 @@ def _pooled(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float
 
 def _finite(curve: Curve) -> Curve:
     """The curve with a gap for what is no number: matplotlib cannot scale infinity."""
-    y = [value if math.isfinite(value) else math.nan for value in curve.y]
-    return Curve(curve.label, curve.x, y, curve.colour, curve.style, curve.numbers)
+    y = [b if math.isfinite(a) and math.isfinite(b) else math.nan for a, b in zip(curve.x, curve.y, strict=True)]
+    x = [value if math.isfinite(value) else math.nan for value in curve.x]
+    return Curve(curve.label, x, y, curve.colour, curve.style, curve.numbers)
 
 
 def _said(title: str, unit: str, curves: Sequence[Curve]) -> str:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def test_an_error_does_nothing_to_a_terminal(tmp_path: Path, capsys: pytest.Capt
     folder = tmp_path / "\x1b[2J\x9b31m\u202e"
     said = error_of(capsys, ["chat", str(folder)])
     assert r"\x1b[2J\x9b31m\u202e is no run folder" in said and said.rstrip("\n").isprintable()
+
+
+def test_a_run_folder_that_is_shown_does_nothing_to_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({**to_dict(load("tiny")), "name": "\x1b[2J"}))
+    for words in (["show", str(tmp_path)], ["show", "tiny", "--diff", str(tmp_path)]):
+        main_cli(words)
+        said = capsys.readouterr().out
+        assert r"\x1b[2J" in said and said.replace("\n", "").isprintable()
 
 
 def test_show_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +277,16 @@ def test_a_command_is_told_how_and_where_a_run_ended(tmp_path: Path, capsys: pyt
     assert lines[:2] == ["done runs/a ", "stopped runs/b "] and len(lines) == 4
     assert lines[2] == f"failed {tmp_path / 'run'} sft.data: there is no file absent.jsonl."
     assert lines[3].startswith("failed runs/tiny Recipe 'tiny' has no stage"), lines
+
+
+@pytest.mark.parametrize("message", ["a\0b", "\ud800", "ü" * 300_000])
+def test_an_error_that_no_variable_can_hold_is_the_runs_own(message: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError) as failed,
+        notifying('test -n "$RUN_ERROR" && touch ' + shlex.quote(str(tmp_path / "told")), tmp_path),
+    ):
+        raise ValueError(message)
+    assert str(failed.value) == message and (tmp_path / "told").exists()
 
 
 def test_a_command_is_told_once_when_a_run_is_silent_for_longer_than_ever(tmp_path: Path) -> None:

@@ -332,7 +332,7 @@ def test_a_judge_of_an_evaluation_json_is_neither_run_nor_asked(copied: Path, tm
     before = json.loads(written.read_text())
     (copied / "judged-x.jsonl").write_text("")
     with Endpoint(longer) as endpoint:
-        theirs = {f"{code}:gold": "f", endpoint.url: "e", "path": "x/../../judged-x", f"{code}:absent": "a"}
+        theirs = {f"{code}:gold": "f", endpoint.url: "e", "path": "x/../../judged-x", f"{code}:absent": "a", "two": 2}
         written.write_text(json.dumps({**before, "judges": before["judges"] | theirs}))
         found = evaluate(copied, EvaluationSettings(judges=("gold",)))
         assert not endpoint.bodies and endpoint.listed == 0
@@ -353,6 +353,8 @@ def test_what_a_judge_said_goes_with_its_code_and_weights(finished: Path, recipe
         assert find_judge(name, finished, recipe, asking).identity != before
     gold = find_judge("gold", finished, recipe, asking)
     assert gold.identity == known_identity("gold", finished, recipe)
+    for name in (str(finished), ".", "a" * 300, "a" * 300 + ":b"):  # a run that was asked, or a name of nothing
+        assert known_identity(name, finished, recipe) != gold.identity
 
 
 def test_neither_batches_nor_limits_nor_kills_change_an_answer(

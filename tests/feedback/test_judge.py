@@ -30,6 +30,7 @@ from rlhf_recipes.feedback.constitution import COMPARISON, comparison_question, 
 from rlhf_recipes.feedback.endpoint import read_option
 from rlhf_recipes.feedback.judge import orders, rank_by_answers
 from rlhf_recipes.feedback.local import LocalModel
+from rlhf_recipes.feedback.parallel import in_parallel, run_to_end
 from rlhf_recipes.feedback.rows import read_labels
 from rlhf_recipes.model.base import load_base, load_tokenizer
 from rlhf_recipes.model.shared import SharedBase
@@ -791,3 +792,14 @@ def test_a_judge_may_be_asked_where_a_loop_is_running(samples: Path) -> None:
 
     with Endpoint(longer) as endpoint:
         assert len(asyncio.run(cell())) == 4
+
+
+def test_no_more_tasks_are_made_than_there_are_questions() -> None:
+    tasks = []
+
+    async def work(number: int) -> None:
+        await asyncio.sleep(0)
+        tasks.append((number, len(asyncio.all_tasks())))
+
+    run_to_end(in_parallel(work, range(3), 1_000))
+    assert [number for number, _ in tasks] == [0, 1, 2] and max(count for _, count in tasks) <= 4

@@ -27,6 +27,7 @@ from transformers import (
 
 from rlhf_recipes.data.tokens import stop_token_id
 from rlhf_recipes.model.base import (
+    base_config,
     fingerprint,
     load_base,
     load_tokenizer,
@@ -960,3 +961,14 @@ def test_the_cache_is_beside_the_hugging_face_cache_unless_it_is_set(monkeypatch
     assert cache_folder() == Path.home() / "somewhere"
     monkeypatch.delenv("RLHF_RECIPES_CACHE")
     assert cache_folder() == Path(HF_HOME).parent / "rlhf_recipes"
+
+
+def test_a_base_that_is_not_there_or_has_code_is_named_by_its_setting(tmp_path: Path) -> None:
+    for name in ("nobody/nothing", str(tmp_path)):
+        for read in (load_tokenizer, base_config):
+            with pytest.raises(ValueError, match=rf"^base\.model={name}: it cannot be read \(.*\)\. Name a model"):
+                read(Base(name))
+    auto = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(auto))
+    with pytest.raises(ValueError, match=r"it has code of its own: set base\.trust_remote_code=True"):
+        base_config(Base(str(tmp_path)))

@@ -173,6 +173,14 @@ def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path: Path, capsy
     assert re.search("error: process 1 of 2: .* does not see .*elsewhere: --run-dir must be on storage that all", said)
 
 
+def test_what_a_failed_process_says_does_nothing_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("ValueError", "KeyError"):
+        written = {"message": f"{kind}: no file \x1b[2J", "extraInfo": {"py_callstack": "in \x1b[2J\n"}}
+        with pytest.raises(SystemExit):
+            end_after_failure(0, 2, written, "", ValueError())
+        assert "\x1b" not in capsys.readouterr().err
+
+
 def test_what_is_told_wrong_about_workers_is_refused(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = [(["--ray", "local"], "--ray needs --workers"), (["--ray", "x", "--processes", "2"], "allowed")]
     for words, said in (*wrong, (["--workers", "2"], "--workers is of --ray")):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.records.checkpoints import SEAL, last_checkpoint, seal
+from rlhf_recipes.records.folder import newest_round_first
 
 
 def make_checkpoints(folder: Path) -> list[Path]:
@@ -31,6 +32,8 @@ def make_checkpoints(folder: Path) -> list[Path]:
             "policy/adapter_model.safetensors is not what was written",
         ),
         (SEAL, lambda path: path.write_bytes(bytes(100)), f"{SEAL} is not JSON"),
+        (SEAL, lambda path: path.write_text("[" * 100_000), f"{SEAL} is not JSON"),
+        ("optimizer.pt", lambda path: (path.unlink(), path.mkdir()), "optimizer.pt is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_it_is_said(
@@ -59,3 +62,15 @@ def test_a_checkpoint_without_a_seal_is_gone_on_from_and_sealed_once(tmp_path: P
         *("optimizer.pt", "policy/adapter_model.safetensors", "trainer_state.json")
     }
     assert last_checkpoint(tmp_path) != str(newest)
+
+
+def test_what_is_no_folder_is_no_checkpoint_and_no_round(tmp_path: Path) -> None:
+    _, newest = make_checkpoints(tmp_path)
+    for name in ("checkpoint-20", "round-2"):
+        (tmp_path / name).write_text("no folder")
+        (tmp_path / f"{name}1").symlink_to(tmp_path / "nowhere")
+    assert last_checkpoint(tmp_path) == str(newest)
+    assert newest_round_first(tmp_path) == [tmp_path]
+    (newest / SEAL).unlink()
+    (newest / "trainer_state.json").write_text("[" * 100_000)
+    assert Path(last_checkpoint(tmp_path) or "").name == "checkpoint-9"

@@ -54,6 +54,26 @@ def test_a_file_is_named_by_its_own_name(tmp_path: Path, monkeypatch: pytest.Mon
         write_text(tmp_path / "file", "text")
 
 
+def test_what_is_no_place_for_a_file_is_said_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for write, words in (
+        (lambda: file.mkdir(), f"{file}: something else has this name"),
+        (lambda: (file / "x").mkdir(), f"{file}: it is no folder"),
+        (lambda: write_text(tmp_path, "text"), f"{tmp_path}: it is a folder, and no file"),
+        (lambda: (tmp_path / ("a" * 300) / "x").mkdir(), f"{tmp_path / ('a' * 300)}: the name is too long"),
+    ):
+        with pytest.raises(ValueError) as raised, writing_in(Path()):
+            write()
+        assert str(raised.value).startswith(words)
+
+
+def test_a_file_of_other_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"id": 1}\n{"prompt": "p"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl, row 2: it has no 'id', and is of something else"):
+        Journal(tmp_path / "data.jsonl", ["id"])
+
+
 def test_what_libraries_write_into_a_folder_that_is_gone_is_said_in_words(tmp_path: Path) -> None:
     gone = tmp_path / "gone" / "file"
     for write in (

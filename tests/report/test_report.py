@@ -353,6 +353,8 @@ def test_a_charts_colours_are_the_style_sheets_and_its_words_are_text() -> None:
     curves = [charts.Curve(hostile, [0, 1, 2], [0.5, math.nan, 1], 1), charts.Curve("b", [1], [0.2], 9, "points")]
     found = charts.lines(hostile, curves, "share")
     assert found is not None and charts.lines("empty", [charts.Curve("a", [1], [math.nan])]) is None
+    assert charts.lines("endless KL", [charts.Curve("a", [1, math.inf], [1, 2])], x_label="KL", marks=[math.inf])
+    assert charts.lines("endless KL", [charts.Curve("a", [math.inf], [1])], x_label="KL") is None
     root = ElementTree.fromstring(found.svg)
     painted = {value for one in root.iter() for name, value in one.items() if name in ("fill", "stroke")}
     assert painted <= {"none", "var(--dim)", "var(--line)", "var(--c1)"}, "number 9 has the colour of number 1"
