@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from itertools import islice
 from typing import Any, TypeVar
 
 from .client import Client, NoCompletion
 
 T = TypeVar("T")
+MOST = 1_000  # questions at once, whatever is asked for: each costs a task, also where there are fewer
 
 
 def run_to_end(work: Coroutine[Any, Any, None]) -> None:
@@ -28,15 +28,14 @@ async def in_parallel(work: Callable[[T], Awaitable[None]], items: Iterable[T], 
     assert parallel > 0
     queue = iter(items)
 
-    async def worker(first: T) -> None:
-        await work(first)
+    async def worker() -> None:
         for item in queue:
             await work(item)
 
     try:
         async with asyncio.TaskGroup() as group:
-            for first in islice(queue, parallel):
-                group.create_task(worker(first))
+            for _ in range(min(parallel, MOST)):
+                group.create_task(worker())
     except ExceptionGroup as group_of_errors:
         raise group_of_errors.exceptions[0] from None
 

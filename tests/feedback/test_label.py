@@ -871,7 +871,9 @@ def test_a_killed_server_loses_nothing(tmp_path: Path, opened: Callable[[str, st
         server.send_signal(signal.SIGINT)
         assert server.stdout is not None
         assert server.stdout.read().strip() == f"1 judgements, 3 in all in {labels}"
-        assert server.wait() == 0 and server.stderr is not None and not server.stderr.read()
+        assert server.wait() == 0 and server.stderr is not None
+        (said,) = server.stderr.read().splitlines()
+        assert said.startswith(f"{labels} was in use by process ") and said.endswith("taken over.")
     assert len({(row["id"], row["labeler"]) for row in rows_of(labels)}) == 3
 
 

@@ -774,7 +774,7 @@ def test_a_fingerprint_is_of_the_last_byte_too(llama: Setup, tmp_path: Path) -> 
 def test_an_adapter_without_a_fingerprint_is_refused(llama: Setup, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama.sft, tmp_path / "sft"))
     (folder / "base.json").unlink()
-    with pytest.raises(ValueError, match=r"sft holds no base\.json"):
+    with pytest.raises(ValueError, match=r"sft/base\.json is missing"):
         SharedBase(load_base(llama.base), LORA, llama.found).add_role("policy", folder)
 
 

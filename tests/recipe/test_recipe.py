@@ -196,7 +196,7 @@ def test_args_are_checked_against_the_config(args: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], r"A recipe must have keys, and is \[\]"),
+        ([], "list, which is not what this package writes"),
         ({"base": {"model": "m"}}, "The key name is missing"),
         ({"name": "n", "base": [["model"]]}, r"base must have keys, and is \[\['model'\]\]"),
         ({"name": "n", "base": {"dtype": "auto"}}, r"The key base\.model is missing"),
