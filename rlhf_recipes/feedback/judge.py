@@ -70,10 +70,10 @@ def judge_samples(
     Returns:
         labels: of this judge in all; of: samples; tied: labels without any preference; unjudged: samples without a
         label, because no answer could be understood, or one failed; failed: those of the latter, which another call
-        asks again. pairs: compared in
-        both orders; agree: the share of them in which both orders gave the same answer; first: the share of answers for
-        the response shown first (0.5 without a bias); unparsed: answers that could not be understood; mass: the mean
-        probability of all options together. A share or mean of nothing is None. And what `Ledger.bill` says.
+        asks again. pairs: compared in both orders; agree: the share of them in which both orders gave the same
+        answer; first: the share of answers for the response shown first (0.5 without a bias); unparsed: answers that
+        could not be understood; mass: the mean probability of all options together. A share or mean of nothing is
+        None. And what `Ledger.bill` says.
     Raises:
         ValueError: `out` is of another judge or other settings, an endpoint that is gone, or a judge none of whose
             last 20 answers could be understood. What was judged before that is on disk.

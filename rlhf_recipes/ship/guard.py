@@ -68,5 +68,6 @@ class GuardedConfig(uvicorn.Config):
 
 
 if __name__ == "__main__":
+    # The application is made inside `transformers serve`, which hands it to this class and to nothing that can be set.
     uvicorn.Config = GuardedConfig  # type: ignore[misc]
     main()

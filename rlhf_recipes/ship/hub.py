@@ -77,4 +77,5 @@ def upload_pushes(run_dir: Path, staged: Sequence[tuple[Push, Path]], public: bo
             )
         yield address
     shutil.rmtree(upload_folder(run_dir))
-    shutil.rmtree(run_dir / STAGED, ignore_errors=True)  # nothing was exported of labels, or what was there
+    if (run_dir / STAGED).exists():  # not of labels alone, or where all exports were given
+        shutil.rmtree(run_dir / STAGED)
