@@ -17,16 +17,19 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 class Recorder:
     """Appends a stage's rows to the files of its run folder, and hands them to the tracker."""
 
-    def __init__(self, run_dir: Path, stage: str, tracker: Tracker, step: int = 0, writes: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, stage: str, tracker: Tracker, step: int = 0, evaluates: bool = False, writes: bool = True
+    ) -> None:
         """
         Args:
             step: the one that the stage goes on from. Rows that an earlier attempt wrote after it are dropped, because
                 they come again.
+            evaluates: it goes on with that step's evaluation.
             writes: False in a process for which another one writes.
         """
         self.run_dir, self.stage, self.tracker, self.writes = run_dir, stage, tracker, writes
         for name in (METRICS, SAMPLES) if writes else ():
-            drop_rows_to_come_again(run_dir / name, stage, step)
+            drop_rows_to_come_again(run_dir / name, stage, step, evaluates)
 
     def metrics(self, step: int, logs: Mapping[str, Any]) -> None:
         """Record what a trainer logs at a step."""
@@ -66,17 +69,18 @@ def check_rows(path: Path, rows: list[Row]) -> list[Row]:
     return rows
 
 
-def drop_rows_to_come_again(path: Path, stage: str, step: int) -> None:
+def drop_rows_to_come_again(path: Path, stage: str, step: int, evaluates: bool = False) -> None:
     """Drop a stage's rows that are about to be written again: after the step it resumes from, or after its training.
 
-    Raises ValueError where a row is none of a stage's.
+    Where it `evaluates` first, that step's evaluation comes again too. Raises ValueError where a row is none of a stage's.
     """
     if path.is_file():
         kept, again = [], False
         for row in check_rows(path, read_rows(path)):
             # A row of totals ends the training; the comparison of the models after it begins with the base.
             ends = "train_runtime" in row or row.get("model") == "base"
-            again = again or (row["stage"] == stage and (row["step"] > step or ends))
+            evaluation = evaluates and row["step"] == step and "eval_loss" in row
+            again = again or (row["stage"] == stage and (row["step"] > step or ends or evaluation))
             if row["stage"] != stage or not again:
                 kept.append(json.dumps(row) + "\n")
         write_text(path, "".join(kept))

@@ -31,7 +31,7 @@ from ..records.tracking import Session, Tracker
 from .callbacks import LogWithCheckpoints, RecordLogs, ShowProgress, StartOnce
 from .float16 import CountSkippedSteps, scale_losses
 from .nonfinite import LeaveOutNonFinite
-from .shares import StopTogether
+from .shares import SharesBatches, StopTogether
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class Job:
     def step(self) -> int | None:
         """The step of the checkpoint to go on from."""
         return None if self.resume is None else trainer_state(self.resume).global_step
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the evaluation behind that step is still to come: the run was stopped in the middle of it."""
+        return self.resume is not None and _control(trainer_state(self.resume))["should_evaluate"]
 
     @property
     def root(self) -> Path:
@@ -154,7 +159,9 @@ class Job:
         Rows that an earlier attempt wrote after the checkpoint are dropped: they come again.
         """
         assert self.tracker is not None
-        recorder = Recorder(self.run_dir, self.stage, self.tracker, self.step or 0, writes=is_main())
+        recorder = Recorder(
+            self.run_dir, self.stage, self.tracker, self.step or 0, self.owes_evaluation, writes=is_main()
+        )
         trainer.remove_callback(PrinterCallback)
         if trainer.args.fp16:
             trainer.add_callback(CountSkippedSteps(trainer.accelerator))
@@ -187,6 +194,8 @@ class Job:
         Raises ValueError where that holds more than tensors, or adapters of another kind.
         """
         scale_losses(trainer.accelerator)
+        if isinstance(trainer, SharesBatches):
+            trainer.owes_evaluation = self.owes_evaluation
         if not is_main():
             trainer.args.save_total_limit = None  # the main process deletes old checkpoints
         for parameter in trainer.model.parameters():
@@ -206,11 +215,15 @@ class Job:
             if is_main():
                 seal(Path(self.resume))
             # True of the last step, and where training stopped early or beyond max_kl.
-            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            if _control(state)["should_training_stop"]:
                 # From such a checkpoint the Trainer would take one more step, so it is only loaded.
-                chosen = trainer.args.load_best_model_at_end and best.is_dir()
                 trainer.state = state
-                trainer._load_from_checkpoint(str(best) if chosen else self.resume)
+                trainer._load_from_checkpoint(self.resume)
+                if isinstance(trainer, SharesBatches):
+                    trainer.evaluate_what_is_owed()  # which may choose another
+                best = self.folder / f"checkpoint-{state.best_global_step}"
+                if trainer.args.load_best_model_at_end and best.is_dir():
+                    trainer._load_from_checkpoint(str(best))
                 trainer.log({"train_runtime": 0.0, "total_flos": state.total_flos})  # as the Trainer ends a training
                 return
         try:
@@ -225,3 +238,9 @@ class Job:
 def trainer_state(checkpoint: str) -> TrainerState:
     """The state that the Trainer wrote into a checkpoint."""
     return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+
+
+def _control(state: TrainerState) -> dict[str, bool]:
+    """What was still to be done when the Trainer wrote a checkpoint with that state."""
+    control: Any = state.stateful_callbacks
+    return control["TrainerControl"]["args"]

@@ -4,12 +4,16 @@ transformers' and TRL's trainers believe that they are alone (see `model.process
 whole run's batches in one order, and its optimizer takes the same steps.
 """
 
+import copy
 import functools
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,7 +22,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..model.processes import all_gather, all_sum_, broadcast, count, is_main, rank
 from ..records.checkpoints import seal
+from .stop import StoppedInside
 
+RUNNING_SUMS = (
+    "_tr_loss",
+    "_metrics",
+    "_total_train_tokens",
+    "current_flos",
+)  # transformers' and TRL's, of rows to log
 SHARE = "share"  # in a batch: which part of the whole batch's rows it has
 
 
@@ -42,11 +53,42 @@ class WritesOnce(Trainer):
         self.state.best_model_checkpoint = broadcast(self.state.best_model_checkpoint)
 
 
+def remember_random_numbers() -> Callable[[], None]:
+    """Look where the generators are that a Trainer's checkpoint keeps. Returns a function that takes them back there."""
+    python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    of_gpus = torch.cuda.get_rng_state_all()  # none without one
+
+    def take_back() -> None:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(tensors)
+        torch.cuda.set_rng_state_all(of_gpus)
+
+    return take_back
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """What a checkpoint of the last whole step has to hold, and the next step, or an evaluation, has changed."""
+
+    row: tuple[Any, ...]  # what the Trainer logs a row of it with, beside the loss
+    named: dict[str, Any]  # the same, by name
+    sums: dict[str, Any]  # behind the step and its evaluation; none while that goes on, which changes none
+    take_back_random_numbers: Callable[[], None] = field(default_factory=remember_random_numbers)
+
+
 class SharesBatches(WritesOnce):
     """A Trainer of which each process trains on its share of a batch's rows, and steps along the sum of all gradients.
 
     Held-out rows are few, and each process evaluates all of them.
+
+    Stopped in the middle of a step it writes the checkpoint that it could have written before that step, which changes
+    no weight before it ends. Stopped in an evaluation it writes the one that would have followed, and that training
+    goes on with the evaluation.
     """
+
+    last_step: LastStep | None = None  # None until this process has made one
+    owes_evaluation = False  # of the step of the checkpoint that training goes on from
 
     def get_train_dataloader(self) -> DataLoader:
         whole = self.data_collator
@@ -71,7 +113,39 @@ class SharesBatches(WritesOnce):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return loss * share if num_items_in_batch is None and not return_outputs else loss
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Raises Stopped once what is whole is saved."""
+        try:
+            return super().train(*args, **kwargs)
+        except StoppedInside:
+            if self.last_step is not None:
+                self._save_last_step(self.last_step)
+            raise
+
+    def _save_last_step(self, last: LastStep) -> None:
+        owes_evaluation = self.control.should_evaluate  # it is True until the evaluation has come to its end
+        last.take_back_random_numbers()
+        vars(self).update(last.sums)
+        self.model.train()  # which names the numbers of the row that is logged
+        self.control.should_log, self.control.should_evaluate, self.control.should_save = True, False, False
+        super()._maybe_log_save_evaluate(self._tr_loss, *last.row, **last.named)
+        self.control.should_evaluate = owes_evaluation
+        if not Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}").exists():
+            self._save_checkpoint(self.model, None)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *row: Any, **named: Any) -> None:
+        self.last_step = LastStep(row, named, {})
+        super()._maybe_log_save_evaluate(tr_loss, *row, **named)
+        self.last_step = LastStep(row, named, copy.deepcopy({name: getattr(self, name) for name in RUNNING_SUMS}))
+
+    def evaluate_what_is_owed(self) -> None:
+        """Run the evaluation, if there is one, in which training was stopped behind the step that it goes on from."""
+        if self.owes_evaluation:
+            self.owes_evaluation = False
+            self._determine_best_metric(self._evaluate(None, None), None)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.evaluate_what_is_owed()  # with the checkpoint's random numbers, which the Trainer has just read
         with gathering(self.accelerator, has_rows=bool(inputs.get(SHARE, 1.0))):
             loss = super().training_step(model, inputs, num_items_in_batch).clone()
         if self.accelerator.sync_gradients:

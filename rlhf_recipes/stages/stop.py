@@ -26,8 +26,15 @@ class Stopped(KeyboardInterrupt):
         return self.args[0]
 
 
+class StoppedInside(Stopped):
+    """The run was stopped in the middle of a step, or of the evaluation behind one. What was whole is still to save."""
+
+
 class StopInOrder(TrainerCallback):
-    """Ends a stage's training with `Stopped` at SIGINT, SIGTERM or a time, once the step under way has a checkpoint.
+    """Ends a stage's training with `Stopped` at SIGINT, SIGTERM or a time, once what is whole has a checkpoint.
+
+    Of an update of PPO all is finished first. A step of another stage ends behind its next micro-batch, and an
+    evaluation behind its next batch: see `SharesBatches`, which saves the last whole step then.
 
     The Trainer's own way to stop early would not do: its checkpoint says that training is over. A second signal, and
     one while nothing trains, stops at once.
@@ -70,7 +77,7 @@ class StopInOrder(TrainerCallback):
         self.code = 128 + number
         if at_once:
             raise Stopped(self.code)
-        print("\nstopping when this step is done and saved; once more stops at once", file=sys.stderr, flush=True)
+        print("\nstopping once what was done is saved; once more stops at once", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """Raises Stopped where a signal or the time has come, in a thread that waits and trains nothing."""
@@ -100,6 +107,13 @@ class StopInOrder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_asked():  # the loss since the last row would be lost: it is no part of a checkpoint
             control.should_save = control.should_log = True
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_training and self._is_asked():
+            raise StoppedInside(self.code)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_substep_end(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.is_training and self._is_asked():  # the Trainer saves behind an evaluation between two steps

@@ -25,7 +25,7 @@ from support.run_folder import manifest_of, mark_running, rows_of, states, write
 from support.tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
-from rlhf_recipes import Base, Lora, PPOStage, Recipe, Stage, replace, run
+from rlhf_recipes import Base, DPOStage, Lora, PPOStage, Recipe, Stage, replace, run
 from rlhf_recipes.cli.command import exit_codes
 from rlhf_recipes.model.base import check_adapter, model_path
 from rlhf_recipes.model.memory import peak_memory_mib, reset_peak_memory
@@ -563,6 +563,48 @@ def test_a_run_that_is_told_to_stop_does_so_behind_a_checkpoint_and_goes_on_to_t
     assert stopped.value.code == 143 and last_checkpoint(tmp_path / "ppo") == str(tmp_path / "ppo" / "checkpoint-1")
     run(recipe, tmp_path, stop_at=datetime(2220, 1, 1))
     assert weights(tmp_path) == weights(finished[0])
+
+
+class StopsInside(TrainerCallback):
+    """Sends this process a signal in the middle of a stage's step, or of the evaluation behind it."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.step, self.sent = step, False
+        setattr(self, event, self.send)
+
+    def send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", pytest.param("dpo", marks=pytest.mark.long)])
+def test_a_step_and_an_evaluation_are_left_in_the_middle_and_come_again_to_the_same_bytes(
+    recipe: Recipe, stage: str, tmp_path: Path
+) -> None:
+    args = {**recipe.sft.args, "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    args |= {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    kind, data = (DPOStage if stage == "dpo" else Stage), (recipe.sft if stage == "sft" else recipe.reward).data
+    stages: Any = {stage: kind(data, heldout=0.1, args=args)}
+    recipe = Recipe("small", recipe.base, lora=recipe.lora, tracker="none", **stages)
+    folders = [tmp_path / name for name in ("whole", "stopped")]
+    run(recipe, folders[0])
+    # In the second step, in the evaluation behind it, and in the one behind the last.
+    for event, step in (("on_substep_end", 1), ("on_prediction_step", 2), ("on_prediction_step", 4)):
+        with pytest.raises(Stopped):
+            run(recipe, folders[1], callbacks=[StopsInside(event, step)])
+        last = last_checkpoint(folders[1] / stage)
+        assert last == str(folders[1] / stage / f"checkpoint-{step}")
+    run(recipe, folders[1])
+    whole, stopped = ((folder / stage / WEIGHTS).read_bytes() for folder in folders)
+    assert stopped == whole
+    rows = [[row for row in reproducible(folder) if "eval_loss" in row] for folder in folders]
+    assert [row["step"] for row in rows[0]] == [2, 4, 4] and rows[0] == rows[1]
+    # A row for the step at which it was stopped as well: the other run's next one is the mean of both.
+    losses = [{row["step"]: row["loss"] for row in rows_of(folder) if "loss" in row} for folder in folders]
+    assert losses[0].keys() == {2, 4} and losses[1].keys() == {1, 2, 4}
+    assert (losses[1][1] + losses[1][2]) / 2 == pytest.approx(losses[0][2], rel=1e-6)
+    assert losses[1][4] == losses[0][4]
 
 
 def test_the_clock_ends_a_stage_that_has_only_its_comparison_left(recipe: Recipe, copied: Path) -> None:

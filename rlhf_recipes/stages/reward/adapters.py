@@ -72,7 +72,7 @@ def write_scores(trainer: RewardTrainer, job: Job) -> None:
 
     Some of them are its probes, with their ids: one response to each of the first rows.
     """
-    rows, scores = job.data.heldout["responses_ids"], torch.cat(trainer.evaluated).tolist()
+    rows, scores = job.reported["responses_ids"], torch.cat(trainer.evaluated).tolist()
     assert len(scores) == sum(map(len, rows))
     firsts = itertools.accumulate(map(len, rows), initial=0)  # where each row's scores begin
     probes = [(row[0], scores[first]) for row, first in zip(rows[:PROBE_ROWS], firsts, strict=False)]

@@ -95,7 +95,7 @@ def train_member(job: Job) -> None:
     )
     job.watch(trainer)
     job.train(trainer)
-    trainer.evaluate()
+    trainer.evaluate(job.reported)
     job.save(model)
     on_main(lambda: write_scores(trainer, job))
 
