@@ -72,7 +72,7 @@ def check_rows(path: Path, rows: list[Row]) -> list[Row]:
 def drop_rows_to_come_again(path: Path, stage: str, step: int, evaluates: bool = False) -> None:
     """Drop a stage's rows that are about to be written again: after the step it resumes from, or after its training.
 
-    Where it `evaluates` first, that step's evaluation comes again too. Raises ValueError where a row is none of a stage's.
+    Where it `evaluates` first, that step's evaluation comes again too. Raises ValueError for a row that is no stage's.
     """
     if path.is_file():
         kept, again = [], False

@@ -54,7 +54,7 @@ class WritesOnce(Trainer):
 
 
 def remember_random_numbers() -> Callable[[], None]:
-    """Look where the generators are that a Trainer's checkpoint keeps. Returns a function that takes them back there."""
+    """Look where the generators are that a checkpoint keeps. Returns a function that takes them back there."""
     python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     of_gpus = torch.cuda.get_rng_state_all()  # none without one
 
