@@ -18,7 +18,7 @@ from ..data.text import text
 from ..data.tokens import Messages
 from ..recipe.values import Source
 from ..records.digest import row_id
-from ..records.files import Journal
+from ..records.files import Journal, beside
 from ..records.lock import held
 from .client import Client, Completion, final_text
 from .constitution import DEFAULT, Principle, draw_principle, read_constitution
@@ -99,7 +99,7 @@ class _Critiquing:
     def __init__(self, rows: list[Row], out: Path, client: Client, settings: CritiqueSettings, prices: Prices) -> None:
         self.rows, self.client, self.settings = rows, client, settings
         self.written = Journal(out, ["id", "model", "principles"])
-        self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
+        self.ledger = Ledger(beside(out, "asked.jsonl"), client.name, prices)
         self.left_out: Counter[str] = Counter()
         self.done = {row["id"] for row in self.written.rows}
         for row in self.written.rows:

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.text import text
-from ..records.files import Journal
+from ..records.files import Journal, beside
 from ..records.lock import held
 from .client import Client
 from .constitution import COMPARISON, CRITERIA, Principle, comparison_question, draw_principle
@@ -91,7 +91,7 @@ class _Judging:
         self.samples, self.client, self.settings = samples, client, settings
         self.labeler = f"judge:{client.name}"
         self.labels = Journal(out, ["id"])
-        self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
+        self.ledger = Ledger(beside(out, "asked.jsonl"), client.name, prices)
         self.answers: dict[str, dict[Shown, Row]] = {sample["id"]: {} for sample in samples}  # rows of the ledger
         self.done = {row["id"] for row in self.labels.rows}
         for row in self.labels.rows:

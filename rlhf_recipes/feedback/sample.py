@@ -21,7 +21,7 @@ from ..model.sampler import Sampler
 from ..model.shared import SharedBase
 from ..recipe.values import Recipe, Source
 from ..records.digest import row_id
-from ..records.files import Journal, read_json, write_text
+from ..records.files import Journal, beside, read_json, write_text
 from ..records.folder import adapter_folder, read_recipe
 from ..records.lock import held
 from .rows import Row
@@ -126,7 +126,7 @@ def draw_samples(
     limit: int | None = None,
 ) -> dict[str, int]:
     """What `sample_responses` does once its settings are kept and all is loaded: `shared` has a role for each model."""
-    written, left_out = (Journal(path, ["id"]) for path in (out, out.with_suffix(".left_out.jsonl")))
+    written, left_out = (Journal(path, ["id"]) for path in (out, beside(out, "left_out.jsonl")))
     done = {row["id"] for journal in (written, left_out) for row in journal.rows}
     todo = different_prompts(prompts.train, limit)
     stops = [prompts.stop_token_id]
@@ -159,7 +159,7 @@ def different_prompts(table: Dataset, limit: int | None = None) -> list[tuple[st
 
 def keep_sample_settings(out: Path, settings: SampleSettings) -> None:
     """Write the settings beside the samples. Raises ValueError where samples of other settings are there."""
-    path, now = out.with_suffix(".settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
+    path, now = beside(out, "settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
     before = read_json(path) if out.is_file() else None
     if before is not None:
         other = [key for key in now if before.get(key) != now[key]]

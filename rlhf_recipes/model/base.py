@@ -6,13 +6,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import (
@@ -34,6 +33,7 @@ from ..records.cache import cache_folder, hash_of_files
 from ..records.contents import Fingerprint
 from ..records.files import read_json
 from ..records.folder import adapter_fault
+from ..records.lock import held
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
 from .shards import is_sharded, load_in_shards
@@ -86,17 +86,23 @@ def model_path(base: Base) -> str:
         return base.model
     build = function(base.model)
     folder = cache_folder() / f"{build.__name__}-{code_hash(Path(build.__code__.co_filename))[:12]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # a process that wants the same base waits for it
-        if not folder.is_dir():
-            scratch = folder.with_name(f"{folder.name}-unfinished")
-            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-            try:
-                build(scratch)
-                os.replace(scratch, folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+    if not folder.is_dir():
+        # A process that wants the same base waits for it. What is held is never a folder, in which the lock would be.
+        with held(folder.with_name(f"{folder.name}.built"), wait=lambda: None):
+            _build(build, folder)
     return str(folder)
+
+
+def _build(build: Callable[[Path], object], folder: Path) -> None:
+    """Have a function fill a folder, which is there as a whole or not at all; nothing, where it is there by now."""
+    if not folder.is_dir():
+        scratch = folder.with_name(f"{folder.name}-unfinished")
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        try:
+            build(scratch)
+            os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def base_config(base: Base) -> PreTrainedConfig:
