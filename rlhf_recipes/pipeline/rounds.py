@@ -179,9 +179,10 @@ def sample_policies(run: ActiveRun, number: int, prompts: Prepared, samples: Pat
     seed = run.recipe.seed + number
     settings = SampleSettings(rounds.models, rounds.temperatures, rounds.responses, config.response_length, seed)
     before = round_folder(run.run_dir, number - 1)
-    shared = open_models(run.recipe, {name: adapter_folder(before, run.recipe, name) for name in rounds.models})
+    folders = {name: adapter_folder(before, run.recipe, name) for name in rounds.models}
     with held(samples):
-        keep_sample_settings(samples, settings)
+        keep_sample_settings(samples, settings, run.recipe, run.tokenizer, folders)
+        shared = open_models(run.recipe, folders)
         draw_samples(shared, run.tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
     del shared
     release()
