@@ -49,7 +49,7 @@ def keep_settings(out: Path, now: Mapping[str, Any], what: str, others: Sequence
     Raises:
         ValueError: rows of something else are there.
     """
-    path, now = beside(out, "settings.json"), json.loads(json.dumps(now))
+    path, now = beside(out, "settings.json"), json.loads(json.dumps(dict(now)))
     if there := [str(file) for file in (out, *others) if file.is_file() and file.stat().st_size]:
         before = read_json(path) or {}
         if other := [key for key in now if before.get(key, now[key]) != now[key]]:
