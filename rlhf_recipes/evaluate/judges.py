@@ -19,7 +19,7 @@ from ..feedback.connect import connect, local_base
 from ..feedback.judge import JudgeSettings, judge_samples
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
-from ..model.base import known_weights, load_tokenizer, longest_row
+from ..model.base import known_content, load_tokenizer, longest_row
 from ..model.open import adapter_digest, model_identity
 from ..recipe.lookup import code_file, code_hash, function, is_function
 from ..recipe.values import PEOPLE, Base, Recipe
@@ -99,7 +99,7 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
         settings = [question.principles, question.template, question.max_tokens, question.seed]
         model = _asked_identity(ModelSettings(name, **asking.reach))
         return Judge(name, "pairs", digest(name, dict(asking.reach), repr(settings), model), source=name)
-    return Judge(name, "classifier", digest(name, known_weights(name)), source=name)
+    return Judge(name, "classifier", digest(name, known_content(name)), source=name)
 
 
 def known_identity(name: str, run_dir: Path, recipe: Recipe) -> str | None:
@@ -116,7 +116,7 @@ def known_identity(name: str, run_dir: Path, recipe: Recipe) -> str | None:
         return _function_identity(name)
     if os.path.isfile(Path(name, "adapter_config.json")):  # False of a name that is too long, too
         return _adapters_identity([Path(name)])
-    return digest(name, known_weights(name))
+    return digest(name, known_content(name))
 
 
 def _function_judge(name: str, source: str) -> Judge:

@@ -278,13 +278,15 @@ def weights_hash(folder: Path) -> str:
     return hash_of_files(sorted([folder / "config.json", *folder.glob("*.safetensors")]))
 
 
-def known_weights(model: str) -> str | None:
-    """What tells a model's weights from others, by files on this machine alone: a hash of a folder's, or a Hub commit.
+def known_content(model: str) -> str | None:
+    """What tells a model from others, by files on this machine alone: a hash of a folder's, or a Hub commit.
 
-    None where neither is known.
+    Those of the folder's tokenizer and chat template count, too. None where neither is known.
     """
-    if os.path.isfile(Path(model, "config.json")):  # also of what is no name of a file, as Path.is_file is not
-        return weights_hash(Path(model))
+    folder = Path(model)
+    if os.path.isfile(folder / "config.json"):  # also of what is no name of a file, as Path.is_file is not
+        names = ("config.json", "tokenizer*.json", "*.jinja", "*.safetensors")
+        return hash_of_files(sorted(path for name in names for path in folder.glob(name)))
     try:
         config = try_to_load_from_cache(model, "config.json")
     except HFValidationError:

@@ -353,6 +353,9 @@ def test_what_a_judge_said_goes_with_its_code_and_weights(finished: Path, recipe
         assert find_judge(name, finished, recipe, asking).identity == before
         change()
         assert find_judge(name, finished, recipe, asking).identity != before
+    classifier = known_identity(str(tmp_path / "other"), finished, recipe)
+    save_template(tmp_path / "other")
+    assert known_identity(str(tmp_path / "other"), finished, recipe) != classifier
     gold = find_judge("gold", finished, recipe, asking)
     assert gold.identity == known_identity("gold", finished, recipe)
     for name in (str(finished), ".", "a" * 300, "a" * 300 + ":b"):  # a run that was asked, or a name of nothing
