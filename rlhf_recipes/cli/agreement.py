@@ -52,11 +52,14 @@ def _run(options: argparse.Namespace) -> None:
         from ..feedback.agreement import agreement_report
         from ..feedback.agreement_tables import show_agreement
         from ..feedback.rows import read_judgements
+        from ..records.lock import held
 
         report = agreement_report(read_judgements(options.labels), options.fast)
     show_agreement(report.numbers, options.json)
     if options.out is not None:
-        print(f"{report.write(options.out, options.merge):,} rows in {options.out}", file=sys.stderr)
+        with held(options.out):  # people may be labelling in it
+            count = report.write(options.out, options.merge)
+        print(f"{count:,} rows in {options.out}", file=sys.stderr)
 
 
 COMMAND = Command("say how far labelers agree, and what each is worth", _arguments, _run)

@@ -15,11 +15,12 @@ from transformers import AutoConfig
 from ..data.hub import ask_hub
 from ..data.tokens import spelled_out, tokenize_pair
 from ..feedback.client import ModelSettings
-from ..feedback.connect import connect
+from ..feedback.connect import connect, local_base
 from ..feedback.judge import JudgeSettings, judge_samples
 from ..feedback.ledger import Prices
 from ..feedback.rows import Row
-from ..model.base import known_weights, longest_row, model_path
+from ..model.base import known_content, load_tokenizer, longest_row
+from ..model.open import adapter_digest, model_identity
 from ..recipe.lookup import code_file, code_hash, function, is_function
 from ..recipe.values import PEOPLE, Base, Recipe
 from ..records.digest import digest
@@ -28,7 +29,7 @@ from ..records.folder import adapter_folder, last_model, newest_round_first, rea
 from ..stages.reward.adapters import JUDGE, PROBES, judge_folder, member_folders
 from ..stages.reward_functions import RewardFunc, call_reward_func
 from ..stages.scores import ExternalRewardModel, aggregate_ensemble
-from .models import Answer, Bench, adapter_digest
+from .models import Answer, Bench
 
 PROXY = "reward"  # what PPO was trained against, so that it says nothing of quality
 
@@ -96,9 +97,9 @@ def find_judge(name: str, run_dir: Path, recipe: Recipe, asking: Asking) -> Judg
     if ModelSettings(name).is_endpoint or (path / "recipe.json").is_file() or not _is_classifier(name):
         question = asking.question
         settings = [question.principles, question.template, question.max_tokens, question.seed]
-        weights = _asked_weights(ModelSettings(name, **asking.reach))
-        return Judge(name, "pairs", digest(name, dict(asking.reach), repr(settings), weights), source=name)
-    return Judge(name, "classifier", digest(name, known_weights(name)), source=name)
+        model = _asked_identity(ModelSettings(name, **asking.reach))
+        return Judge(name, "pairs", digest(name, dict(asking.reach), repr(settings), model), source=name)
+    return Judge(name, "classifier", digest(name, known_content(name)), source=name)
 
 
 def known_identity(name: str, run_dir: Path, recipe: Recipe) -> str | None:
@@ -115,7 +116,7 @@ def known_identity(name: str, run_dir: Path, recipe: Recipe) -> str | None:
         return _function_identity(name)
     if os.path.isfile(Path(name, "adapter_config.json")):  # False of a name that is too long, too
         return _adapters_identity([Path(name)])
-    return digest(name, known_weights(name))
+    return digest(name, known_content(name))
 
 
 def _function_judge(name: str, source: str) -> Judge:
@@ -133,16 +134,15 @@ def _adapters_identity(folders: Sequence[Path]) -> str:
     return digest([adapter_digest(folder) for folder in folders])
 
 
-def _asked_weights(settings: ModelSettings) -> list[str | None]:
-    """What tells the weights of a model that is asked from others; nothing is known of an endpoint's."""
-    if settings.is_endpoint:
+def _asked_identity(settings: ModelSettings) -> list[Any]:
+    """What tells a model that is asked from others of its name; nothing is known of an endpoint's."""
+    base, run, folder = local_base(settings), Path(settings.model), None
+    if base is None:
         return []
-    run = Path(settings.model)
-    if not (run / "recipe.json").is_file():
-        return [known_weights(settings.model)]
-    recipe = read_recipe(run)
-    folder = adapter_folder(run, recipe, settings.role or last_model(run, recipe))
-    return [known_weights(model_path(recipe.base)), None if folder is None else adapter_digest(folder)]
+    if (run / "recipe.json").is_file():
+        recipe = read_recipe(run)
+        folder = adapter_folder(run, recipe, settings.role or last_model(run, recipe))
+    return [model_identity(base, load_tokenizer(base), folder)]
 
 
 def find_scorers(names: Sequence[str], run_dir: Path, recipe: Recipe, asking: Asking, option: str) -> list[Judge]:

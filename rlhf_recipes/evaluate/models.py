@@ -6,7 +6,6 @@ seed, the temperature and the length. Neither the batch, nor the other prompts, 
 Shapes: B rows of a batch, T tokens of the longest response in it.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +17,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.tokens import response_texts
-from ..model.adapters import WEIGHTS
 from ..model.base import fingerprint, load_base, load_tokenizer
 from ..model.batches import TOKENS_AT_ONCE, Batches
 from ..model.memory import release
+from ..model.open import adapter_digest
 from ..model.sampler import Sampler, autocast_of, pad_right
-from ..model.shared import BIAS, SharedBase
+from ..model.shared import SharedBase
 from ..recipe.values import Recipe
 from ..records.digest import digest
 from ..records.files import Journal
@@ -31,15 +30,6 @@ from ..records.folder import adapter_folder, read_recipe
 from ..stages.reward.adapters import check_probes, score_rows
 
 MODEL = "measured"  # the role of the model, or of the reward model, that is measured now
-
-
-def adapter_digest(folder: Path) -> str:
-    """A hash of a saved adapter: its weights, and the bias of a reward model."""
-    found = hashlib.sha256()
-    for name in ("adapter_config.json", WEIGHTS, BIAS):
-        if (folder / name).is_file():
-            found.update((folder / name).read_bytes())
-    return found.hexdigest()[:32]
 
 
 class Cache:

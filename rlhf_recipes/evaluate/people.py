@@ -16,6 +16,7 @@ import pandas as pd
 from ..feedback.rows import Row, read_labels
 from ..recipe.values import PEOPLE
 from ..records.files import Journal, write_text
+from ..records.lock import held
 from ..records.rates import Z, effective_number, interval, mean_rate
 from .judges import Pair, Verdict, labels_file, labels_of_pairs, read_verdicts, sample_of
 from .wins import fit_logistic, sigmoid
@@ -46,16 +47,17 @@ def write_samples(folder: Path, rows: Sequence[Row], pairs: Iterable[Pair]) -> N
 def take_labels(folder: Path, rows: Sequence[Row], pairs: Iterable[Pair], given: Path) -> None:
     """Take over what people said of these pairs elsewhere, from another file of labels.
 
-    Raises ValueError where it holds no usable labels, or none of these pairs.
+    Raises ValueError where it holds no usable labels, or none of these pairs, or people are being asked now.
     """
     ids = {sample_of(rows, pair)["id"] for pair in pairs}
     labels = [label for label in read_labels([given]) if label["id"] in ids]
     if not labels:
         raise ValueError(f"--judge people:{given}: none of its labels is of two answers that are compared here.")
-    journal = Journal(labels_file(folder, PEOPLE))
-    known = {(label["id"], label["labeler"]) for label in journal.rows}
-    if new := [label for label in labels if (label["id"], label["labeler"]) not in known]:
-        journal.append(*new)
+    with held(labels_file(folder, PEOPLE)):  # which the arena's page writes without holding the folder
+        journal = Journal(labels_file(folder, PEOPLE))
+        known = {(label["id"], label["labeler"]) for label in journal.rows}
+        if new := [label for label in labels if (label["id"], label["labeler"]) not in known]:
+            journal.append(*new)
 
 
 def _differ(pair: Pair) -> bool:

@@ -11,7 +11,7 @@ A file or two for each command:
 
 What they stand on:
 
-    rows          files of samples and labels
+    rows          files of samples and labels, and beside them what they are made with
     pairs         judgements as pairs of responses, and statistics of them
     habits        how one labeler works
     worth         Dawid and Skene's model: weights of labelers, and judgements merged

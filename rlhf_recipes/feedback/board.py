@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 from ..data.tokens import Text
-from ..records.files import Journal
+from ..records.files import Journal, beside
 from ..report.access import Refusal
 from .rows import JUDGEMENT, Row
 from .sheet import Sheet, check_answers
@@ -64,7 +64,7 @@ class Board:
                 raise ValueError(f"The sample {row['id']!r} cannot be written as JSON: {error}.") from error
         drawn = sorted(self.samples, key=lambda id: digest_of(seed, id))
         self.shared = set(drawn[: math.ceil(overlap * len(drawn))])
-        self.labels, self.skips = Journal(labels), Journal(labels.with_suffix(".skipped.jsonl"))
+        self.labels, self.skips = Journal(labels), Journal(beside(labels, "skipped.jsonl"))
         self.done: dict[str, dict[str, Row]] = defaultdict(dict)  # labeler -> id -> label or skip, the last one last
         self.judged = Counter[str]()  # id -> labels of it
         self.leases: dict[str, Lease] = {}  # labeler -> what he has before him

@@ -4,7 +4,7 @@ Both give the same two things: an answer to messages, and a choice between optio
 model's probabilities of the options are exact; an endpoint's come from the likeliest tokens that it reports.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,9 +37,14 @@ class NoCompletion(ValueError):
 
 
 class Client(Protocol):
-    """What judges and critics are asked through. `name` is the model's."""
+    """What judges and critics are asked through.
+
+    `name` is the model's, and `identity` (see `model_identity`) tells it from others of that name; of an endpoint's
+    nothing is known.
+    """
 
     name: str
+    identity: Mapping[str, str | None]
 
     async def chat(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Completion:
         """An answer: greedy at temperature 0, else sampled, by a local model the same for the same seed."""

@@ -18,13 +18,13 @@ from ..data.text import text
 from ..data.tokens import Messages
 from ..recipe.values import Source
 from ..records.digest import row_id
-from ..records.files import Journal
+from ..records.files import Journal, beside
 from ..records.lock import held
 from .client import Client, Completion, final_text
 from .constitution import DEFAULT, Principle, draw_principle, read_constitution
 from .ledger import Ledger, Prices, Spent, bill_in_words
 from .parallel import in_parallel, resumable, run_to_end
-from .rows import Row
+from .rows import Row, keep_settings
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def critique_prompts(
         rows: written in all; of: prompts; left_out: prompts without a revision of use, by reason; and what
         `Ledger.bill` says.
     Raises:
-        ValueError: `out` is of another model or other settings, an endpoint that is gone, or a model none of whose
-            last 20 answers were of use. What was written before that is on disk.
+        ValueError: `out` is of another model, of other weights or of other settings, an endpoint that is gone, or
+            a model none of whose last 20 answers were of use. What was written before that is on disk.
     """
     with held(out):
         critiquing = _Critiquing(prompts, out, client, settings or CritiqueSettings(), prices or Prices())
@@ -99,7 +99,7 @@ class _Critiquing:
     def __init__(self, rows: list[Row], out: Path, client: Client, settings: CritiqueSettings, prices: Prices) -> None:
         self.rows, self.client, self.settings = rows, client, settings
         self.written = Journal(out, ["id", "model", "principles"])
-        self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
+        self.ledger = Ledger(asked := beside(out, "asked.jsonl"), client.name, prices)
         self.left_out: Counter[str] = Counter()
         self.done = {row["id"] for row in self.written.rows}
         for row in self.written.rows:
@@ -109,6 +109,7 @@ class _Critiquing:
                     f"{out} holds rows of another model, constitution, seed or number of revisions (row {row['id']}: "
                     f"{row['model']}, {'; '.join(row['principles'])}). Name another --out."
                 )
+        keep_settings(out, client.identity, "rows", [asked])
 
     async def revise_all(self, parallel: int) -> None:
         """Revise what has not been revised yet."""

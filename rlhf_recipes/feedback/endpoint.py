@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,6 +31,7 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise ValueError("Endpoints need the openai package: pip install 'rlhf_recipes[judge]'.") from error
+        self.identity: Mapping[str, str | None] = {}
         self._openai, self.url = openai, settings.model.rstrip("/")
         if not urlsplit(self.url).path:
             self.url += "/v1"

@@ -18,13 +18,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.text import text
-from ..records.files import Journal
+from ..records.files import Journal, beside
 from ..records.lock import held
 from .client import Client
 from .constitution import COMPARISON, CRITERIA, Principle, comparison_question, draw_principle
 from .ledger import Ledger, Prices, Spent, bill_in_words, passes
 from .parallel import in_parallel, resumable, run_to_end
-from .rows import Row
+from .rows import Row, keep_settings
 
 OPTIONS = ("A", "B")
 LOW_AGREEMENT = 0.6  # of the two orders of a pair; below it the report warns
@@ -75,8 +75,8 @@ def judge_samples(
         could not be understood; mass: the mean probability of all options together. A share or mean of nothing is
         None. And what `Ledger.bill` says.
     Raises:
-        ValueError: `out` is of another judge or other settings, an endpoint that is gone, or a judge none of whose
-            last 20 answers could be understood. What was judged before that is on disk.
+        ValueError: `out` is of another judge, of other weights or of other settings, an endpoint that is gone, or
+            a judge none of whose last 20 answers could be understood. What was judged before that is on disk.
     """
     with held(out):
         judging = _Judging(samples[:limit], out, client, settings or JudgeSettings(), prices or Prices())
@@ -91,7 +91,7 @@ class _Judging:
         self.samples, self.client, self.settings = samples, client, settings
         self.labeler = f"judge:{client.name}"
         self.labels = Journal(out, ["id"])
-        self.ledger = Ledger(out.with_suffix(".asked.jsonl"), client.name, prices)
+        self.ledger = Ledger(asked := beside(out, "asked.jsonl"), client.name, prices)
         self.answers: dict[str, dict[Shown, Row]] = {sample["id"]: {} for sample in samples}  # rows of the ledger
         self.done = {row["id"] for row in self.labels.rows}
         for row in self.labels.rows:
@@ -100,6 +100,7 @@ class _Judging:
         for sample in samples:
             for shown in orders(sample):
                 self.ledger.recorded((sample["id"], *shown, 0), settings.question(sample, shown))
+        keep_settings(out, client.identity, "labels", [asked])
 
     async def judge_all(self, parallel: int) -> None:
         """Judge what has no label yet."""

@@ -5,7 +5,7 @@ Shapes: B rows, P tokens of the longest prompt, H the hidden size, V the vocabul
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..data.tokens import (
 )
 from ..model.base import load_base, load_tokenizer
 from ..model.batches import TOKENS_AT_ONCE, Batches
-from ..model.open import open_models
+from ..model.open import model_identity, open_models
 from ..model.sampler import autocast_of
 from ..model.shared import SharedBase
 from ..recipe.values import Base
@@ -40,8 +40,16 @@ Spellings = dict[str, list[Tokens]]  # of each option, the ways to write it afte
 class LocalModel:
     """A role of a shared base. What is asked at the same time goes through the model together, as far as it fits."""
 
-    def __init__(self, shared: SharedBase, tokenizer: Any, name: str, role: str = "base") -> None:
+    def __init__(
+        self,
+        shared: SharedBase,
+        tokenizer: Any,
+        name: str,
+        role: str = "base",
+        identity: Mapping[str, str | None] | None = None,
+    ) -> None:
         self.shared, self.tokenizer, self.name, self.role = shared, tokenizer, name, role
+        self.identity: Mapping[str, str | None] = identity or {}
         self.batches = Batches(64, "rows at once")
         self.context = getattr(shared.causal.config.get_text_config(), "max_position_embeddings", None) or math.inf
         # The batches that still take requests: kind -> its requests, and the task that will answer them.
@@ -203,8 +211,9 @@ def load_run_model(run_dir: Path, role: str | None) -> LocalModel:
     """A model of a run, on its base; None: the last that the run has. Raises ValueError where it has none such."""
     recipe = read_recipe(run_dir)
     role = role or last_model(run_dir, recipe)
-    shared = open_models(recipe, {role: adapter_folder(run_dir, recipe, role)})
-    return LocalModel(shared, load_tokenizer(recipe.base), f"{run_dir.resolve().name}/{role}", role)
+    folder, tokenizer = adapter_folder(run_dir, recipe, role), load_tokenizer(recipe.base)
+    shared, identity = open_models(recipe, {role: folder}), model_identity(recipe.base, tokenizer, folder)
+    return LocalModel(shared, tokenizer, f"{run_dir.resolve().name}/{role}", role, identity)
 
 
 def bare_base(settings: ModelSettings) -> Base:
@@ -217,9 +226,9 @@ def load_bare_model(settings: ModelSettings) -> LocalModel:
     base = bare_base(settings)
     try:
         tokenizer = load_tokenizer(base)
-        shared = SharedBase(load_base(base))
+        shared, identity = SharedBase(load_base(base)), model_identity(base, tokenizer)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{settings.model} is no URL, run folder or model that can be loaded: {reason}") from error
     name = Path(settings.model).name if Path(settings.model).is_dir() else settings.model
-    return LocalModel(shared, tokenizer, name)
+    return LocalModel(shared, tokenizer, name, identity=identity)

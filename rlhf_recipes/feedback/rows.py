@@ -1,13 +1,18 @@
 """Files of samples, which wait for a judgement, and of labels (their rows: see `rlhf_recipes.feedback`)."""
 
-from collections.abc import Iterable
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.prepare import read_judged
 from ..records.digest import row_id
+from ..records.files import beside, read_json, write_json
 
 Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 # What a judgement adds to a sample.
 JUDGEMENT = ("ranking", "preferences", "weight", "labeler", "seconds", "order", "time", "note", "flag", "skipped")
@@ -29,6 +34,36 @@ def read_samples(path: Path) -> list[Row]:
             )
         ids[row["id"]] = number
     return rows
+
+
+def keep_settings(out: Path, now: Mapping[str, Any], what: str, others: Sequence[Path] = ()) -> None:
+    """Write beside a file of rows what they are made with, so that rows of something else are not mixed with them.
+
+    Rows without it, or without some of it, as earlier versions wrote them, are taken for rows of the same; it is said.
+
+    Args:
+        out: the file.
+        now: JSON values by their names.
+        what: its rows are, in a word.
+        others: files beside it that may hold rows as well.
+    Raises:
+        ValueError: rows of something else are there.
+    """
+    path, now = beside(out, "settings.json"), json.loads(json.dumps(dict(now)))
+    if there := [str(file) for file in (out, *others) if file.is_file() and file.stat().st_size]:
+        before = read_json(path) or {}
+        if other := [key for key in now if before.get(key, now[key]) != now[key]]:
+            changes = "; ".join(f"{key}: {before[key]!r} there, {now[key]!r} here" for key in other)
+            raise ValueError(
+                f"{out} holds {what} of other settings ({changes}): name another file, or delete {' and '.join(there)}."
+            )
+        if unknown := ", ".join(key for key in now if key not in before):
+            logger.warning(
+                "%s does not say of which %s its %s are: they are taken for those of now.", out, unknown, what
+            )
+    if now:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
 
 
 def labels_beside(samples: Path) -> Path:

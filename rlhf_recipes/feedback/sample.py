@@ -2,9 +2,8 @@
 
 import dataclasses
 import difflib
-import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ from tqdm.auto import tqdm
 from ..data.prepare import OURS, Prepared, prepare
 from ..data.sources import MOST_RESPONSES
 from ..model.base import load_tokenizer, longest_row
-from ..model.open import open_models
+from ..model.open import model_identity, open_models
 from ..model.sampler import Sampler
 from ..model.shared import SharedBase
 from ..recipe.values import Recipe, Source
-from ..records.digest import row_id
-from ..records.files import Journal, read_json, write_text
+from ..records.digest import digest, row_id
+from ..records.files import Journal, beside
 from ..records.folder import adapter_folder, read_recipe
 from ..records.lock import held
-from .rows import Row
+from .rows import Row, keep_settings
 
 AT_ONCE = 64  # prompts whose responses are drawn from one seed, and written together
 
@@ -92,7 +91,7 @@ def sample_responses(
     longest = longest_row(recipe.base, None, settings.response_length, "response_length")
     prepared = prepare("ppo", _all_rows(prompts), tokenizer, longest)
     with held(out):
-        keep_sample_settings(out, settings)
+        keep_sample_settings(out, settings, recipe, tokenizer, folders)
         return draw_samples(open_models(recipe, folders), tokenizer, prepared, out, settings, batch_size, limit)
 
 
@@ -126,7 +125,7 @@ def draw_samples(
     limit: int | None = None,
 ) -> dict[str, int]:
     """What `sample_responses` does once its settings are kept and all is loaded: `shared` has a role for each model."""
-    written, left_out = (Journal(path, ["id"]) for path in (out, out.with_suffix(".left_out.jsonl")))
+    written, left_out = (Journal(path, ["id"]) for path in (out, beside(out, "left_out.jsonl")))
     done = {row["id"] for journal in (written, left_out) for row in journal.rows}
     todo = different_prompts(prompts.train, limit)
     stops = [prompts.stop_token_id]
@@ -157,17 +156,16 @@ def different_prompts(table: Dataset, limit: int | None = None) -> list[tuple[st
     return list(zip(ids, table.select([first[key] for key in ids]).to_list(), strict=True))
 
 
-def keep_sample_settings(out: Path, settings: SampleSettings) -> None:
-    """Write the settings beside the samples. Raises ValueError where samples of other settings are there."""
-    path, now = out.with_suffix(".settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
-    before = read_json(path) if out.is_file() else None
-    if before is not None:
-        other = [key for key in now if before.get(key) != now[key]]
-        if other:
-            changes = "; ".join(f"{key}: {before.get(key)!r} there, {now[key]!r} here" for key in other)
-            raise ValueError(f"{out} holds samples of other settings ({changes}): name another file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(now, indent=2) + "\n")
+def keep_sample_settings(
+    out: Path, settings: SampleSettings, recipe: Recipe, tokenizer: Any, folders: Mapping[str, Path | None]
+) -> None:
+    """Write the settings, and what tells the models in their folders from others, beside the samples.
+
+    Raises ValueError where samples of other settings or models are there.
+    """
+    weights = {name: digest(model_identity(recipe.base, tokenizer, folder)) for name, folder in folders.items()}
+    now = {**dataclasses.asdict(settings), "weights": weights}
+    keep_settings(out, now, "samples", [beside(out, "left_out.jsonl")])
 
 
 def prompt_id(prompt: Any) -> str:

@@ -6,13 +6,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import (
@@ -34,6 +33,7 @@ from ..records.cache import cache_folder, hash_of_files
 from ..records.contents import Fingerprint
 from ..records.files import read_json
 from ..records.folder import adapter_fault
+from ..records.lock import held
 from .architecture import register_classifier
 from .check import check_causal, check_classifier
 from .shards import is_sharded, load_in_shards
@@ -86,17 +86,23 @@ def model_path(base: Base) -> str:
         return base.model
     build = function(base.model)
     folder = cache_folder() / f"{build.__name__}-{code_hash(Path(build.__code__.co_filename))[:12]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # a process that wants the same base waits for it
-        if not folder.is_dir():
-            scratch = folder.with_name(f"{folder.name}-unfinished")
-            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-            try:
-                build(scratch)
-                os.replace(scratch, folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+    if not folder.is_dir():
+        # A process that wants the same base waits for it. What is held is never a folder, in which the lock would be.
+        with held(folder.with_name(f"{folder.name}.built"), wait=lambda: None):
+            _build(build, folder)
     return str(folder)
+
+
+def _build(build: Callable[[Path], object], folder: Path) -> None:
+    """Have a function fill a folder, which is there as a whole or not at all; nothing, where it is there by now."""
+    if not folder.is_dir():
+        scratch = folder.with_name(f"{folder.name}-unfinished")
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        try:
+            build(scratch)
+            os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def base_config(base: Base) -> PreTrainedConfig:
@@ -272,13 +278,15 @@ def weights_hash(folder: Path) -> str:
     return hash_of_files(sorted([folder / "config.json", *folder.glob("*.safetensors")]))
 
 
-def known_weights(model: str) -> str | None:
-    """What tells a model's weights from others, by files on this machine alone: a hash of a folder's, or a Hub commit.
+def known_content(model: str) -> str | None:
+    """What tells a model from others, by files on this machine alone: a hash of a folder's, or a Hub commit.
 
-    None where neither is known.
+    Those of the folder's tokenizer and chat template count, too. None where neither is known.
     """
-    if os.path.isfile(Path(model, "config.json")):  # also of what is no name of a file, as Path.is_file is not
-        return weights_hash(Path(model))
+    folder = Path(model)
+    if os.path.isfile(folder / "config.json"):  # also of what is no name of a file, as Path.is_file is not
+        names = ("config.json", "tokenizer*.json", "*.jinja", "*.safetensors")
+        return hash_of_files(sorted(path for name in names for path in folder.glob(name)))
     try:
         config = try_to_load_from_cache(model, "config.json")
     except HFValidationError:

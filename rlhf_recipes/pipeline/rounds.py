@@ -26,7 +26,7 @@ from ..model.open import open_models
 from ..model.processes import is_main, on_main
 from ..recipe.lookup import is_function
 from ..recipe.values import PEOPLE, Recipe
-from ..records.files import read_rows, write_text
+from ..records.files import beside, read_rows, write_text
 from ..records.folder import adapter_folder, round_folder, write_recipe
 from ..records.lock import Wait, held
 from ..records.manifest import Manifest
@@ -128,7 +128,7 @@ def labelled_comparisons(run: ActiveRun, number: int) -> Iterator[Prepared]:
 def collect_samples(run: ActiveRun, number: int, prompts: Prepared) -> None:
     """Sample the policy of the round before on those of a round's prompts that have no samples yet."""
     samples, _ = feedback_files(run.run_dir, number)
-    sampled = {row["id"] for path in (samples, samples.with_suffix(".left_out.jsonl")) for row in read_rows(path)}
+    sampled = {row["id"] for path in (samples, beside(samples, "left_out.jsonl")) for row in read_rows(path)}
     if not sampled.issuperset(map(prompt_id, prompts.train["prompt"])):
         sample_policies(run, number, prompts, samples)
 
@@ -160,7 +160,7 @@ def freeze_labels(labels: Path, weigh: bool) -> None:
         rows = read_rows(labels)
         if not rows:
             raise ValueError(f"{labels} holds no labels to train on. Label some samples, and run the same again.")
-        now = labels.with_suffix(".now.jsonl")
+        now = beside(labels, "now.jsonl")
         write_text(now, "".join(json.dumps(row) + "\n" for row in rows))
         if weigh:
             agreement_report(read_judgements([now])).write(now)
@@ -169,7 +169,7 @@ def freeze_labels(labels: Path, weigh: bool) -> None:
 
 def frozen_labels(labels: Path) -> Path:
     """Where `freeze_labels` puts a file of labels."""
-    return labels.with_suffix(".trained.jsonl")
+    return beside(labels, "trained.jsonl")
 
 
 def sample_policies(run: ActiveRun, number: int, prompts: Prepared, samples: Path) -> None:
@@ -179,9 +179,10 @@ def sample_policies(run: ActiveRun, number: int, prompts: Prepared, samples: Pat
     seed = run.recipe.seed + number
     settings = SampleSettings(rounds.models, rounds.temperatures, rounds.responses, config.response_length, seed)
     before = round_folder(run.run_dir, number - 1)
-    shared = open_models(run.recipe, {name: adapter_folder(before, run.recipe, name) for name in rounds.models})
+    folders = {name: adapter_folder(before, run.recipe, name) for name in rounds.models}
     with held(samples):
-        keep_sample_settings(samples, settings)
+        keep_sample_settings(samples, settings, run.recipe, run.tokenizer, folders)
+        shared = open_models(run.recipe, folders)
         draw_samples(shared, run.tokenizer, prompts, samples, settings, int(config.rollout_micro_batch_size))
     del shared
     release()
@@ -200,7 +201,7 @@ def training_file(recipe: Recipe, run_dir: Path, number: int) -> Path:
         return frozen
     # A round that version 0.4 or before has trained.
     assert recipe.rounds is not None
-    return labels.with_suffix(".weighted.jsonl") if recipe.rounds.weigh_labelers else labels
+    return beside(labels, "weighted.jsonl") if recipe.rounds.weigh_labelers else labels
 
 
 def have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> bool:
@@ -233,7 +234,7 @@ def have_labelled(recipe: Recipe, samples: Path, labels: Path, seed: int) -> boo
 
 def labelling_progress(samples: Path, labels: Path) -> tuple[int, int]:
     """How many samples people have judged or skipped, and of how many."""
-    judged = [row["id"] for path in (labels, labels.with_suffix(".skipped.jsonl")) for row in read_rows(path)]
+    judged = [row["id"] for path in (labels, beside(labels, "skipped.jsonl")) for row in read_rows(path)]
     ids = {row["id"] for row in read_rows(samples)}
     return len(ids.intersection(judged)), len(ids)
 

@@ -140,6 +140,16 @@ def _rows(path: Path, known: list[Row] | None = None, whole: int = 0) -> tuple[l
     return rows, whole
 
 
+def beside(path: Path, kind: str) -> Path:
+    """The file of a kind (`asked.jsonl`) that stands beside a file of rows, and beside no other.
+
+    Raises ValueError where the name of the rows does not end in .jsonl, so that two files would have the same beside.
+    """
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path}: the name of a file of rows must end in .jsonl, as {path.name}.jsonl does.")
+    return path.with_suffix(f".{kind}")
+
+
 def check_links(folder: Path) -> None:
     """Raises ValueError where a link in a folder leads out of it: to read or write there is to do it elsewhere."""
     root = os.path.realpath(folder)
@@ -179,7 +189,10 @@ def _refusal(error: Exception, place: Path) -> str | None:
 
 
 class Journal:
-    """A JSONL file that grows by a row at a time, each on disk when `append` returns. One process writes it."""
+    """A JSONL file that grows by a row at a time, each on disk when `append` returns.
+
+    One process writes it: who opens it holds it by `lock.held`, or the folder that is its own.
+    """
 
     def __init__(self, path: Path, keys: Sequence[str] = ()) -> None:
         """Open the file and read its rows; a last line without its end, which a kill has torn, is cut off.
@@ -188,10 +201,14 @@ class Journal:
             keys: what each row has, if this package has written it.
         Raises:
             ValueError: another line is no JSON object, a row lacks a key, or the file is a link, which may lead
-                anywhere.
+                anywhere, or has several names, by each of which another process could hold it.
         """
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and is not written through: name the file itself, or delete the link.")
+        if path.is_file() and path.stat().st_nlink > 1:
+            raise ValueError(
+                f"{path} has other names (hard links), whose rows these are, too: put a copy in its place."
+            )
         self.path = path
         self.rows, whole = _rows(path)
         for number, row in enumerate(self.rows, 1):

@@ -4,6 +4,7 @@ import getpass
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -19,7 +20,9 @@ Wait = Callable[[], None] | None  # is called each second of waiting, and may en
 
 @contextmanager
 def held(path: Path, wait: Wait = None) -> Iterator[None]:
-    """A block in which no other process holds the same folder or file.
+    """A block in which no other process holds the same folder or file, by whatever path it is named.
+
+    Who writes a file of rows holds it, or the folder that is its own: two processes may get to one in several ways.
 
     The operating system lets go of what a process holds when that ends, however it ends. On NFS its locks hold between
     machines where the server has them, as NFSv4 does; where a file system has none, a file takes their place, which a
@@ -39,7 +42,8 @@ def held(path: Path, wait: Wait = None) -> Iterator[None]:
 @contextmanager
 def _held(path: Path, wait: Wait) -> Iterator[None]:
     """What `held` does but for the words of what the disk refuses."""
-    place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    real = Path(os.path.realpath(path))  # a link's lock is that of what it leads to
+    place = real / ".lock" if real.is_dir() else real.with_name(f".{real.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.is_symlink():  # filelock does not follow one
         raise ValueError(f"{place} is a link, which may lead anywhere: delete it.")
@@ -70,12 +74,14 @@ def _held(path: Path, wait: Wait) -> Iterator[None]:
 
 
 def _named(owner: Path) -> str:
-    """Who holds a lock, in words, as far as it has said so."""
-    try:
-        found = read_json(owner)
-        return f"process {found['process']} of {found['user']} on {found['host']}, since {found['since']}"
-    except (OSError, ValueError, TypeError, KeyError):  # not there, being written, or damaged
-        return "another process"
+    """Who holds a lock, in words, as far as it has said so, which it does as soon as it has the lock."""
+    for _ in range(4):
+        try:
+            found = read_json(owner)
+            return f"process {found['process']} of {found['user']} on {found['host']}, since {found['since']}"
+        except (OSError, ValueError, TypeError, KeyError):  # not there yet, or damaged
+            time.sleep(0.05)
+    return "another process"
 
 
 def _user() -> str:

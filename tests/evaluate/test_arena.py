@@ -23,6 +23,7 @@ from rlhf_recipes.evaluate.people import (
     write_samples,
 )
 from rlhf_recipes.recipe.values import PEOPLE
+from rlhf_recipes.records.lock import held
 from rlhf_recipes.records.rates import mean_rate
 
 
@@ -89,6 +90,14 @@ def test_what_people_said_elsewhere_is_taken_over_once(tmp_path: Path) -> None:
         take_labels(tmp_path, ROWS, PAIRS, given)
         assert people_verdicts(tmp_path, ROWS, PAIRS)[:2] == [(0.0, False), (1.0, False)], "Ann's own word stays"
     assert len(own.read_text().splitlines()) == 2
+
+
+def test_what_people_say_now_is_not_written_beside_the_page(tmp_path: Path) -> None:
+    (tmp_path / "given.jsonl").write_text(label(0, "Ann", [1, 2]))
+    refused = pytest.raises(ValueError, match=r"judged-people\.jsonl is in use by process")
+    with held(labels_file(tmp_path, PEOPLE)), refused:  # as by `arena`
+        take_labels(tmp_path, ROWS, PAIRS, tmp_path / "given.jsonl")
+    assert not labels_file(tmp_path, PEOPLE).exists()
 
 
 def test_a_scale_has_a_mean_with_an_interval_over_prompts() -> None:

@@ -20,6 +20,7 @@ from support.endpoint import Endpoint, longer, save_judge
 from support.label_page import done, press, serving, shown
 from support.tiny_models import save_model
 from support.worded import WORDS, make_recipe, write
+from transformers import AutoTokenizer
 
 from rlhf_recipes import Recipe, Source, replace, run
 from rlhf_recipes.cli.main import main_cli
@@ -346,15 +347,26 @@ def test_what_a_judge_said_goes_with_its_code_and_weights(finished: Path, recipe
     for name, change in (
         (f"{code}:gold", lambda: code.write_text("def gold(**columns): ...  # now otherwise\n")),
         (str(save_judge(tmp_path / "judge")), lambda: save_model(tmp_path / "judge", seed=2)),
+        (str(save_judge(tmp_path / "other")), lambda: save_template(tmp_path / "other")),
     ):
         before = find_judge(name, finished, recipe, asking).identity
         assert find_judge(name, finished, recipe, asking).identity == before
         change()
         assert find_judge(name, finished, recipe, asking).identity != before
+    classifier = known_identity(str(tmp_path / "other"), finished, recipe)
+    save_template(tmp_path / "other")
+    assert known_identity(str(tmp_path / "other"), finished, recipe) != classifier
     gold = find_judge("gold", finished, recipe, asking)
     assert gold.identity == known_identity("gold", finished, recipe)
     for name in (str(finished), ".", "a" * 300, "a" * 300 + ":b"):  # a run that was asked, or a name of nothing
         assert known_identity(name, finished, recipe) != gold.identity
+
+
+def save_template(folder: Path) -> None:
+    """Give a saved model another chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += "{# of no effect #}"
+    tokenizer.save_pretrained(folder)
 
 
 def test_neither_batches_nor_limits_nor_kills_change_an_answer(

@@ -6,10 +6,11 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from support.endpoint import save_judge
@@ -93,6 +94,7 @@ class Scripted:
     """A model that answers each question in its own words, the same each time."""
 
     name = "scripted"
+    identity: Mapping[str, str | None] = MappingProxyType({})
 
     async def chat(self, messages: Any, max_tokens: int, temperature: float, seed: int) -> Completion:
         said = hashlib.sha256(json.dumps([messages, seed]).encode()).hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import error_of, failed
-from support.endpoint import Body, Endpoint, completion, save_judge, serve
+from support.endpoint import Body, Endpoint, change_weights, completion, save_judge, serve
 from support.rows import make_tokenizer
 
 from rlhf_recipes.cli.main import main_cli
@@ -261,6 +261,19 @@ def test_a_local_models_rows_do_not_depend_on_the_batch(prompts: Path, tmp_path:
     batched, alone = run(rows, model, *words), run(rows, model, *words, "--parallel", "1", out="alone.jsonl")
     assert batched == alone and len(batched) >= 4
     assert all(row["completion"] == [assistant(row["revisions"][0])] and row["model"] == "judge" for row in batched)
+
+
+def test_rows_of_another_model_of_the_same_name_are_not_mixed(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_judge(tmp_path / "judge")
+    rows, out = write(prompts, [{"prompt": f"w{n + 9} w7"} for n in range(6)]), tmp_path / "out.jsonl"
+    run(rows, str(model), "--max-tokens", "250", "--limit", "2")
+    before = out.read_bytes()
+    change_weights(model)
+    said = failed(capsys, ["critique", str(rows), "--model", str(model), "--max-tokens", "250", "--out", str(out)])
+    assert f"{out} holds rows of other settings (model: 'sha256:" in said and out.read_bytes() == before
+    assert said.endswith(f"or delete {out} and {out.with_name('out.asked.jsonl')}.")
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from starlette.responses import PlainTextResponse, Response
 from support.chat_templates import BY_NAME
 from support.command_line import error_of, failed
-from support.endpoint import Body, Endpoint, answers, completion, error, longer, save_judge, serve
+from support.endpoint import Body, Endpoint, answers, change_weights, completion, error, longer, save_judge, serve
 from support.narrow import Narrow
 from support.paths import SHARED
 from support.rows import make_tokenizer
@@ -640,6 +641,38 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
     return local(save_judge_of(tmp_path_factory.mktemp("model"), len(tokenizer)), tokenizer)
+
+
+def test_labels_of_another_model_of_the_same_name_are_not_mixed(
+    samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    judge, out, asked = save_judge(tmp_path / "judge"), tmp_path / "out.jsonl", tmp_path / "out.asked.jsonl"
+    words = ["judge", str(samples), "--judge", str(judge), "--out", str(out)]
+    run(samples, str(judge), "--limit", "2")
+    before = [path.read_bytes() for path in (out, asked)]
+
+    def refused(key: str, *more: str) -> None:
+        there = (
+            rf"{out} holds labels of other settings \({key}: '\S+' there, '\S+' here\): name another file, or delete "
+        )
+        assert re.search(there, failed(capsys, [*words, *more]))
+
+    template = tmp_path / "other.jinja"
+    template.write_text(f"{load_tokenizer(Base(str(judge))).chat_template}{{# of no effect #}}")
+    refused("chat_template", "--chat-template", str(template))
+    change_weights(judge)
+    refused("model")
+    assert [path.read_bytes() for path in (out, asked)] == before
+    out.unlink()  # the answers are of the other model still
+    refused("model")
+    asked.unlink()
+    assert len(run(samples, str(judge), "--limit", "2")) == 2 and not caplog.messages
+    (tmp_path / "out.settings.json").unlink()  # as where an earlier version has judged
+    assert len(run(samples, str(judge))) == 4
+    (said,) = caplog.messages
+    assert said.startswith(f"{out} does not say of which model, revision,") and "taken for those of now" in said
+    change_weights(judge)
+    refused("model")
 
 
 def save_judge_of(folder: Path, vocabulary: int) -> Path:

@@ -2,8 +2,11 @@
 
 import functools
 import json
+import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,6 +42,7 @@ from rlhf_recipes.model.decode import draw_tokens
 from rlhf_recipes.model.shared import SharedBase
 from rlhf_recipes.recipe.values import Base, Lora
 from rlhf_recipes.records.cache import cache_folder
+from rlhf_recipes.records.lock import held
 
 LORA = Lora(r=4, alpha=8)
 TEMPERATURE = 0.7
@@ -938,16 +942,26 @@ def test_a_base_that_a_function_builds_is_built_once(builder: Path) -> None:
     assert Path(folder).parent == builder and folder == model_path(base)
     assert load_base(base).config.hidden_size == 64 and load_tokenizer(base).eos_token == "<eos>"
     assert len(built_base.calls) == 1
-    assert {path.name for path in builder.iterdir()} == {Path(folder).name, f"{Path(folder).name}.lock"}
+    assert {path.name for path in builder.iterdir()} == {Path(folder).name, f".{Path(folder).name}.built.lock"}
     assert fingerprint(base, load_tokenizer(base)) == fingerprint(Base(folder), load_tokenizer(Base(folder)))
 
 
-def test_two_first_runs_at_once_build_one_base(builder: Path) -> None:
+def test_two_first_runs_at_once_build_one_base_and_who_waits_says_for_whom(
+    builder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import built_base  # type: ignore[import-not-found]
 
     with ThreadPoolExecutor(2) as threads:
         folders = list(threads.map(model_path, [Base("built_base:build")] * 2))
     assert folders[0] == folders[1] and len(built_base.calls) == 1
+    shutil.rmtree(folders[0])
+    with ThreadPoolExecutor(1) as thread:
+        with held(Path(f"{folders[0]}.built")):
+            waiting = thread.submit(model_path, Base("built_base:build"))
+            while "Waiting" not in (printed := capsys.readouterr().err):
+                time.sleep(0.01)
+        assert waiting.result() == folders[0]
+    assert re.search(rf"in use by process {os.getpid()} of \S+ on \S+, since \S+ Waiting for it\.", printed)
 
 
 def test_a_builder_that_fails_leaves_nothing_behind(builder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.command_line import error_of
-from support.endpoint import Body, Endpoint, error, longer
+from support.endpoint import Body, Endpoint, change_weights, error, longer
 from support.worded import WORDS, make_recipe, read, same, write
 
 from rlhf_recipes import Recipe, Rounds, Source, replace, run
@@ -24,8 +24,8 @@ from rlhf_recipes.pipeline.check import check_recipe
 from rlhf_recipes.pipeline.rounds import freeze_labels, have_labelled, training_file
 from rlhf_recipes.pipeline.stage import run_stage
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, to_dict
-from rlhf_recipes.records.files import Journal, read_rows
-from rlhf_recipes.records.folder import read_recipe
+from rlhf_recipes.records.files import Journal, read_json, read_rows
+from rlhf_recipes.records.folder import read_recipe, write_recipe
 from rlhf_recipes.records.lock import held
 from rlhf_recipes.report.gather import gather
 from rlhf_recipes.report.sections import report_sections
@@ -197,6 +197,25 @@ def test_samples_of_other_settings_are_not_mixed(finished: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"samples of other settings \(k: 2 there, 3 here\): name another file"):
         sample_responses(finished, prompts, out, SampleSettings(k=3, response_length=4), limit=2)
     assert out.read_text() == before
+
+
+def test_samples_of_another_model_of_the_same_name_are_not_mixed(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out, settings = tmp_path / "run", tmp_path / "samples.jsonl", SampleSettings(k=2, response_length=4)
+    shutil.copytree(finished, folder)
+    write_recipe(folder, read_recipe(finished))  # a copy is nobody's before
+    prompts = prompts_to_rank(read_recipe(folder))
+    sample_responses(folder, prompts, out, settings, limit=2)
+    change_weights(folder / "ppo" / "policy")
+    with pytest.raises(ValueError, match=r"samples of other settings \(weights: {'ppo': .*: name another file, or del"):
+        sample_responses(folder, prompts, out, settings, limit=4)
+    assert len(read(out)) == 2 and not caplog.messages
+    written = tmp_path / "samples.settings.json"
+    written.write_text(json.dumps({key: value for key, value in read_json(written).items() if key != "weights"}))
+    sample_responses(folder, prompts, out, settings, limit=4)  # an earlier version has sampled
+    assert len(read(out)) == 4
+    assert caplog.messages == [f"{out} does not say of which weights its samples are: they are taken for those of now."]
 
 
 def test_a_prompt_without_two_different_responses_is_left_out(finished: Path, tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_it_is_said(
 
 
 def test_a_checkpoint_without_a_seal_is_gone_on_from_and_sealed_once(tmp_path: Path) -> None:
-    _, newest = make_checkpoints(tmp_path)
-    (newest / SEAL).unlink()  # a kill came before it, or an earlier version wrote none
+    older, newest = make_checkpoints(tmp_path)
+    for checkpoint in (older, newest):
+        (checkpoint / SEAL).unlink()  # an earlier version wrote none
     assert last_checkpoint(tmp_path) == str(newest)
     seal(newest)
     (newest / "optimizer.pt").write_bytes(b"")
@@ -62,6 +63,25 @@ def test_a_checkpoint_without_a_seal_is_gone_on_from_and_sealed_once(tmp_path: P
         *("optimizer.pt", "policy/adapter_model.safetensors", "trainer_state.json")
     }
     assert last_checkpoint(tmp_path) != str(newest)
+
+
+def test_one_without_a_seal_does_not_take_the_place_of_a_whole_one_that_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newest = make_checkpoints(tmp_path)
+    (newest / SEAL).unlink()  # a power cut came before it
+    (newest / "optimizer.pt").write_bytes(b"")  # and tore what was not on disk
+    assert last_checkpoint(tmp_path) == str(older) and older.is_dir() and not newest.exists()
+    assert caplog.messages == [
+        f"{newest} was damaged and is deleted (no {SEAL} says what it holds): the stage goes on from checkpoint-9."
+    ]
+
+
+def test_one_without_a_seal_is_better_than_a_damaged_one_that_has_it(tmp_path: Path) -> None:
+    older, newest = make_checkpoints(tmp_path)
+    (newest / SEAL).unlink()
+    (older / "optimizer.pt").write_bytes(b"")
+    assert last_checkpoint(tmp_path) == str(newest)
 
 
 def test_what_is_no_folder_is_no_checkpoint_and_no_round(tmp_path: Path) -> None:

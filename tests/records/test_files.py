@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from support.command_line import error_of
 
-from rlhf_recipes.records.files import Journal, read_rows, write_text, writing_in
+from rlhf_recipes.records.files import Journal, beside, read_rows, write_text, writing_in
 from rlhf_recipes.records.lock import held
 
 
@@ -72,6 +72,24 @@ def test_a_file_of_other_rows_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"id": 1}\n{"prompt": "p"}\n')
     with pytest.raises(ValueError, match=r"data\.jsonl, row 2: it has no 'id', and is of something else"):
         Journal(tmp_path / "data.jsonl", ["id"])
+
+
+def test_a_file_of_several_names_is_not_written(tmp_path: Path) -> None:
+    rows, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    rows.write_text('{"id": 1}\n')
+    other.hardlink_to(rows)
+    with pytest.raises(ValueError, match=r"other\.jsonl has other names \(hard links\).*: put a copy in its place"):
+        Journal(other)
+    rows.unlink()
+    assert Journal(other).rows == [{"id": 1}]
+
+
+def test_two_files_of_rows_have_nothing_beside_them_in_common() -> None:
+    names = [beside(Path("a", name), "asked.jsonl").name for name in ("x.jsonl", "x.v1.jsonl", "x.v2.jsonl")]
+    assert names == ["x.asked.jsonl", "x.v1.asked.jsonl", "x.v2.asked.jsonl"]
+    for name in ("x", "x.v1", "x.json", "x.jsonl.gz", ".jsonl"):
+        with pytest.raises(ValueError, match=rf"a/{name}: the name of a file of rows must end in \.jsonl"):
+            beside(Path("a", name), "asked.jsonl")
 
 
 def test_what_libraries_write_into_a_folder_that_is_gone_is_said_in_words(tmp_path: Path) -> None:

@@ -51,6 +51,16 @@ def test_the_process_that_holds_a_folder_is_named_and_a_killed_one_holds_nothing
     assert not capsys.readouterr().err, "who lets go leaves nothing to be said"
 
 
+def test_a_holder_who_is_about_to_say_who_he_is_is_waited_for(tmp_path: Path) -> None:
+    with held(tmp_path):
+        owner = tmp_path / ".lock.owner.json"
+        said = owner.read_text()
+        owner.unlink()
+        Timer(0.05, owner.write_text, [said]).start()
+        with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {os.getpid()} of"), held(tmp_path):
+            pass
+
+
 @pytest.mark.parametrize("text", [None, "", '{"process": 1', "{}", "[]", "\x00\xff"])
 def test_a_holder_who_has_not_said_who_he_is_holds_it_too(tmp_path: Path, text: str | None) -> None:
     with held(tmp_path):
@@ -111,6 +121,20 @@ def test_a_file_is_held_beside_it_and_others_are_free(tmp_path: Path) -> None:
         pass
     with held(labels):
         pass
+
+
+def test_two_names_of_a_file_have_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, link, folder = tmp_path / "labels.jsonl", tmp_path / "link.jsonl", tmp_path / "folder"
+    labels.touch()
+    link.symlink_to(labels)
+    folder.symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in (link, folder / "labels.jsonl", Path("labels.jsonl"), Path("folder", "link.jsonl")):
+        refused = pytest.raises(ValueError, match=rf"{name} is in use by process {os.getpid()} of")
+        with held(labels), refused, held(name):
+            pass
+        with held(name), pytest.raises(ValueError, match="in use"), held(labels):
+            pass
 
 
 def test_a_block_that_fails_lets_go(tmp_path: Path) -> None:

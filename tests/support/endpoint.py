@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
+from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -157,6 +158,12 @@ def save_judge(folder: Path) -> Path:
     model.generation_config.do_sample = True  # `transformers serve` heeds a temperature above 0 only then
     model.save_pretrained(folder)
     return folder
+
+
+def change_weights(folder: Path) -> None:
+    """Change the weights of a saved model or adapter, and nothing else in its folder."""
+    (path,) = folder.glob("*.safetensors")
+    save_file({name: 1.5 * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
 
 
 @contextmanager
