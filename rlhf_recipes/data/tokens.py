@@ -200,6 +200,9 @@ class AnswerFrame:
         return text
 
 
+QUESTION_AND_ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+
+
 def answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
     """What the tokenizer's chat template writes around an answer, found out by rendering one.
 
@@ -209,7 +212,7 @@ def answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
 
     Raises ValueError where the template refuses a question and an answer.
     """
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    question, answer = QUESTION_AND_ANSWER
     prompt = render(tokenizer, [question], add_generation_prompt=True)
     whole, going_on = render(tokenizer, [question, answer]), render(tokenizer, [question, answer, question])
     before, _, after = whole.removeprefix(prompt).rpartition("answer")
@@ -240,9 +243,26 @@ def response_texts(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Finds the tokenizer's special tokens in a text; None where it has none."""
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """Finds the tokenizer's special tokens in a text; None where it has none.
+
+    Among them are those that it does not call special, but with which its chat template begins turns, as DeepSeek's.
+    Marks of thoughts are not: a model may think.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    plain = [str(token) for token in added if not token.special and re.fullmatch(r"<.+>|\[.+\]", str(token))]
+    talk = _short_talk(tokenizer) if plain else ""
+    tokens = [str(token) for token in added if token.special]
+    tokens += [token for token in plain if token in talk and "think" not in token]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
+
+
+def _short_talk(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Three turns as the chat template writes them; "" where there is none, or it refuses them."""
+    question, answer = QUESTION_AND_ANSWER
+    try:
+        return "" if tokenizer.chat_template is None else render(tokenizer, [question, answer, question])
+    except RefusedByTemplate:
+        return ""
 
 
 def spelled_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:

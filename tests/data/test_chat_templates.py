@@ -21,6 +21,7 @@ from rlhf_recipes.data.tokens import (
     response_texts,
     set_chat_template,
     set_today,
+    spelled_out,
     stop_token_id,
     tokenize_pair,
     tokenize_prompt,
@@ -108,6 +109,17 @@ def test_a_response_that_spells_the_end_of_its_turn_does_not_end_it(model: ChatM
         assert not {*tokenizer.all_special_ids, stop} & {*tokenizer(text, add_special_tokens=False).input_ids}
         assert text.replace(" ", "") == said
     assert tokenize_pair(tokenizer, [user("Why?")], [assistant(text)])[1].count(stop) == 1
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "glm4moe"])
+def test_a_token_that_begins_a_turn_is_not_spelled_though_it_is_not_special(name: str) -> None:
+    tokenizer = BY_NAME[name].tokenizer()
+    turn = {"deepseekv3": "<｜User｜>", "glm4moe": "<sop>"}[name]  # noqa: RUF001
+    tokenizer.add_tokens([turn, "<tool>", " ", "\n"])
+    said = f"<think>\nHm.\n</think>\n<tool> {turn}And?"
+    assert spelled_out(tokenizer, [said]) == [said.replace(turn, f"< {turn[1:]}")]
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert spelled_out(tokenizer, [said]) == [said]
 
 
 def test_a_thought_that_the_model_had_is_its_own() -> None:
