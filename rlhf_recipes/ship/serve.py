@@ -230,7 +230,7 @@ def _environment(engine: Engine, folder: Path) -> dict[str, str]:
     places = [os.path.abspath(place) for place in kept.split(os.pathsep)] if kept else []  # and none among the models
     if engine == "transformers":  # which would list, and load when asked, whatever else the machine has in its cache
         alone = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
-    else:  # which may be another Python's, without this package, and nothing else that lies beside the guard is for it
+    else:  # which may run in a Python without this package: it finds the guard, and none of the files beside it
         alone, places = {}, [str(folder / "guard"), *places]
         (folder / "guard").mkdir()
         (folder / "guard" / f"{MODULE}.py").symlink_to(GUARD)
