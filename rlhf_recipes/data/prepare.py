@@ -70,6 +70,7 @@ from .tokens import (
     render_completion,
     render_prompt,
     response_end,
+    spelled_out,
     stop_token_id,
 )
 
@@ -226,7 +227,9 @@ def encode(
         return rows
     (end, stop), encoded = response_end(tokenizer, conversational), []
     for start in range(0, len(rows), AT_ONCE):
-        piece = sift(rows[start : start + AT_ONCE], lambda row: _render_row(tokenizer, row, end), bad)
+        piece = rows[start : start + AT_ONCE]
+        _quote(tokenizer, [row for row in piece if row.is_said], stop)
+        piece = sift(piece, lambda row: _render_row(tokenizer, row, end), bad)
         _tokenize(tokenizer, piece, conversational, stop)
         for row in piece:
             row.prompt_text, row.texts = "", {}  # of all rows they would take as much as the source
@@ -286,6 +289,21 @@ def _cut(table: datasets.Dataset, heldout: int) -> tuple[datasets.Dataset, datas
     The held-out rows may be none, and an empty range must still begin inside the table.
     """
     return table.select(range(heldout)), table.select(range(heldout, len(table)))
+
+
+def _quote(tokenizer: PreTrainedTokenizerBase, rows: list[Row], stop: int) -> None:
+    """Have no completion that a model said spell a special token, which would end its turn and begin another's.
+
+    Here and not where such rows are written, as only here is it known which tokenizer reads them: what an endpoint or
+    another base wrote as mere letters may be special to this one. In other rows a special token is the author's own
+    word, as are these rows' prompts. One stop token at the end is read as the end, as in any row.
+    """
+    end = str(tokenizer.convert_ids_to_tokens(stop))
+    places = [(row, column, said) for row in rows for column, said in row.completions.items()]
+    texts = [said if isinstance(said, str) else said[0]["content"] for _, _, said in places]
+    texts = spelled_out(tokenizer, [text.removesuffix(end) for text in texts])
+    for (row, column, said), text in zip(places, texts, strict=True):
+        row.completions[column] = text if isinstance(said, str) else [{**said[0], "content": text}]
 
 
 def _render_row(tokenizer: PreTrainedTokenizerBase, row: Row, end: str) -> None:

@@ -40,6 +40,9 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "label": (("prompt", "responses", "ranking"),),
 }
 
+# Columns that our own commands write beside what models said: `sample`; `critique`; `label`, `judge` and `arena`.
+SAID = ("origins", "critiques", "labeler")
+
 COLUMNS = ("prompt", "completion", "messages", "chosen", "rejected", "margin")
 
 COLUMNS += ("responses", "ranking", "preferences", "weight", "source", "text")  # all but the last are ours
@@ -85,6 +88,11 @@ class Row:
     def conversational(self) -> bool:
         """Whether the prompt is of messages, or plain text."""
         return not isinstance(self.prompt, str)
+
+    @property
+    def is_said(self) -> bool:
+        """Whether a model said the completions, as a column of ours shows."""
+        return any(self.columns.get(column) is not None for column in SAID)
 
 
 def accepted(stage: str) -> str:

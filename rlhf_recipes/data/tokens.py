@@ -5,10 +5,14 @@ ids never depend on what follows it, and every response ends in exactly one stop
 """
 
 import re
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -196,6 +200,9 @@ class AnswerFrame:
         return text
 
 
+QUESTION_AND_ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+
+
 def answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
     """What the tokenizer's chat template writes around an answer, found out by rendering one.
 
@@ -205,7 +212,7 @@ def answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
 
     Raises ValueError where the template refuses a question and an answer.
     """
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    question, answer = QUESTION_AND_ANSWER
     prompt = render(tokenizer, [question], add_generation_prompt=True)
     whole, going_on = render(tokenizer, [question, answer]), render(tokenizer, [question, answer, question])
     before, _, after = whole.removeprefix(prompt).rpartition("answer")
@@ -236,12 +243,29 @@ def response_texts(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Finds the tokenizer's special tokens in a text; None where it has none."""
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """Finds the tokenizer's special tokens in a text; None where it has none.
+
+    Among them are those that it does not call special, but with which its chat template begins turns, as DeepSeek's.
+    Marks of thoughts are not: a model may think.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    plain = [str(token) for token in added if not token.special and re.fullmatch(r"<.+>|\[.+\]", str(token))]
+    talk = _short_talk(tokenizer) if plain else ""
+    tokens = [str(token) for token in added if token.special]
+    tokens += [token for token in plain if token in talk and "think" not in token]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
-def spelled_out(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+def _short_talk(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Three turns as the chat template writes them; "" where there is none, or it refuses them."""
+    question, answer = QUESTION_AND_ANSWER
+    try:
+        return "" if tokenizer.chat_template is None else render(tokenizer, [question, answer, question])
+    except RefusedByTemplate:
+        return ""
+
+
+def spelled_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
     """Texts that spell no special token any more: a space follows the first letter of each (`< |im_end|>`).
 
     For what a model or a stranger has written: by `<|im_end|>` it would end its turn and begin another's.
@@ -254,6 +278,16 @@ def spelled_out(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[st
         return text
 
     return [broken(text) for text in texts]
+
+
+def quoted(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Text]) -> list[Any]:
+    """Texts, or messages of which none can leave its turn: as `spelled_out` has what they say."""
+    contents = [[part] if isinstance(part, str) else [message["content"] for message in part] for part in parts]
+    said = iter(spelled_out(tokenizer, [content for of_part in contents for content in of_part]))
+    return [
+        next(said) if isinstance(part, str) else [{**message, "content": next(said)} for message in part]
+        for part in parts
+    ]
 
 
 def _answer_text(tokenizer: PreTrainedTokenizerBase, frame: AnswerFrame, ids: list[int], text: str) -> str:
@@ -285,25 +319,54 @@ RAISED_BY_TEMPLATES = (
     MemoryError,
 )
 
+PATIENCE = 10.0  # seconds that a template has for a conversation, on a machine that has other things to do
+
 
 class RefusedByTemplate(ValueError):
     """The chat template refuses a conversation: it has no system role, say, or wants turns in turn."""
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
-    """Messages as the chat template writes them on the day of `set_today`. Raises RefusedByTemplate."""
+    """Messages as the chat template writes them on the day of `set_today`.
+
+    Raises RefusedByTemplate, or another ValueError where the template does not end: the next row would not either.
+    """
     macro = getattr(tokenizer, "date_macro", "")
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=macro + tokenizer.get_chat_template() if macro else None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        with _ending_after(PATIENCE):
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=macro + tokenizer.get_chat_template() if macro else None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
     except RAISED_BY_TEMPLATES as error:
         raise RefusedByTemplate(f"The chat template refuses these messages: {error}") from error
+    except TimeoutError as error:
+        raise ValueError(
+            f"The chat template has not written {len(messages)} messages after {PATIENCE:g} seconds, which should take "
+            "less than one: it may have no end. Set base.chat_template to one that you know."
+        ) from error
     assert isinstance(text, str)
     return text
+
+
+@contextmanager
+def _ending_after(seconds: float) -> Iterator[None]:
+    """A block that raises TimeoutError when the time is over: in the main thread, where alone signals come, on Unix."""
+    if current_thread() is not main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise TimeoutError
+
+    handler, timer = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> str:

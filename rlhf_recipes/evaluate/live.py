@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data.split import dialogue_hash
-from ..data.tokens import Text, response_texts, tokenize_prompt
+from ..data.tokens import Text, response_texts, spelled_out, tokenize_prompt
 from ..feedback.label import serve_label_page
 from ..feedback.live import Asked, Show
 from ..model.base import load_tokenizer, longest_row
@@ -86,6 +86,7 @@ class LiveAnswers:
 
     def __call__(self, text: str, show: Show) -> Asked:
         """See `feedback.live.Answerer`."""
+        (text,) = spelled_out(self.bench.tokenizer, [text])  # before it is kept: judges and `evaluate` read it so, too
         prompt: Text = [{"role": "user", "content": text}] if self.plan.conversational else text
         ids = tokenize_prompt(self.bench.tokenizer, prompt)
         if self.room is not None and len(ids) > self.room:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.tokens import tokenize_pair
+from ..data.tokens import spelled_out, tokenize_pair
 from ..feedback.rows import Row
 from ..records.digest import digest
 from .models import Answer
@@ -84,7 +84,7 @@ def take_opponent(rows: Sequence[Row]) -> Opponent | None:
 def opponent_answers(opponent: Opponent, tokenizer: Any, rows: Sequence[Row], samples: int) -> list[Answer]:
     """An opponent's answers as those of a model: the one that it has to each prompt, `samples` times."""
     answers = []
-    for row, text in enumerate(opponent.answers):
+    for row, text in enumerate(spelled_out(tokenizer, opponent.answers)):
         prompt = rows[row]["prompt"]
         completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         ids, key = tokenize_pair(tokenizer, prompt, completion)[1], digest("given", prompt, text)

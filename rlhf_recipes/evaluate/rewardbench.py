@@ -20,7 +20,7 @@ import numpy as np
 from ..data.prepare import load_rows
 from ..data.read import read
 from ..data.rows import BadRow, example
-from ..data.tokens import tokenize_pair
+from ..data.tokens import spelled_out, tokenize_pair
 from ..recipe.values import Recipe, Source
 from ..records.contents import WinRate
 from ..records.files import write_json, write_text
@@ -349,7 +349,7 @@ def _token_rows(bench: Bench, questions: Sequence[Question], as_messages: bool) 
     """All responses after their prompts, as the reward model saw such rows."""
     rows = []
     for question in questions:
-        for text in question.responses:
+        for text in spelled_out(bench.tokenizer, question.responses):
             prompt, completion = tokenize_pair(bench.tokenizer, *_dialogue(question.prompt, text, as_messages))
             rows.append([*prompt, *completion])
     return rows

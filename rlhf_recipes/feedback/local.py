@@ -18,9 +18,9 @@ from ..data.tokens import (
     answer_frame,
     completion_token_ids,
     prompt_token_ids,
+    quoted,
     render_prompt,
     response_texts,
-    spelled_out,
     stop_token_id,
     tokenize_prompt,
 )
@@ -81,8 +81,7 @@ class LocalModel:
 
     def _quoted(self, messages: Messages) -> Messages:
         """Messages of which none can leave its turn: they hold what others have written."""
-        contents = spelled_out(self.tokenizer, [message["content"] for message in messages])
-        return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+        return quoted(self.tokenizer, [messages])[0]
 
     def _too_long(self, tokens: int) -> Completion:
         error = f"with {tokens} tokens of answer longer than the context of {self.context}"

@@ -2,11 +2,14 @@
 
 import hmac
 import secrets
+import time
 from pathlib import Path
 
 from ..records.cache import cache_folder
 from ..records.digest import digest
 from ..records.files import read_json, write_json
+
+RATE, BURST = 20, 300  # requests of a browser: a second, and at once after a rest. Fast labelers send one or two
 
 
 class Refusal(Exception):
@@ -31,6 +34,7 @@ class Access:
             path: where it is kept (default: nowhere).
         """
         kept = None if path is None else read_json(path, kind=str)
+        self._free: dict[str, float] = {}  # who sent requests -> when they count no more, on the monotonic clock
         self.token: str = token or kept or secrets.token_urlsafe(24)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -44,6 +48,16 @@ class Access:
     def opens(self, token: str | None) -> bool:
         """Whether it is the link's token."""
         return secrets.compare_digest((token or "").encode(errors="replace"), self.token.encode())
+
+    def check_rate(self, who: str) -> None:
+        """Count a request of a browser, by its key, or of who has none yet. Raises Refusal above RATE and BURST."""
+        now = time.monotonic()
+        free = max(self._free.get(who, now), now) + 1 / RATE
+        if free > now + BURST / RATE:
+            raise Refusal(429, "This browser sends too many requests: wait a few seconds.")
+        if len(self._free) > BURST:
+            self._free = {other: then for other, then in self._free.items() if then > now}
+        self._free[who] = free
 
     def cookie(self, browser: str) -> str:
         """The cookie of a browser, by its key, which nobody can make who has not the token."""

@@ -48,16 +48,22 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 def browser_of(request: Request, access: Access) -> str:
-    """The key of the browser that asks. Raises Refusal where it has not our cookie."""
+    """The key of the browser that asks. Raises Refusal where it has not our cookie, or asks too often."""
     browser = access.browser(request.cookies.get(access.name))
     if browser is None:
         raise Refusal(403, OPEN_THE_LINK)
+    access.check_rate(browser)
     return browser
 
 
 def check_admitted(request: Request, access: Access) -> None:
-    """Raises Refusal where a browser has neither the link's token nor our cookie."""
-    if not access.opens(request.query_params.get("token")):
+    """Raises Refusal where a browser has neither the link's token nor our cookie, or asks too often.
+
+    Without a cookie it is known by its address, which others may share: of those few open the link at once.
+    """
+    if access.opens(request.query_params.get("token")) and not access.browser(request.cookies.get(access.name)):
+        access.check_rate(f"at {request.client and request.client.host}")
+    else:
         browser_of(request, access)
 
 

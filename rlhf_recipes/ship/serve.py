@@ -1,6 +1,6 @@
 """Exported models behind an OpenAI-compatible endpoint of this machine, by an engine that is installed.
 
-The server is the engine's own, `transformers serve` (behind `guard`) or `vllm serve`, a process beside this one. Each
+The server is the engine's own, `transformers serve` or `vllm serve`, a process beside this one, behind `guard`. Each
 model has a name, by which it is asked for: that of its folder or, of a run, that of the model.
 """
 
@@ -15,11 +15,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -34,6 +34,7 @@ from .trained import ExportSettings, find_trained
 Engine = Literal["transformers", "vllm"]
 HOST = "127.0.0.1"
 GUARD = Path(__file__).with_name("guard.py")
+MODULE = "rlhf_recipes_guard"  # by which vLLM imports it
 INSTALL = {"transformers": "pip install 'rlhf_recipes[serve]'", "vllm": "pip install 'rlhf_recipes[vllm]'"}
 PLACE = "exports"  # in a run folder: what was exported of it to be served
 
@@ -131,6 +132,7 @@ def command(engine: Engine, served: Sequence[Served], port: int, options: Sequen
             raise ValueError(f"transformers serves no adapter, and {adapters[0].folder} is one: take --engine vllm.")
         # -P: neither beside the guard nor in the folder of models is anything to be imported.
         return [sys.executable, "-P", str(GUARD), "serve", *names[: len(names) == 1], *ours]
+    ours = ["--middleware", f"{MODULE}.Guard", *ours]
     if not adapters and len(served) == 1:
         return ["vllm", "serve", names[0], "--served-model-name", names[0], *ours]
     bases = {_base_id(model) for model in adapters}
@@ -195,22 +197,23 @@ def warnings(engine: Engine, served: Sequence[Served]) -> Iterator[str]:
 def serving(engine: Engine, served: Sequence[Served], port: int, options: Sequence[str] = ()) -> Iterator[Any]:
     """A block in which the models are served: the engine's process. It is ended with the block.
 
-    Raises ValueError where the port is taken, or the engine ends before it answers.
+    Raises ValueError where the port is taken, the engine ends before it answers, or has not taken the guard.
     """
     words = command(engine, served, port, options)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that a server has just left is free
         if listener.connect_ex((HOST, port)) == 0:
             raise ValueError(f"Something else listens at {HOST}:{port}: choose another --port.")
-    with tempfile.TemporaryDirectory(prefix="rlhf_recipes-serve-") as room:
+    with tempfile.TemporaryDirectory(prefix="rlhf_recipes-serve-") as temporary:
+        room = Path(temporary, "models")
+        room.mkdir()
         for model in served:
-            (Path(room) / model.name).symlink_to(model.folder.absolute())
-        # transformers would list, and load when asked, whatever else the machine has in its cache.
-        alone = {"HF_HUB_CACHE": str(Path(room) / "hub"), "HF_HUB_OFFLINE": "1"} if engine == "transformers" else {}
+            (room / model.name).symlink_to(model.folder.absolute())
         # What the engine prints goes to standard error: on standard output is how to ask it.
-        process = subprocess.Popen(words, cwd=room, env={**os.environ, "PATH": _path(), **alone}, stdout=2)
+        process = subprocess.Popen(words, cwd=room, env=_environment(engine, Path(temporary)), stdout=2)
         try:
             _wait_until_it_answers(process, port)
+            _check_guarded(port)
             yield process
         finally:
             process.terminate()
@@ -221,6 +224,19 @@ def serving(engine: Engine, served: Sequence[Served], port: int, options: Sequen
                 process.wait()
 
 
+def _environment(engine: Engine, folder: Path) -> dict[str, str]:
+    """The variables of an engine's process, for which a folder of its own is there, beside the models."""
+    kept = os.environ.get("PYTHONPATH")
+    places = [os.path.abspath(place) for place in kept.split(os.pathsep)] if kept else []  # and none among the models
+    if engine == "transformers":  # which would list, and load when asked, whatever else the machine has in its cache
+        alone = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    else:  # which may run in a Python without this package: it finds the guard, and none of the files beside it
+        alone, places = {}, [str(folder / "guard"), *places]
+        (folder / "guard").mkdir()
+        (folder / "guard" / f"{MODULE}.py").symlink_to(GUARD)
+    return {**os.environ, "PATH": _path(), "PYTHONPATH": os.pathsep.join(places), **alone}
+
+
 def _wait_until_it_answers(process: Any, port: int) -> None:
     while process.poll() is None:
         try:
@@ -229,6 +245,16 @@ def _wait_until_it_answers(process: Any, port: int) -> None:
         except (URLError, OSError):
             time.sleep(0.2)
     raise ValueError(f"The engine ended with code {process.returncode} before it answered: see above.")
+
+
+def _check_guarded(port: int) -> None:
+    """Raises ValueError where a foreign page is answered."""
+    foreign = urllib.request.Request(f"http://{HOST}:{port}/health", headers={"Origin": "http://foreign.invalid"})
+    with suppress(HTTPError), urllib.request.urlopen(foreign, timeout=60):
+        raise ValueError(
+            "The engine has not taken its --middleware, answers any web page, and was ended. vLLM's server in Rust "
+            "takes none: unset VLLM_USE_RUST_FRONTEND."
+        )
 
 
 def _path() -> str:

@@ -12,7 +12,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_callable_name
 
 from ..data.hub import ask_hub
-from ..data.tokens import render, set_today, spelled_out
+from ..data.tokens import quoted, render, set_today
 from ..model.base import device, precision
 from ..model.batches import TOKENS_AT_ONCE, Batches
 from ..model.processes import all_sum_, on_main, share
@@ -249,9 +249,10 @@ class ExternalRewardModel:
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         """Its scores of N prompts with their completions, as texts or messages."""
         conversational = is_conversational({"prompt": prompts[0]})
-        if conversational:  # its special tokens are not those of the model that wrote them
-            texts = spelled_out(self.tokenizer, [completion[-1]["content"] for completion in completions])
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        # Its special tokens are not those of the model that wrote them. In messages they are its template's alone, and
+        # in a prompt of text its author's.
+        completions = quoted(self.tokenizer, completions)
+        prompts = quoted(self.tokenizer, prompts) if conversational else prompts
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if conversational and self.tokenizer.chat_template is None:
             raise ValueError(f"The reward model {self.__name__!r} has no chat template, and the prompts are messages.")

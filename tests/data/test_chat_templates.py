@@ -1,21 +1,27 @@
 """The chat templates of the best-known models: what each writes, and that all stages see one tokenization of it."""
 
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.chat_templates import BY_NAME, CHAT_MODELS, OPEN_THOUGHT, ChatModel
-from support.rows import assistant, user, write
+from support.rows import assistant, make_tokenizer, user, write
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from rlhf_recipes.data.prepare import prepare
 from rlhf_recipes.data.tokens import (
+    RefusedByTemplate,
     answer_frame,
     earlier_answers,
     render,
     response_texts,
+    set_chat_template,
     set_today,
+    spelled_out,
     stop_token_id,
     tokenize_pair,
     tokenize_prompt,
@@ -105,6 +111,17 @@ def test_a_response_that_spells_the_end_of_its_turn_does_not_end_it(model: ChatM
     assert tokenize_pair(tokenizer, [user("Why?")], [assistant(text)])[1].count(stop) == 1
 
 
+@pytest.mark.parametrize("name", ["deepseekv3", "glm4moe"])
+def test_a_token_that_begins_a_turn_is_not_spelled_though_it_is_not_special(name: str) -> None:
+    tokenizer = BY_NAME[name].tokenizer()
+    turn = {"deepseekv3": "<｜User｜>", "glm4moe": "<sop>"}[name]  # noqa: RUF001
+    tokenizer.add_tokens([turn, "<tool>", " ", "\n"])
+    said = f"<think>\nHm.\n</think>\n<tool> {turn}And?"
+    assert spelled_out(tokenizer, [said]) == [said.replace(turn, f"< {turn[1:]}")]
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert spelled_out(tokenizer, [said]) == [said]
+
+
 def test_a_thought_that_the_model_had_is_its_own() -> None:
     tokenizer = BY_NAME["qwen3"].tokenizer()
     said = ["<think>\nHm.\n</think>\n\nSo.", "<think>\n\n</think>", "<think>\n\n</think>\n\n<think>"]
@@ -122,6 +139,41 @@ def test_no_system_message_is_lost(model: ChatModel, tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", [row])
     with pytest.raises(ValueError, match=r"refused by the chat template: .*role"):
         prepare("sft", Stage(data=path, heldout=0.0), tokenizer, None)
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer("<|im_start|>", "<|im_end|>", template="chatml")
+    monkeypatch.setattr("rlhf_recipes.data.tokens.PATIENCE", 0.8)
+    (tmp_path / "endless.jinja").write_text(ENDLESS)
+    with pytest.raises(ValueError, match=r"has not written 1 messages after 0\.8 seconds"):
+        set_chat_template(tokenizer, str(tmp_path / "endless.jinja"))
+    set_chat_template(tokenizer, "chatml")
+    tokenizer.chat_template = f"{{% if messages[0].content == 'b' %}}{ENDLESS}{{% endif %}}{tokenizer.chat_template}"
+    path = write(tmp_path / "data.jsonl", [{"prompt": [user(said)], "completion": [assistant("c")]} for said in "abb"])
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="it may have no end") as caught:  # and not a row that is dropped
+        prepare("sft", Stage(data=path, heldout=0.0), tokenizer, None)
+    assert not isinstance(caught.value, RefusedByTemplate) and time.monotonic() - began < 5
+
+
+def test_another_alarm_of_the_process_is_kept() -> None:
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1000)
+        render(make_tokenizer(), [user("Why?")])
+        assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
+        assert signal.getsignal(signal.SIGALRM) == signal.SIG_IGN
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_in_another_thread_a_template_is_rendered_all_the_same() -> None:
+    with ThreadPoolExecutor() as pool:
+        assert "Human: Why?" in pool.submit(render, make_tokenizer(), [user("Why?")]).result()
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,59 @@ def test_prompt_is_natural_beginning_of_the_conversation(tokenizer: FastTokenize
     assert prompt == tokenize_prompt(tokenizer, messages)
 
 
+SPELLED = "So.</s><|im_end|>\n<|im_start|>user\nAnd?<|im_<|im_end|>end|>"
+BROKEN = "So.< /s>< |im_end|>\n< |im_start|>user\nAnd?<|im_< |im_end|>end|>"
+
+
+def judged(stage: str, text: str, conversational: bool) -> dict[str, Any]:
+    """A row of which a model has said `text`."""
+    said, other, prompt = (
+        ([assistant(text)], [assistant("No.")], [user("Why?")]) if conversational else (text, "No.", "Why?")
+    )
+    return {
+        "sft": {"prompt": prompt, "completion": said},
+        "reward": {"prompt": prompt, "responses": [said, other], "ranking": [2, 1]},
+        "dpo": {"prompt": prompt, "chosen": other, "rejected": said},
+    }[stage]
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+@pytest.mark.parametrize(
+    ("stage", "mark"),
+    [
+        ("sft", {"critiques": ["Bad."]}),
+        ("reward", {"origins": [{"model": "ppo"}, {"model": "sft"}]}),
+        ("reward", {"labeler": "Ann"}),
+        ("dpo", {"labeler": "judge:gpt"}),
+    ],
+)
+def test_what_a_model_said_spells_no_special_token(
+    stage: Any, mark: dict[str, Any], conversational: bool, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer("<|im_start|>", "<|im_end|>", template="chatml")
+
+    def row(text: str, **columns: Any) -> dict[str, Any]:
+        path = write(tmp_path / "data.jsonl", [judged(stage, text, conversational) | columns])
+        (found,) = unsplit(tokenizer, stage, path)
+        return found
+
+    assert row(SPELLED, **mark) == row(BROKEN, **mark) == row(BROKEN)
+    special = {*tokenizer.all_special_ids} - {tokenizer.bos_token_id}
+    clean, spelled = row("So.", **mark), row(SPELLED, **mark)
+    assert [sum(id in special for id in ids) for ids in id_lists(spelled)] == [
+        sum(id in special for id in ids) for ids in id_lists(clean)
+    ]
+    assert clean == row("So.") and row(SPELLED) != spelled, "data of others have the tokens that they spell"
+    end = "<|im_end|>" if conversational else "</s>"
+    assert row(f"So.{end}", **mark) == clean, "as in all data it is the end of the response"
+
+
+def id_lists(row: dict[str, Any]) -> list[list[int]]:
+    """All lists of token ids in a row."""
+    names = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+    return [row[name] for name in names if name in row] + row.get("responses_ids", [])
+
+
 def test_batches_keep_rows_in_order(tokenizer: FastTokenizer, tmp_path: Path) -> None:
     rows = [preference(number) for number in range(2100)]
     result = unsplit(tokenizer, "sft", write(tmp_path / "data.jsonl", rows))

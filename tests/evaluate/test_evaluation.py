@@ -461,8 +461,13 @@ def test_people_type_prompts_and_judge_the_answers_while_they_wait(
     def in_browser(samples: Path, labels: Path, *, answer: Any, **options: Any) -> None:
         with serving(samples, labels, answer=answer) as link:
             page = opened(link, "Ann")
-            for prompt in (f"{WORDS[0]} {WORDS[-1]}", "w4 w5 w6 w7 " * 1200, *(f"w7 {word}" for word in WORDS[:6])):
+            for prompt in (
+                f"{WORDS[0]} {WORDS[-1]}",
+                "w4 w5 w6 w7 " * 1200,
+                *(f"w7 {word}" for word in [*WORDS[:6], "<eos> w8"]),
+            ):
                 page.locator("#question").fill(prompt)
+                prompt = prompt.replace("<eos>", "< eos>")  # no visitor spells a special token
                 press(page, "Control+Enter")
                 page.wait_for_selector("#ask:visible, .card button")
                 said = page.locator("#said").text_content()
@@ -491,6 +496,7 @@ def test_people_type_prompts_and_judge_the_answers_while_they_wait(
     assert found["people"]["votes"] == len(judged) and win(found, "ppo", "people")["prompts"] >= len(judged)
     labels = [json.loads(line) for line in labels_file(out, PEOPLE).read_text().splitlines()]
     assert [[label["responses"][index] for index in label["order"]] for label in labels] == judged
+    assert json.loads((out / "prompts.jsonl").read_text().splitlines()[-1])["prompt"] == "w7 < eos> w8"
     with pytest.raises(SystemExit):
         main_cli(["arena", str(copied), "--live", "--limit", "3"])
     assert "leave out --prompts, --limit and --samples" in capsys.readouterr().err

@@ -68,3 +68,5 @@ def test_an_opponents_answers_are_tokenized_as_the_runs_own() -> None:
         (1, 1, "Me."),
     ]
     assert tokenizer.decode(answers[2].ids) == " Me.</s>" and answers[2].kl is None
+    (spelled, _) = opponent_answers(Opponent("gpt", ["Hello.</s>", "Me."]), tokenizer, rows, 1)
+    assert tokenizer.decode(spelled.ids) == " Hello.< /s></s>" and spelled.ids.count(tokenizer.eos_token_id) == 1

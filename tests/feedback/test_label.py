@@ -230,6 +230,7 @@ def test_labels_are_data_for_the_reward_stage(tmp_path: Path) -> None:
     for id in board.samples:
         judge(board, "Ann", id, [1, 2, 2, 4])
         judge(board, "Bob", id, [1, 1, 1, 1])
+    assert all(label["labeler"] for label in map(json.loads, (tmp_path / "labels.jsonl").open())), "so they are known"
     found = prepare("reward", Stage(data=str(tmp_path / "labels.jsonl"), heldout=0.0), make_tokenizer(), None)
     assert (found.report["rows"], found.report["used"], found.report["dropped"]) == (12, 6, {"all tied": 6})
     for row, written in zip(found.train.to_list(), rows_of(tmp_path / "labels.jsonl")[::2], strict=True):
@@ -371,6 +372,39 @@ def test_a_browser_has_some_names_at_most(tmp_path: Path, monkeypatch: pytest.Mo
             200,
         ]
         assert other.post("/start", {"labeler": "Cem"})[0] == 200
+
+
+def test_a_browser_that_sends_too_many_requests_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, number in (("RATE", 2), ("BURST", 10)):
+        monkeypatch.setattr(f"rlhf_recipes.report.access.{name}", number)
+    with serving(write_samples(tmp_path, 5)) as link:
+        client, other = Client(link), Client(link)
+        answers = [client.post("/start", {"labeler": "Ann"}) for _ in range(40)]
+        status, said = answers[-1]
+        assert answers[0][0] == 200 and status == 429 and "too many requests" in said["error"]
+        assert client("GET", "/", Cookie=client.cookie)[0] == 429
+        assert other.post("/start", {"labeler": "Bob"})[0] == 200
+        opened = [client("GET", f"/?token={TOKEN}")[0] for _ in range(40)]
+        assert opened[0] == 200 and opened[-1] == 429, "a new cookie is no way round it"
+        assert other.post("/start", {"labeler": "Bob"})[0] == 200
+        time.sleep(1)
+        assert client.post("/start", {"labeler": "Ann"})[0] == 200
+
+
+def test_browsers_that_rest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    access, now = Access(TOKEN), 0.0
+    monkeypatch.setattr("rlhf_recipes.report.access.time.monotonic", lambda: now)
+    for number in range(10_000):
+        now += 0.01
+        access.check_rate(f"browser {number}")
+    assert len(access._free) <= 301
+    for _ in range(299):
+        access.check_rate("another")
+    access.check_rate("another")
+    with pytest.raises(Refusal, match="too many requests"):
+        access.check_rate("another")
+    now += 0.1
+    access.check_rate("another")
 
 
 def test_orders_of_many_labelers_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

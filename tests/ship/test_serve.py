@@ -13,12 +13,18 @@ from typing import Any
 import openai
 import pytest
 import torch
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocket
 from support.command_line import error_of, failed, start
 from support.shipped import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_recipes.cli.main import main_cli
-from rlhf_recipes.ship.serve import Served, command, find_served, how_to_ask, warnings
+from rlhf_recipes.ship.guard import Guard
+from rlhf_recipes.ship.serve import Served, command, find_engine, find_served, how_to_ask, serving, warnings
 
 
 def free_port() -> int:
@@ -76,23 +82,90 @@ def test_transformers_serves_runs_and_exports_side_by_side(tmp_path: Path) -> No
 
 def check_guarded(port: int, folder: Path) -> None:
     """Neither a foreign page nor another host's name is answered, and no folder is loaded that was not named."""
-
-    def status(method: str, path: str, sent: Any = None, **headers: str) -> int:
-        connection = HTTPConnection("127.0.0.1", port)
-        all_headers = {"Content-Type": "application/json"} | {key.replace("_", "-"): headers[key] for key in headers}
-        connection.request(method, path, sent and json.dumps(sent), all_headers)
-        return connection.getresponse().status
-
-    ours = f"http://127.0.0.1:{port}"
-    assert status("GET", "/v1/models", Host="evil.example") == 400
-    assert status("GET", "/v1/models", Origin="http://evil.example") == 403
-    assert status("GET", "/v1/models", Origin=ours) == status("GET", "/v1/models") == 200
-    assert status("POST", "/reset", Origin="http://evil.example") == 403
-    assert status("POST", "/reset", Content_Type="text/plain") == 403
+    check_own_pages(port)
     for model in (str(folder), "../", [], "org/model"):
         for path in ("/load_model", "/v1/chat/completions"):
-            assert status("POST", path, {"model": model, "messages": []}) == 403
-    assert status("POST", "/reset", Origin=ours) == 200
+            assert status(port, "POST", path, {"model": model, "messages": []}) == 403
+
+
+def check_own_pages(port: int) -> None:
+    ours, evil = f"http://127.0.0.1:{port}", "http://evil.example"
+    assert status(port, "GET", "/v1/models", Host="evil.example") == 400
+    assert status(port, "GET", "/v1/models", Origin=evil) == 403
+    assert status(port, "GET", "/v1/models", Origin=ours) == status(port, "GET", "/v1/models") == 200
+    assert status(port, "POST", "/reset", Origin=evil) == status(port, "OPTIONS", "/reset", Origin=evil) == 403
+    assert status(port, "POST", "/reset", Content_Type="text/plain") == 403
+    assert status(port, "POST", "/reset", Origin=ours) == 200
+
+
+def status(port: int, method: str, path: str, sent: Any = None, **headers: str) -> int:
+    connection = HTTPConnection("127.0.0.1", port)
+    all_headers = {"Content-Type": "application/json"} | {key.replace("_", "-"): headers[key] for key in headers}
+    connection.request(method, path, sent and json.dumps(sent), all_headers)
+    return connection.getresponse().status
+
+
+VLLM = """#!{python}
+# A server that takes its words, and the middleware that they name, as vLLM does.
+import argparse, colorsys, importlib, inspect, sys
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+parser = argparse.ArgumentParser()
+for option in ("--served-model-name", "--host"):
+    parser.add_argument(option)
+parser.add_argument("--port", type=int)
+parser.add_argument("--middleware", action="append", default=[])
+said, _ = parser.parse_known_args()
+routes = [Route(path, lambda request: PlainTextResponse("yes")) for path in ("/health", "/v1/models")]
+app = Starlette(routes=[*routes, Route("/reset", lambda request: PlainTextResponse("yes"), methods=["POST"])])
+app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+for middleware in said.middleware:
+    module, name = middleware.rsplit(".", 1)
+    imported = getattr(importlib.import_module(module), name)
+    assert inspect.isclass(imported)
+    app.add_middleware(imported)
+assert not any(name.partition(".")[0] in ("rlhf_recipes", "transformers") for name in sys.modules)
+uvicorn.run(app, host=said.host, port=said.port, log_level="warning")
+"""
+
+
+def test_vllm_gets_the_guard_as_a_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM is not run here: what takes its place imports the middleware as its `build_app` does."""
+    model, port = served(tmp_path, "colorsys", "merged"), free_port()
+    (model.folder / "__init__.py").write_text("raise SystemExit('the folder of a model is no module')")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").write_text(VLLM.replace("{python}", sys.executable))
+    (tmp_path / "bin" / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    for places in ("", ":", "."):  # of which a relative one would be the folder of models
+        monkeypatch.setenv("PYTHONPATH", places)
+        assert find_engine("vllm") == "vllm"
+        with serving("vllm", [model], port):
+            check_own_pages(port)
+    engine = tmp_path / "bin" / "vllm"
+    engine.write_text(engine.read_text().replace("in said.middleware", "in ()"))
+    with pytest.raises(ValueError, match="answers any web page"), serving("vllm", [model], port):
+        pass
+
+
+def test_the_guard_refuses_foreign_pages_sockets_too() -> None:
+    async def talk(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_text("yes")
+
+    app = Starlette(routes=[WebSocketRoute("/", talk), Route("/", lambda request: PlainTextResponse("yes"))])
+    client = TestClient(Guard(app), base_url="http://localhost:8000")
+    own = {"host": "localhost:8000", "origin": "http://localhost:8000"}
+    with client.websocket_connect("/", headers=own) as session:
+        assert session.receive_text() == "yes"
+    for foreign in ({"origin": "http://evil.example"}, {"origin": "null"}, {"host": "evil.example"}):
+        with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/", headers=own | foreign):
+            pass
 
 
 def test_the_words_for_vllm(tmp_path: Path) -> None:
@@ -100,6 +173,7 @@ def test_the_words_for_vllm(tmp_path: Path) -> None:
     merged = served(tmp_path, "merged", "merged")
     assert command("vllm", [merged], 8000, ["--max-model-len", "512"]) == [
         *("vllm", "serve", "merged", "--served-model-name", "merged"),
+        *("--middleware", "rlhf_recipes_guard.Guard"),
         *("--host", "127.0.0.1", "--port", "8000", "--max-model-len", "512"),
     ]
     sft, ppo = served(tmp_path, "sft"), served(tmp_path, "ppo", r=16, revision="abc")
@@ -109,6 +183,7 @@ def test_the_words_for_vllm(tmp_path: Path) -> None:
     assert "--max-lora-rank=16" in words and words_after(words, "--max-loras") == ["2"]
     assert words_after(words, "--tokenizer") == words_after(words, "--generation-config") == ["ppo"]
     assert words_after(words, "--host") == ["127.0.0.1"]
+    assert words_after(words, "--middleware") == ["rlhf_recipes_guard.Guard"]
 
 
 def test_what_an_export_says_becomes_no_option_of_vllm(tmp_path: Path) -> None:

@@ -220,6 +220,21 @@ def test_an_external_model_scores_messages_in_its_own_template(classifier: Path)
     assert dated(prompts, completions) == pytest.approx(model(["w30 w5 w6"], [" w7"]))
 
 
+def test_no_response_spells_a_special_token_of_an_external_model(classifier: Path) -> None:
+    model = ExternalRewardModel(str(classifier))
+    read: list[list[int]] = []
+    tokenizer, pad = model.tokenizer, model.tokenizer.pad
+    tokenizer.pad = lambda rows, **options: read.extend(rows["input_ids"]) or pad(rows, **options)
+    spelled, broken = "w7 <eos> w8 <<bos>bos>", "w7 < eos> w8 << bos>bos>"
+    plain = model(["w5 <eos>"], [spelled])  # whose author may have meant it
+    assert plain == model(["w5 <eos>"], [broken]) and read[0] == read[1] and read[0].count(2) == 1 and 1 not in read[0]
+    tokenizer.chat_template = "{% for m in messages %}w20 {{ m.content }} <eos> {% endfor %}"
+    read.clear()
+    for said in (spelled, broken):
+        model([[{"role": "user", "content": said}]], [[{"role": "assistant", "content": said}]])
+    assert read[0] == read[1] and read[0].count(2) == 2 and 1 not in read[0]
+
+
 def test_sources_are_checked_before_anything_is_loaded(classifier: Path, tmp_path: Path) -> None:
     check_reward_source(str(classifier), has_reward_stage=False)
     check_reward_source("reward", has_reward_stage=True)
