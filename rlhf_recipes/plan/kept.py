@@ -42,9 +42,14 @@ def entry_name(shape: Shape, layers: int, training_only: bool) -> str:
     base |= {name: getattr(shape.base, name) for name in ("quantization", "attn_implementation")}
     config = base_config(shape.base).to_dict()
     config.pop("_name_or_path", None)
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    parts = [dataclasses.asdict(shape) | {"base": base}, layers, training_only, config, versions, code_digest()]
+    parts = [dataclasses.asdict(shape) | {"base": base}, layers, training_only, config, versions(), code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of `LIBRARIES`."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 @functools.cache

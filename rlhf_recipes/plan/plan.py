@@ -330,11 +330,15 @@ def largest_size(recipe: Recipe, stage: str, config: Any, key: str, gpu: float |
         length = shape_of(device_recipe, stage, config, on_gpu=total is not None).length
         sizes = [size for size in sizes if size * length <= TOKENS_AT_ONCE] or [1]
     phases = (("update",) if updates else ("generate", "score")) if stage == "ppo" else ("train",)
-    while len(sizes) > 1:  # keep the half in which the largest is
-        middle = len(sizes) // 2
-        setattr(config, key, sizes[middle])
-        sizes = sizes[middle:] if fits_by(phases, device_recipe, stage, config, total, gpu) else sizes[:middle]
-    return sizes[0]
+
+    def fits(size: int) -> bool:
+        setattr(config, key, size)
+        return fits_by(phases, device_recipe, stage, config, total, gpu)
+
+    if len(sizes) == 1 or fits(sizes[-1]):  # often it does, and one dry run has said all
+        return sizes[-1]
+    too_many = bisect.bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda size: not fits(size))
+    return sizes[max(0, too_many - 1)]
 
 
 def least_checkpointed(recipe: Recipe, config: PPOConfig, gpu: float | None = None) -> int:
@@ -346,7 +350,7 @@ def least_checkpointed(recipe: Recipe, config: PPOConfig, gpu: float | None = No
         config.checkpointed_layers = number
         return fits_by(("update",), device_recipe, "ppo", config, total, gpu)
 
-    return bisect.bisect_left(range(layers), True, key=fits)
+    return 0 if fits(0) else bisect.bisect_left(range(layers), True, lo=1, key=fits)
 
 
 def fits_by(

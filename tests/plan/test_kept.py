@@ -67,7 +67,7 @@ def test_what_a_dry_run_depends_on_is_in_the_entry_s_name(
     names = [entry_name(shape, 1, False), entry_name(shape, 2, False), entry_name(shape, 1, True)]
     names += [entry_name(other, 1, False) for other in changed.values()]
     with monkeypatch.context() as patch:
-        patch.setattr("importlib.metadata.version", lambda name: "0.1" if name == "peft" else "1.0")
+        patch.setattr("rlhf_recipes.plan.kept.versions", lambda: {"peft": "0.1"})
         names.append(entry_name(shape, 1, False))
     with monkeypatch.context() as patch:
         patch.setattr("rlhf_recipes.plan.kept.code_digest", lambda: "another")
