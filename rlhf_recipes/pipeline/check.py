@@ -70,11 +70,6 @@ def check_rounds(recipe: Recipe) -> None:
     assert rounds is not None
     if recipe.reward is None or recipe.ppo is None or ROLE not in recipe.ppo.reward_sources:
         raise ValueError("rounds needs a reward stage and a ppo stage whose reward it is: its labels train that one.")
-    for key in ("count", "size"):
-        if getattr(rounds, key) < 1:
-            raise ValueError(f"rounds.{key} must be above 0, not {getattr(rounds, key)}.")
-    if not 0 < rounds.enough <= 1:
-        raise ValueError(f"rounds.enough must be above 0 and at most 1, not {rounds.enough}.")
     for name in rounds.models:
         if name not in SAMPLED_MODELS:
             example = "rounds.models=('sft','ppo')"
@@ -82,7 +77,7 @@ def check_rounds(recipe: Recipe) -> None:
     try:
         SampleSettings(rounds.models, rounds.temperatures, rounds.responses)
     except ValueError as error:
-        raise ValueError(f"rounds: {error}") from error
+        raise ValueError(f"rounds.{error}") from error
     _check_labeler(rounds.labeler, rounds.api_key_env)
     judge_settings(recipe)
     judge_prices(recipe)

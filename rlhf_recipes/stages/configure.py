@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from ..model.backends import check_backend
 from ..model.base import device, precision
 from ..model.processes import count
-from ..recipe.overrides import check_args, suggestion
+from ..recipe.overrides import check_args, check_values, suggestion
 from ..recipe.values import STAGES, Recipe
 from .options import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from .scores import ROLE, check_reward_source, check_reward_weights
@@ -33,9 +33,9 @@ def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     Raises ValueError, naming the key and the nearest right one, for settings that a trainer does not have, or that do
     not fit the rest of the recipe.
     """
+    check_values(recipe)
     configs = {}
     for stage in stages_of(recipe, None):
-        check_args(stage, getattr(recipe, stage), CONFIGS[stage])
         configs[stage] = stage_config(recipe, stage, run_dir)
         check_order(stage, configs[stage])
         check_shares(stage, configs[stage])
@@ -143,9 +143,12 @@ def training_steps(stage: str, config: Any, rows: float) -> int | None:
 def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
     """A stage's configuration: our defaults, then the recipe's arguments, then what the runner owns.
 
-    Of a stage that the recipe does not have, it is the one without arguments. Raises ValueError naming the stage.
+    Of a stage that the recipe does not have, it is the one without arguments. Raises ValueError as `check_args` does, or
+    naming the stage.
     """
     section = getattr(recipe, stage)
+    if section is not None:
+        check_args(stage, section, CONFIGS[stage])
     cuda = device().type == "cuda"
     defaults: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
     defaults["dataloader_pin_memory"] = cuda  # without it torch can only warn
