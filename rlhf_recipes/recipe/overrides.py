@@ -6,6 +6,7 @@ Standard library only, so that importing a recipe costs milliseconds and loads n
 import ast
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -118,8 +119,7 @@ def _shown(value: Any) -> str:
 def _in_words(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        words = (argument for argument in arguments if argument is not str or not any(map(_is_enum, arguments)))
-        return " or ".join(map(_in_words, words))
+        return " or ".join(map(_in_words, _without_text(arguments)))
     if origin is Literal or _is_enum(annotation):
         return " or ".join(repr(getattr(word, "value", word)) for word in arguments or annotation)
     plain = isinstance(annotation, type) and origin is None
@@ -130,16 +130,29 @@ def _is_enum(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Enum)
 
 
+def _without_text(arguments: Sequence[Any]) -> list[Any]:
+    """What a union is of, without `str` where it stands for the words of an enumeration or a dict's JSON."""
+    told = any(_is_enum(argument) or dict in (argument, typing.get_origin(argument)) for argument in arguments)
+    return [argument for argument in arguments if not (told and argument is str)]
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
 def _fits(value: Any, annotation: Any) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if isinstance(value, str) and any(map(_is_enum, arguments)):
-            arguments = tuple(argument for argument in arguments if argument is not str)
-        return any(_fits(value, argument) for argument in arguments)
+        return any(_fits(value, argument) for argument in _without_text(arguments))
     if origin is Literal:
         return value in arguments
     if _is_enum(annotation):
         return value in [word.value for word in annotation]
+    if annotation is dict or origin is dict:
+        return isinstance(value, dict) or (isinstance(value, str) and _is_json_object(value))
     if origin in (tuple, list):
         return isinstance(value, origin) and all(_fits(item, arguments[0]) for item in value)
     if origin is not None:
@@ -148,7 +161,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    plain = annotation in (bool, str, dict, list, type(None)) or dataclasses.is_dataclass(annotation)
+    plain = annotation in (bool, str, type(None)) or dataclasses.is_dataclass(annotation)
     if isinstance(annotation, type) and plain:
         return isinstance(value, annotation)
     return True
@@ -248,7 +261,7 @@ def check_args(name: str, stage: Stage, config: type) -> None:
         name: the stage's name, for the message.
         config: a dataclass (SFTConfig, RewardConfig, PPOConfig).
     Raises:
-        ValueError: an unknown key, with the nearest known one; a value of the wrong type or out of its range; a key that
+        ValueError: an unknown key, with the nearest known one; a value of a wrong type or out of its range; a key that
             no recipe may set.
     """
     known = {f.name: f for f in fields(config) if f.init and not objection(name, f.name)}

@@ -76,6 +76,7 @@ RANGES = {
 
 # What a text may be, beside what its own class says of it.
 WORDS = {
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     "dpo.f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "dpo.loss_type": (
@@ -95,6 +96,8 @@ def check_range(key: str, value: Any, words: Collection[str] | None = None) -> N
     """
     name = key.rpartition(".")[2]
     needed, words = RANGES.get(key, RANGES.get(name)), words or WORDS.get(key, WORDS.get(name))
+    if words is not None and value == []:
+        raise ValueError(f"{key} must have one of {', '.join(words)} or more, not [].")
     several = isinstance(value, tuple) or (isinstance(value, list) and needed is None)
     for one in value if several else [value]:
         if isinstance(one, int | float) and not isinstance(one, bool):

@@ -15,6 +15,7 @@ from ..recipe.overrides import check_args, check_values, suggestion
 from ..recipe.values import STAGES, Recipe
 from .options import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from .scores import ROLE, check_reward_source, check_reward_weights
+from .trials import try_settings
 
 # A stage -> the configuration of its trainer: an SFTConfig, RewardConfig, PPOConfig or DPOConfig.
 Configs = dict[str, Any]
@@ -39,6 +40,7 @@ def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
         configs[stage] = stage_config(recipe, stage, run_dir)
         check_order(stage, configs[stage])
         check_shares(stage, configs[stage])
+        try_settings(stage, configs[stage])
     if recipe.sft is not None and configs["sft"].packing and configs["sft"].max_length is None:
         raise ValueError("sft.packing fills rows of sft.max_length tokens: set that.")
     if recipe.ppo is not None:
@@ -143,8 +145,8 @@ def training_steps(stage: str, config: Any, rows: float) -> int | None:
 def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
     """A stage's configuration: our defaults, then the recipe's arguments, then what the runner owns.
 
-    Of a stage that the recipe does not have, it is the one without arguments. Raises ValueError as `check_args` does, or
-    naming the stage.
+    Of a stage that the recipe does not have, it is the one without arguments. Raises ValueError as `check_args` does,
+    or naming the stage.
     """
     section = getattr(recipe, stage)
     if section is not None:
@@ -166,6 +168,8 @@ def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments
     }
     try:
         return CONFIGS[stage](**{**defaults, **(section.args if section is not None else {}), **owned})
+    except TypeError as error:  # of the dicts that a recipe may set, one becomes an object
+        raise ValueError(f"{stage}.accelerator_config: {error}") from error
     except ValueError as error:
         message = str(error)  # ours name their key, the libraries' do not know the stage
         raise ValueError(message if message.startswith(f"{stage}.") else f"{stage}: {message}") from error
