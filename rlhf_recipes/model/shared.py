@@ -57,11 +57,8 @@ def lora_config(lora: Lora, task_type: TaskType, model: PreTrainedModel) -> Lora
     )
 
 
-ADAPTED = nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d  # what PEFT has LoRA layers for
-
-
 def check_targets(targets: str | Sequence[str], model: PreTrainedModel) -> None:
-    """Raises ValueError, naming `lora.target_modules`, for what names no layer of the model that may have an adapter.
+    """Raises ValueError, naming `lora.target_modules`, for what names no linear layer of the model but its head.
 
     Args:
         targets: all-linear, a pattern of whole names, or ends of names, of which PEFT passes over those that fit none.
@@ -87,8 +84,8 @@ def check_targets(targets: str | Sequence[str], model: PreTrainedModel) -> None:
                 raise ValueError(
                     "lora.target_modules must leave the language-model head out: it would get no gradient."
                 )
-            if not isinstance(modules[name], ADAPTED):
-                raise ValueError(f"lora.target_modules: {name}, which {target!r} names, takes no adapter. {some}")
+            if name not in layers:
+                raise ValueError(f"lora.target_modules: {name}, which {target!r} names, is no linear layer. {some}")
 
 
 def lora_forward(layer: Any, x: Tensor) -> Tensor:

@@ -101,10 +101,11 @@ def check_range(key: str, value: Any, words: Collection[str] | None = None) -> N
     several = isinstance(value, tuple) or (isinstance(value, list) and needed is None)
     for one in value if several else [value]:
         if isinstance(one, int | float) and not isinstance(one, bool):
-            numbers = needed or ANY
-            most = LARGEST_WHOLE if isinstance(one, int) and numbers.high == LARGEST else numbers.high
-            if not numbers.low <= one <= most:
-                limit = f" and at most {most:,}" if one > most and numbers.high == LARGEST else ""
+            numbers, size = needed or ANY, LARGEST_WHOLE if isinstance(one, int) else LARGEST
+            low = numbers.low if numbers.low > -LARGEST else -size
+            high = numbers.high if numbers.high < LARGEST else size
+            if not low <= one <= high:
+                limit = f" and at most {high:,}" if one > high == size else ""
                 raise ValueError(f"{key} must be {numbers.words}{limit}, not {one}.")
         elif needed is not None and not (one is None or isinstance(one, bool) or one == "auto"):
             raise ValueError(f"{key} must be {needed.words}, not {one!r:.300}.")
