@@ -34,8 +34,11 @@ def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     configs = configure(recipe, run_dir)
     if recipe.rounds is not None:
         check_rounds(recipe)
-    if recipe.gold:
-        function(recipe.gold)
+    if recipe.gold is not None:
+        try:
+            function(recipe.gold)
+        except ValueError as error:
+            raise ValueError(f"gold: {error}") from error
     return configs
 
 
@@ -109,7 +112,10 @@ def judge_settings(recipe: Recipe) -> JudgeSettings:
     assert rounds is not None
     if rounds.constitution is None:
         return JudgeSettings(seed=recipe.seed)
-    principles = read_constitution(Path(rounds.constitution), needs_principle=True)
+    try:
+        principles = read_constitution(Path(rounds.constitution), needs_principle=True)
+    except ValueError as error:
+        raise ValueError(f"rounds.constitution: {error}") from error
     return JudgeSettings(tuple(principles), seed=recipe.seed)
 
 

@@ -155,6 +155,9 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, dict) or (isinstance(value, str) and _is_json_object(value))
     if origin in (tuple, list):
         return isinstance(value, origin) and all(_fits(item, arguments[0]) for item in value)
+    if origin is Mapping:
+        texts = arguments == (str, str)
+        return isinstance(value, origin) and not (texts and any(not isinstance(text, str) for text in value.values()))
     if origin is not None:
         return isinstance(value, origin)
     if annotation is float:

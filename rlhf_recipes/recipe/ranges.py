@@ -24,6 +24,7 @@ ANY = Range("a number", -LARGEST)
 ABOVE_0 = Range("above 0", LEAST)
 NOT_NEGATIVE = Range("0 or more", 0)
 SHARE = Range("from 0 to 1", 0, 1)
+ROWS = Range("above 0, at most 1,000,000", 1, 1_000_000)  # at once: the plan looks through the sizes that divide it
 PART = Range("at least 0 and below 1", 0, BELOW_1)
 
 RANGES = {
@@ -45,15 +46,18 @@ RANGES = {
     **dict.fromkeys(("temperature", "rounds.temperatures"), Range("above 0, from 0.001 to 1,000", 1e-3, 1e3)),
     # Of transformers' Trainer
     "max_steps": Range("above 0, or -1 for num_train_epochs", -1),
-    **dict.fromkeys(("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"), ABOVE_0),
-    **dict.fromkeys(("gradient_accumulation_steps", "torch_empty_cache_steps", "save_total_limit"), ABOVE_0),
-    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "dataloader_prefetch_factor"), ABOVE_0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), ROWS),
+    **dict.fromkeys(("num_train_epochs", "torch_empty_cache_steps", "save_total_limit"), ABOVE_0),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), ABOVE_0),
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay"), NOT_NEGATIVE),
+    "gradient_accumulation_steps": ROWS,
     **dict.fromkeys(("adam_epsilon", "neftune_noise_alpha", "gradient_checkpointing"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), PART),
     "dataloader_num_workers": Range("from 0 to 1,000", 0, 1_000),
+    "dataloader_prefetch_factor": Range("from 1 to 1,000", 1, 1_000),
     # Of TRL's trainers
-    **dict.fromkeys(("max_length", "pad_to_multiple_of", "precompute_ref_batch_size"), ABOVE_0),
+    **dict.fromkeys(("max_length", "precompute_ref_batch_size"), ABOVE_0),
+    "pad_to_multiple_of": Range("from 1 to 8,192", 1, 8_192),
     **dict.fromkeys(("dpo.beta", "discopop_tau"), ABOVE_0),
     **dict.fromkeys(("center_rewards_coefficient", "router_aux_loss_coef"), NOT_NEGATIVE),
     "label_smoothing": Range("at least 0 and below 0.5", 0, 0.5 - 1e-9),
@@ -65,8 +69,8 @@ RANGES = {
     **dict.fromkeys(("ppo.gamma", "ppo.lam", "ppo.vllm_gpu_memory_utilization"), SHARE),
     **dict.fromkeys(("response_length", "ppo.max_prompt_length", "ppo.ptx_batch_size"), ABOVE_0),
     "ppo.ptx_max_length": Range("2 or more", 2),
-    **dict.fromkeys(("ppo.num_ppo_epochs", "ppo.num_mini_batches", "ppo.mini_batch_size"), ABOVE_0),
-    **dict.fromkeys(("ppo.rollout_micro_batch_size", "ppo.num_generations", "ppo.total_episodes"), ABOVE_0),
+    **dict.fromkeys(("ppo.mini_batch_size", "ppo.rollout_micro_batch_size", "ppo.num_mini_batches"), ROWS),
+    **dict.fromkeys(("ppo.num_ppo_epochs", "ppo.num_generations", "ppo.total_episodes"), ABOVE_0),
     **dict.fromkeys(("ppo.cliprange", "ppo.cliprange_value", "ppo.reward_clip", "ppo.reward_timeout"), ABOVE_0),
     **dict.fromkeys(("ppo.target_kl", "ppo.kl_horizon", "ppo.max_kl", "ppo.early_stopping_patience"), ABOVE_0),
     **dict.fromkeys(("ppo.kl_coef", "ppo.vf_coef", "ppo.ptx_coef", "ppo.uncertainty_coef"), NOT_NEGATIVE),

@@ -47,6 +47,10 @@ def try_settings(stage: str, config: Any) -> None:
             prefetch_factor=config.dataloader_prefetch_factor,
             multiprocessing_context=config.dataloader_multiprocessing_context,
         )
+    if getattr(config, "activation_offloading", False) and config.use_cpu:
+        raise ValueError(
+            f"{stage}.activation_offloading takes activations off a GPU, and there is none: switch it off."
+        )
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError(f"{stage}.use_liger_kernel needs a package: pip install liger-kernel.")
 

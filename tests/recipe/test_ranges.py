@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import trl
 from support.command_line import error_of
+from support.tiny_models import save_model
 
 from rlhf_recipes import load, replace
+from rlhf_recipes.cli.main import main_cli
+from rlhf_recipes.data.read import read
 from rlhf_recipes.pipeline.check import check_recipe
+from rlhf_recipes.plan.skeleton import skeleton
 from rlhf_recipes.recipe.arguments import objection
 from rlhf_recipes.recipe.overrides import from_dict, parse_overrides, to_dict
 from rlhf_recipes.recipe.ranges import LARGEST, LARGEST_WHOLE, RANGES, WORDS, check_range
-from rlhf_recipes.recipe.values import SECTIONS, Recipe, Stage
+from rlhf_recipes.recipe.values import SECTIONS, Base, Recipe, Stage
 from rlhf_recipes.records.folder import recipe_to_show
 from rlhf_recipes.stages.configure import CONFIGS, stage_config
 
@@ -112,12 +116,17 @@ def test_what_the_libraries_mean_by_none_zero_and_minus_one_is_taken() -> None:
         ("sft.loss_type", "mse"),
         ("sft.train_sampling_strategy", "hot"),
         ("sft.lr_scheduler_kwargs", "hot"),
+        ("sft.columns", {"prompt": 1}),
         ("sft.accelerator_config", True),
         ("sft.accelerator_config", {"hot": 1}),
         ("ppo.reward_weights", ["hot"]),
         ("ppo.kl_coef", [0.1]),
         ("ppo.temperature", {}),
         ("ppo.critic", "hot"),
+        ("gold", ""),
+        ("rounds.constitution", "nowhere.txt"),
+        ("rounds.models", []),
+        ("rounds.temperatures", []),
         ("dpo.loss_type", []),
         ("dpo.loss_type", "sigmoid"),
     ],
@@ -143,6 +152,7 @@ def test_what_is_of_no_right_kind_in_a_file_is_refused_by_name(key: str, value: 
             r"^sft\.gradient_checkpointing_kwargs .* cannot be used: .*'hot'",
         ),
         ({"dataloader_persistent_workers": True}, r"^sft\.dataloader_num_workers=0, .* persistent_workers"),
+        ({"activation_offloading": True}, r"^sft\.activation_offloading takes activations off a GPU"),
         ({"torch_compile_backend": "inductr"}, r"no sft\.torch_compile_backend=inductr\. Did you mean inductor\?"),
     ],
 )
@@ -185,3 +195,25 @@ def test_overrides_are_checked_as_files_are() -> None:
     for word in ("lora.dropout=7", "ppo.temperature=nan", "rounds.temperatures=[0]", "sft.max_steps=-2"):
         with pytest.raises(ValueError, match=f"^{word.partition('=')[0]} must be "):
             replace(RECIPE, **parse_overrides([word]))
+
+
+@pytest.mark.parametrize("words", [["sample", "x"], ["judge", "x", "--judge", "y"], ["label", "x"], ["evaluate", "x"]])
+@pytest.mark.parametrize("seed", ["-1", "9" * 20, "hot"])
+def test_a_seed_on_the_command_line_is_one_that_a_recipe_may_have(
+    words: list[str], seed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main_cli([*words, f"--seed={seed}"])
+    assert exit.value.code == 2
+    assert f"'{seed}' is no seed: it must be from 0 to 4,000,000,000" in capsys.readouterr().err
+
+
+def test_an_attention_that_there_is_not_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    base = Base(str(save_model(tmp_path)), attn_implementation="hot")
+    with pytest.raises(ValueError, match=r"^base\.attn_implementation=hot: .* is not supported"):
+        skeleton(base)
+
+
+def test_no_data_is_no_list_index(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^sft\.data names no source"):
+        read("sft", Stage(""))
