@@ -58,7 +58,7 @@ def lora_config(lora: Lora, task_type: TaskType, model: PreTrainedModel) -> Lora
 
 
 def check_targets(targets: str | Sequence[str], model: PreTrainedModel) -> None:
-    """Raises ValueError, naming `lora.target_modules`, for what names no linear layer of the model but its head.
+    """Raises ValueError, naming `lora.target_modules`, for what names no layer, or the head, or what takes no adapter.
 
     Args:
         targets: all-linear, a pattern of whole names, or ends of names, of which PEFT passes over those that fit none.
@@ -84,7 +84,7 @@ def check_targets(targets: str | Sequence[str], model: PreTrainedModel) -> None:
                 raise ValueError(
                     "lora.target_modules must leave the language-model head out: it would get no gradient."
                 )
-            if name not in layers:
+            if name not in layers and not isinstance(modules[name], nn.Embedding):
                 raise ValueError(f"lora.target_modules: {name}, which {target!r} names, is no linear layer. {some}")
 
 
