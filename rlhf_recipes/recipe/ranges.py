@@ -49,7 +49,8 @@ RANGES = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), ROWS),
     **dict.fromkeys(("num_train_epochs", "torch_empty_cache_steps", "save_total_limit"), ABOVE_0),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), ABOVE_0),
-    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay"), NOT_NEGATIVE),
+    **dict.fromkeys(("learning_rate", "ppo.critic_learning_rate", "weight_decay"), Range("from 0 to 1,000", 0, 1_000)),
+    **dict.fromkeys(("warmup_steps", "max_grad_norm", "eval_delay"), NOT_NEGATIVE),
     "gradient_accumulation_steps": ROWS,
     **dict.fromkeys(("adam_epsilon", "neftune_noise_alpha", "gradient_checkpointing"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), PART),
@@ -77,7 +78,7 @@ RANGES = {
     **dict.fromkeys(("ppo.cliprange", "ppo.cliprange_value", "ppo.reward_clip", "ppo.reward_timeout"), ABOVE_0),
     **dict.fromkeys(("ppo.target_kl", "ppo.kl_horizon", "ppo.max_kl", "ppo.early_stopping_patience"), ABOVE_0),
     **dict.fromkeys(("ppo.kl_coef", "ppo.vf_coef", "ppo.ptx_coef", "ppo.uncertainty_coef"), NOT_NEGATIVE),
-    **dict.fromkeys(("ppo.critic_learning_rate", "ppo.critic_warmup_steps", "ppo.stop_token_id"), NOT_NEGATIVE),
+    **dict.fromkeys(("ppo.critic_warmup_steps", "ppo.stop_token_id"), NOT_NEGATIVE),
     **dict.fromkeys(("ppo.missing_eos_penalty", "ppo.length_penalty"), NOT_NEGATIVE),
 }
 

@@ -43,6 +43,8 @@ def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
         try_settings(stage, configs[stage])
     if recipe.sft is not None and configs["sft"].packing and configs["sft"].max_length is None:
         raise ValueError("sft.packing fills rows of sft.max_length tokens: set that.")
+    if recipe.dpo is not None:
+        check_losses(configs["dpo"])
     if recipe.ppo is not None:
         check_ppo(recipe, configs["ppo"])
     return configs
@@ -72,6 +74,22 @@ def check_shares(stage: str, config: Any) -> None:
         raise ValueError(
             f"ppo.generation_backend={backend} samples in one process only, not in {processes}: set native."
         )
+
+
+# Those of TRL's losses of DPO for which its f-divergences mean something.
+OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+
+
+def check_losses(config: DPOConfig) -> None:
+    """Raises ValueError for losses that TRL's trainer would refuse once the SFT stage is done."""
+    losses, divergence = set(config.loss_type), config.f_divergence_type
+    if "exo_pair" in losses and config.label_smoothing == 0:
+        raise ValueError("dpo.loss_type: exo_pair needs dpo.label_smoothing above 0; its paper has 0.001.")
+    if config.use_weighting and losses & {"aot", "aot_unpaired"}:
+        raise ValueError("dpo.use_weighting is of pairs, which aot and aot_unpaired take apart: switch it off.")
+    if divergence != "reverse_kl" and losses - OF_DIFFERENCES:
+        others = ", ".join(sorted(losses - OF_DIFFERENCES))
+        raise ValueError(f"dpo.f_divergence_type={divergence} is of no meaning to {others}: leave it at reverse_kl.")
 
 
 def check_ppo(recipe: Recipe, config: PPOConfig) -> None:

@@ -162,6 +162,19 @@ def test_what_a_library_would_refuse_later_is_tried_before(args: dict[str, Any],
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"loss_type": ["exo_pair"]}, r"^dpo\.loss_type: exo_pair needs dpo\.label_smoothing"),
+        ({"loss_type": ["aot"], "use_weighting": True}, r"^dpo\.use_weighting is of pairs"),
+        ({"loss_type": ["bco_pair"], "f_divergence_type": "js_divergence"}, r"^dpo\.f_divergence_type=js_divergence "),
+    ],
+)
+def test_losses_that_trl_would_refuse_after_sft_are_refused_before(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_recipe(replace(RECIPE, dpo=args))
+
+
 def test_a_recipe_that_was_made_by_hand_is_checked_too() -> None:
     lora: Any = dataclasses.replace(RECIPE.lora, r="hot")
     for changes, key in [
