@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import add_trust, positive_int
+from .command import add_trust, positive_int, seed
 
 
 def question_arguments(parser: argparse._ActionsContainer) -> None:
@@ -53,7 +53,7 @@ def model_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         metavar="MODEL|URL",
         help="a Hub id, a local folder, module:function, a run folder, or the URL of an OpenAI-compatible endpoint",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of drawn principles, and of sampling (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of drawn principles, and of sampling (default: 0)")
     reach_arguments(parser)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .command import Command, add_trust, notes_to_stderr
+from .command import Command, add_trust, notes_to_stderr, seed
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, metavar="T", help="0: the likeliest (default: as in PPO or the export, else 0.7)"
     )
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default: 0)")
     add_trust(parser)
 
 

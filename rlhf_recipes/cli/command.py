@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..model.quiet import quiet_libraries
+from ..recipe.ranges import RANGES, check_range
 from ..records.files import writing_in
 from ..records.terminal import printable
 from .completion import recipes, settings_keys
@@ -94,3 +95,12 @@ def positive_int(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed as a recipe may have it, for argparse."""
+    try:
+        check_range("seed", number := int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:300]!r} is no seed: it must be {RANGES['seed'].words}") from error
+    return number

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..records.terminal import printable
 from .asking import prices_of, question, question_arguments, reach, reach_arguments
-from .command import Command, notes_to_stderr, positive_int
+from .command import Command, notes_to_stderr, positive_int, seed
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def answer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=positive_int, default=1, metavar="K", help="answers of each model to a prompt (default: 1)")
     add("--temperature", type=float, metavar="T", help="of sampling, above 0 (default: as in training)")
     add("--response-length", type=positive_int, metavar="N", help="tokens at most (default: as in training)")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling and of drawn principles (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of sampling and of drawn principles (default: 0)")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="rows at once: memory and speed (default: 64)")
     add("--out", type=Path, metavar="DIR", help="where results go (default: RUN/evaluation)")
 

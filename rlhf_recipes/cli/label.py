@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .command import Command, notes_to_stderr
+from .command import Command, notes_to_stderr, seed
 
 SHEET = Path(__file__).parents[1] / "feedback" / "sheet.yaml"
 
@@ -20,7 +20,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="rank all responses at once, or compare two after two until their order is known (default: rank)",
     )
     page_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that share and all orders (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of that share and all orders (default: 0)")
     parser.add_argument(
         "--by",
         metavar="FUNCTION",

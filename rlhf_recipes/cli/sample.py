@@ -6,7 +6,7 @@ from pathlib import Path
 from ..recipe.lookup import load, recipe_names
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe, Source
-from .command import Command, add_settings, add_trust, notes_to_stderr
+from .command import Command, add_settings, add_trust, notes_to_stderr, seed
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--response-length", type=int, metavar="N", help="tokens at most (default: as the run's ppo stage, else 256)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument(
         "--similarity",
         type=float,

@@ -15,13 +15,14 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..recipe.ranges import check_ranges
 from ..recipe.values import Source
 from ..records.rates import mean_rate
 from .check_index import signed
 from .check_rows import QUARTERS, Examination, Tally, ranks
 from .draw import draw
 from .kept import row_bytes
-from .prepare import RESERVED, check_shares, normalize
+from .prepare import RESERVED, normalize
 from .read import conversion_of, read
 from .rows import MIXED, BadRow, Row, Survey, example
 from .sources import SOURCES, resolve_source
@@ -43,7 +44,7 @@ def survey_source(source: Source, seed: int = 0) -> Survey:
     survey = Survey(source, whole=Survey(source))
     assert survey.whole is not None
     try:
-        check_shares("check", source)
+        check_ranges("check", vars(source))
         for rows in _chunks(draw(_counted(survey.whole), source, seed), f"reading {source.data}"):
             for _, row in rows:
                 survey.add(row)

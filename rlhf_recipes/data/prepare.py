@@ -43,6 +43,7 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
+from ..recipe.ranges import check_ranges
 from ..recipe.values import Source
 from ..records.contents import DataReport
 from .draw import draw
@@ -140,7 +141,7 @@ def prepare(
         ValueError: the source cannot be read or understood, a column is mapped wrongly, no usable row is left,
             `source.bad_rows` is "refuse" and there are bad rows, or the answers that are to have a loss are not known.
     """
-    check_shares(stage, source)
+    check_ranges(stage, vars(source))
     rows, bad, survey = load_rows(stage, source, seed)
     total, conversational = survey.total, bool(rows) and rows[0].conversational
     numbers = [column for column in survey.numbers(stage) if any(column in row.columns for row in rows)]
@@ -173,15 +174,6 @@ def prepare(
             row.columns["weight"] /= mean
     heldout_rows, train_rows = _cut(_table(stage, source, [*heldout, *train], seed, loss_on), len(heldout))
     return Prepared(train_rows, heldout_rows, conversational, stop_token_id(tokenizer, conversational), report)
-
-
-def check_shares(stage: str, source: Source) -> None:
-    """Raises ValueError, naming the stage's setting, for a share or a limit out of range."""
-    if not 0 <= source.heldout <= 0.9:
-        raise ValueError(f"{stage}.heldout must be between 0 and 0.9, not {source.heldout}.")
-    for key in ("limit", "heldout_limit"):
-        if (getattr(source, key) or 0) < 0:
-            raise ValueError(f"{stage}.{key} must not be negative, but is {getattr(source, key)}.")
 
 
 def load_rows(stage: str, source: Source, seed: int = 0) -> tuple[list[Row], list[tuple[int, BadRow]], Survey]:

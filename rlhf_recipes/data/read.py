@@ -34,6 +34,8 @@ def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
     These count from 1: lines of a JSONL file, data rows of all others, and what a conversion has made. Raises
     ValueError, naming the stage's setting, where the source is not there or cannot be read.
     """
+    if not source.data:
+        raise ValueError(f"{stage}.data names no source.")
     source = resolve_source(source)
     numbered, name = _with_conversion(source, _read_source(stage, source))
     if name is not None:

@@ -6,7 +6,8 @@ B rows, P prompt tokens (left-padded), T response tokens (right-padded), L any t
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,11 @@ HEAD = "base_model.model.score.weight"  # where PEFT keeps the head of a SEQ_CLS
 def lora_config(lora: Lora, task_type: TaskType, model: PreTrainedModel) -> LoraConfig:
     """PEFT's configuration of a role's adapter on a model.
 
-    SEQ_CLS trains and saves the score head as well, CAUSAL_LM has none.
+    SEQ_CLS trains and saves the score head as well, CAUSAL_LM has none. Raises ValueError as `check_targets` does.
     """
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # else its first adapter was checked
+        check_targets(lora.target_modules, model)
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -52,6 +55,37 @@ def lora_config(lora: Lora, task_type: TaskType, model: PreTrainedModel) -> Lora
         exclude_modules=excluded_modules(model, all_linear=targets == "all-linear"),
         task_type=task_type,
     )
+
+
+def check_targets(targets: str | Sequence[str], model: PreTrainedModel) -> None:
+    """Raises ValueError, naming `lora.target_modules`, for what names no layer, or the head, or what takes no adapter.
+
+    Args:
+        targets: all-linear, a pattern of whole names, or ends of names, of which PEFT passes over those that fit none.
+    """
+    if targets == "all-linear":
+        return
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    layers = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not head}
+    ends = {name.rpartition(".")[2] for name in layers}
+    some = f"The base has {', '.join(sorted(ends))}; a text is a pattern of whole names, as '.*{min(ends)}'."
+    if not targets:
+        raise ValueError(f"lora.target_modules names nothing. {some}")
+    for target in [targets] if isinstance(targets, str) else targets:
+        try:
+            pattern = re.compile(target if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}")
+        except re.error as error:
+            raise ValueError(f"lora.target_modules={target!r} is no pattern: {error}. {some}") from error
+        named = [name for name in modules if pattern.fullmatch(name)]
+        if not named:
+            raise ValueError(f"lora.target_modules: the base has no module {target!r}. {some}")
+        for name in named:
+            if modules[name] is head:
+                raise ValueError(
+                    "lora.target_modules must leave the language-model head out: it would get no gradient."
+                )
+            if name not in layers and not isinstance(modules[name], nn.Embedding):
+                raise ValueError(f"lora.target_modules: {name}, which {target!r} names, is no linear layer. {some}")
 
 
 def lora_forward(layer: Any, x: Tensor) -> Tensor:

@@ -34,8 +34,11 @@ def check_recipe(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     configs = configure(recipe, run_dir)
     if recipe.rounds is not None:
         check_rounds(recipe)
-    if recipe.gold:
-        function(recipe.gold)
+    if recipe.gold is not None:
+        try:
+            function(recipe.gold)
+        except ValueError as error:
+            raise ValueError(f"gold: {error}") from error
     return configs
 
 
@@ -70,11 +73,6 @@ def check_rounds(recipe: Recipe) -> None:
     assert rounds is not None
     if recipe.reward is None or recipe.ppo is None or ROLE not in recipe.ppo.reward_sources:
         raise ValueError("rounds needs a reward stage and a ppo stage whose reward it is: its labels train that one.")
-    for key in ("count", "size"):
-        if getattr(rounds, key) < 1:
-            raise ValueError(f"rounds.{key} must be above 0, not {getattr(rounds, key)}.")
-    if not 0 < rounds.enough <= 1:
-        raise ValueError(f"rounds.enough must be above 0 and at most 1, not {rounds.enough}.")
     for name in rounds.models:
         if name not in SAMPLED_MODELS:
             example = "rounds.models=('sft','ppo')"
@@ -82,7 +80,7 @@ def check_rounds(recipe: Recipe) -> None:
     try:
         SampleSettings(rounds.models, rounds.temperatures, rounds.responses)
     except ValueError as error:
-        raise ValueError(f"rounds: {error}") from error
+        raise ValueError(f"rounds.{error}") from error
     _check_labeler(rounds.labeler, rounds.api_key_env)
     judge_settings(recipe)
     judge_prices(recipe)
@@ -114,7 +112,10 @@ def judge_settings(recipe: Recipe) -> JudgeSettings:
     assert rounds is not None
     if rounds.constitution is None:
         return JudgeSettings(seed=recipe.seed)
-    principles = read_constitution(Path(rounds.constitution), needs_principle=True)
+    try:
+        principles = read_constitution(Path(rounds.constitution), needs_principle=True)
+    except ValueError as error:
+        raise ValueError(f"rounds.constitution: {error}") from error
     return JudgeSettings(tuple(principles), seed=recipe.seed)
 
 

@@ -38,10 +38,17 @@ def skeleton(base: Base, layers: int | None = None, scores: bool = False) -> Pre
         register_classifier(config)
         auto_class, config.num_labels, config.pad_token_id = AutoModelForSequenceClassification, 1, 0
     kwargs = {"attn_implementation": base.attn_implementation} if base.attn_implementation else {}
-    with torch.device("meta"):
-        model = auto_class.from_config(
-            config, dtype=precision(base), trust_remote_code=base.trust_remote_code, **kwargs
-        )
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(
+                config, dtype=precision(base), trust_remote_code=base.trust_remote_code, **kwargs
+            )
+    except (ValueError, ImportError) as error:
+        if not kwargs:
+            raise
+        raise ValueError(
+            f"base.attn_implementation={base.attn_implementation}: {str(error).splitlines()[0]}"
+        ) from error
     if base.quantization is not None:
         nf4 = base.quantization == "nf4"
         quantization = BitsAndBytesConfig(load_in_4bit=nf4, load_in_8bit=not nf4, bnb_4bit_quant_type="nf4")

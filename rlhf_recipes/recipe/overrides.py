@@ -6,13 +6,16 @@ Standard library only, so that importing a recipe costs milliseconds and loads n
 import ast
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from enum import Enum
 from typing import Any, Literal
 
 from .arguments import objection
+from .ranges import check_range
 from .values import SECTIONS, Recipe, Stage
 
 
@@ -29,7 +32,7 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
         if name in SECTIONS and isinstance(change, Mapping):
             changes[name] = _replace_section(recipe, name, change)
     result = dataclasses.replace(recipe, **changes)
-    _check_types("", result)
+    check_values(result)
     return result
 
 
@@ -52,9 +55,7 @@ def _replace_section(recipe: Recipe, name: str, change: Mapping[str, Any]) -> An
         section = kind(**{key: typed[key] for key in typed if key == "data"})
     if passed:
         typed["args"] = {**section.args, **typed.get("args", {}), **passed}
-    result = dataclasses.replace(section, **typed)
-    _check_types(f"{name}.", result)
-    return result
+    return dataclasses.replace(section, **typed)
 
 
 def _check_keys(prefix: str, keys: Iterable[str], kind: type) -> None:
@@ -80,9 +81,24 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
 
 
-def _check_types(prefix: str, value: Any) -> None:
+def check_values(value: Any, prefix: str = "") -> None:
+    """Raises ValueError, naming the key, for a setting of a wrong type or out of its range.
+
+    Of the types of a stage's `args` nothing is known here: see `check_args`.
+
+    Args:
+        value: a recipe, or a section of one, whose keys begin with `prefix`.
+    """
     for name, annotation in typing.get_type_hints(type(value)).items():
-        check_type(f"{prefix}{name}", getattr(value, name), annotation)
+        setting = getattr(value, name)
+        check_type(f"{prefix}{name}", setting, annotation)
+        if dataclasses.is_dataclass(setting):
+            check_values(setting, f"{name}.")
+        else:
+            check_range(f"{prefix}{name}", setting)
+    if isinstance(value, Stage):
+        for name, setting in value.args.items():
+            check_range(f"{prefix}{name}", setting)
 
 
 def check_type(key: str, value: Any, annotation: Any) -> None:
@@ -103,21 +119,45 @@ def _shown(value: Any) -> str:
 def _in_words(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_in_words, arguments))
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
+        return " or ".join(map(_in_words, _without_text(arguments)))
+    if origin is Literal or _is_enum(annotation):
+        return " or ".join(repr(getattr(word, "value", word)) for word in arguments or annotation)
     plain = isinstance(annotation, type) and origin is None
     return annotation.__name__.replace("NoneType", "None") if plain else str(annotation).replace("typing.", "")
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Enum)
+
+
+def _without_text(arguments: Sequence[Any]) -> list[Any]:
+    """What a union is of, without `str` where it stands for the words of an enumeration or a dict's JSON."""
+    told = any(_is_enum(argument) or dict in (argument, typing.get_origin(argument)) for argument in arguments)
+    return [argument for argument in arguments if not (told and argument is str)]
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _fits(value: Any, annotation: Any) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
+        return any(_fits(value, argument) for argument in _without_text(arguments))
     if origin is Literal:
         return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if _is_enum(annotation):
+        return value in [word.value for word in annotation]
+    if annotation is dict or origin is dict:
+        return isinstance(value, dict) or (isinstance(value, str) and _is_json_object(value))
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(_fits(item, arguments[0]) for item in value)
+    if origin is Mapping:
+        texts = arguments == (str, str)
+        return isinstance(value, origin) and not (texts and any(not isinstance(text, str) for text in value.values()))
     if origin is not None:
         return isinstance(value, origin)
     if annotation is float:
@@ -224,17 +264,19 @@ def check_args(name: str, stage: Stage, config: type) -> None:
         name: the stage's name, for the message.
         config: a dataclass (SFTConfig, RewardConfig, PPOConfig).
     Raises:
-        ValueError: an unknown key, with the nearest known one; a value of the wrong type; a key that no recipe may set.
+        ValueError: an unknown key, with the nearest known one; a value of a wrong type or out of its range; a key that
+            no recipe may set.
     """
-    known = {f.name for f in fields(config) if f.init and not objection(name, f.name)}
+    known = {f.name: f for f in fields(config) if f.init and not objection(name, f.name)}
     own = {f.name for f in fields(stage)}
     hints = typing.get_type_hints(config)
     for key, value in stage.args.items():
         if reason := objection(name, key):
             raise ValueError(reason)
         if key not in known:
-            raise ValueError(f"There is no key {name}.{key}.{suggestion(key, known | own)}")
+            raise ValueError(f"There is no key {name}.{key}.{suggestion(key, {*known, *own})}")
         check_type(f"{name}.{key}", value, hints[key])
+        check_range(f"{name}.{key}", value, known[key].metadata.get("choices"))
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -247,7 +289,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     _check_object("", values, Recipe)
     values = {name: _section(name, value) if name in SECTIONS and value else value for name, value in values.items()}
     recipe = Recipe(**values)
-    _check_types("", recipe)
+    check_values(recipe)
     try:
         to_dict(recipe)
     except RecursionError as error:
@@ -269,6 +311,4 @@ def _section(name: str, values: Mapping[str, Any]) -> Any:
     """A section with its tuples, of which JSON has made lists. A stage's `args` stay as they are."""
     _check_object(f"{name}.", values, SECTIONS[name])
     section = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    result = SECTIONS[name](**section)
-    _check_types(f"{name}.", result)
-    return result
+    return SECTIONS[name](**section)

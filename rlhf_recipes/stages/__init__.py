@@ -3,6 +3,7 @@
 job        all that one stage needs
 options    arguments of our trainers beside TRL's
 configure  a recipe's settings as trainer configurations, checked
+trials     what the libraries would refuse later, tried before
 inputs     a stage's data, and what it takes beside it
 callbacks  what watches a trainer
 shares     what makes several processes train as one

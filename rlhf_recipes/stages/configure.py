@@ -11,10 +11,11 @@ from transformers import TrainingArguments
 from ..model.backends import check_backend
 from ..model.base import device, precision
 from ..model.processes import count
-from ..recipe.overrides import check_args, suggestion
+from ..recipe.overrides import check_args, check_values, suggestion
 from ..recipe.values import STAGES, Recipe
 from .options import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from .scores import ROLE, check_reward_source, check_reward_weights
+from .trials import try_settings
 
 # A stage -> the configuration of its trainer: an SFTConfig, RewardConfig, PPOConfig or DPOConfig.
 Configs = dict[str, Any]
@@ -33,14 +34,17 @@ def configure(recipe: Recipe, run_dir: Path = Path("runs")) -> Configs:
     Raises ValueError, naming the key and the nearest right one, for settings that a trainer does not have, or that do
     not fit the rest of the recipe.
     """
+    check_values(recipe)
     configs = {}
     for stage in stages_of(recipe, None):
-        check_args(stage, getattr(recipe, stage), CONFIGS[stage])
         configs[stage] = stage_config(recipe, stage, run_dir)
         check_order(stage, configs[stage])
         check_shares(stage, configs[stage])
+        try_settings(stage, configs[stage])
     if recipe.sft is not None and configs["sft"].packing and configs["sft"].max_length is None:
         raise ValueError("sft.packing fills rows of sft.max_length tokens: set that.")
+    if recipe.dpo is not None:
+        check_losses(configs["dpo"])
     if recipe.ppo is not None:
         check_ppo(recipe, configs["ppo"])
     return configs
@@ -70,6 +74,22 @@ def check_shares(stage: str, config: Any) -> None:
         raise ValueError(
             f"ppo.generation_backend={backend} samples in one process only, not in {processes}: set native."
         )
+
+
+# Those of TRL's losses of DPO for which its f-divergences mean something.
+OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+
+
+def check_losses(config: DPOConfig) -> None:
+    """Raises ValueError for losses that TRL's trainer would refuse once the SFT stage is done."""
+    losses, divergence = set(config.loss_type), config.f_divergence_type
+    if "exo_pair" in losses and config.label_smoothing == 0:
+        raise ValueError("dpo.loss_type: exo_pair needs dpo.label_smoothing above 0; its paper has 0.001.")
+    if config.use_weighting and losses & {"aot", "aot_unpaired"}:
+        raise ValueError("dpo.use_weighting is of pairs, which aot and aot_unpaired take apart: switch it off.")
+    if divergence != "reverse_kl" and losses - OF_DIFFERENCES:
+        others = ", ".join(sorted(losses - OF_DIFFERENCES))
+        raise ValueError(f"dpo.f_divergence_type={divergence} is of no meaning to {others}: leave it at reverse_kl.")
 
 
 def check_ppo(recipe: Recipe, config: PPOConfig) -> None:
@@ -143,9 +163,12 @@ def training_steps(stage: str, config: Any, rows: float) -> int | None:
 def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments:
     """A stage's configuration: our defaults, then the recipe's arguments, then what the runner owns.
 
-    Of a stage that the recipe does not have, it is the one without arguments. Raises ValueError naming the stage.
+    Of a stage that the recipe does not have, it is the one without arguments. Raises ValueError as `check_args` does,
+    or naming the stage.
     """
     section = getattr(recipe, stage)
+    if section is not None:
+        check_args(stage, section, CONFIGS[stage])
     cuda = device().type == "cuda"
     defaults: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 1 if stage == "ppo" else 10}
     defaults["dataloader_pin_memory"] = cuda  # without it torch can only warn
@@ -163,6 +186,8 @@ def stage_config(recipe: Recipe, stage: str, run_dir: Path) -> TrainingArguments
     }
     try:
         return CONFIGS[stage](**{**defaults, **(section.args if section is not None else {}), **owned})
+    except TypeError as error:  # of the dicts that a recipe may set, one becomes an object
+        raise ValueError(f"{stage}.accelerator_config: {error}") from error
     except ValueError as error:
         message = str(error)  # ours name their key, the libraries' do not know the stage
         raise ValueError(message if message.startswith(f"{stage}.") else f"{stage}: {message}") from error

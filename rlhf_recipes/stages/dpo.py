@@ -4,6 +4,7 @@ Its loss is -log sigma(beta * (log pi/pi_ref of the chosen response - the same o
 arXiv:2305.18290, equation 7). The reference is the SFT adapter or, without an SFT stage, the bare base.
 """
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..records.contents import StageResults
 from .compare import Evaluator, compare, held_out_texts
 from .configure import stage_config
 from .job import Job
-from .options import PPOConfig
+from .options import DPOConfig, PPOConfig
 from .reward.adapters import PROBES, add_reward_roles, judge_folder, member_folders
 from .scores import ROLE, Rewards, resolve_rewards
 from .shares import SharesBatches
@@ -32,9 +33,10 @@ MODELS = {"base": "base", "reference": "sft", "policy": "dpo"}
 class DPOTrainer(SharesBatches, trl.DPOTrainer):
     """TRL's trainer on rows that are tokenized already (columns prompt_ids, chosen_ids, rejected_ids)."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.data_collator.max_length = None  # no row is longer: see `truncation_mode`
+    def __init__(self, *, args: DPOConfig, **kwargs: Any) -> None:
+        args = copy.copy(args)
+        args.max_length = None  # no row is longer: see `truncation_mode`
+        super().__init__(args=args, **kwargs)
         weights = dict(self.model.named_parameters())
         for name, weight in weights.items():
             if ".ref." in name:

@@ -228,6 +228,10 @@ class Job:
                 return
         try:
             trainer.train(resume_from_checkpoint=self.resume)
+        except KeyError as error:
+            if "metric_for_best_model" not in str(error):
+                raise
+            raise ValueError(f"{self.stage}.metric_for_best_model: {error.args[0]}") from error
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{self.resume}: a file of it is damaged, or wants to run code, which was not run. Delete this "

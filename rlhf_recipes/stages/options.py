@@ -5,12 +5,14 @@ arguments a recipe may not set stands in `recipe.arguments`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import trl
 from transformers import TrainingArguments
 
 from ..data.prepare import LossOn
+from ..recipe.overrides import check_type
+from ..recipe.ranges import check_ranges
 
 # Metrics of PPO's evaluations of which less is better. Where `metric_for_best_model` names one of them, the best policy
 # is that of its lowest value, and for every other metric that of the highest.
@@ -21,12 +23,15 @@ def _option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
-def _check_range(stage: str, config: Any, names: tuple[str, ...], low: float, high: float, words: str) -> None:
-    """Raises ValueError for an option that is set and not from `low` to `high`, NaN included."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{stage}.{name} must be {words}, not {value}.")
+def _check_options(stage: str, config: Any) -> None:
+    """Raises ValueError, naming the option, for one of ours of a wrong type and for any that is out of its range.
+
+    It goes before transformers' own checks, which do not know the stage.
+    """
+    hints = get_type_hints(type(config))
+    for name in type(config).__annotations__:
+        check_type(f"{stage}.{name}", getattr(config, name), hints[name])
+    check_ranges(stage, vars(config))
 
 
 def _max_length(default: int | None) -> Any:
@@ -102,6 +107,10 @@ class SFTConfig(_OfRows, trl.SFTConfig):
     )
     eval_packing: bool | None = False  # the held-out loss must not depend on how rows are packed
 
+    def __post_init__(self) -> None:
+        _check_options("sft", self)
+        super().__post_init__()
+
     @property
     def loss_on(self) -> LossOn:
         """The tokens that have a loss."""
@@ -135,12 +144,8 @@ class RewardConfig(_OfRows, trl.RewardConfig):
     )
 
     def __post_init__(self) -> None:
+        _check_options("reward", self)
         super().__post_init__()
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"reward.label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
-        if self.ensemble_size < 1:
-            raise ValueError(f"reward.ensemble_size must be above 0, not {self.ensemble_size}.")
-        _check_range("reward", self, ("judge_share",), 0, 1 - 1e-9, "at least 0 and below 1")
 
 
 @dataclass
@@ -310,27 +315,10 @@ class PPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        _check_options("ppo", self)
         self._resolve_sizes()
         self._choose_by_quality()
         super().__post_init__()
-        infinity, least = float("inf"), 5e-324
-        positive = (
-            "per_device_train_batch_size",
-            "response_length",
-            "temperature",
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "rollout_micro_batch_size",
-        )
-        positive += ("cliprange", "cliprange_value", "total_episodes", "max_prompt_length", "num_generations")
-        positive += ("reward_clip", "target_kl", "kl_horizon", "max_kl", "ptx_batch_size", "mini_batch_size")
-        positive += ("early_stopping_patience", "reward_timeout")
-        _check_range("ppo", self, positive, least, infinity, "above 0")
-        others = ("kl_coef", "vf_coef", "critic_learning_rate", "missing_eos_penalty", "length_penalty", "ptx_coef")
-        _check_range("ppo", self, (*others, "uncertainty_coef", "critic_warmup_steps"), 0, infinity, "0 or more")
-        _check_range("ppo", self, ("gamma", "lam", "vllm_gpu_memory_utilization"), 0, 1, "from 0 to 1")
-        _check_range("ppo", self, ("ptx_max_length",), 2, infinity, "2 or more")
-        _check_range("ppo", self, ("ema_decay",), 0, 1 - 1e-9, "at least 0 and below 1")
         self._check_choices()
         if self.rollout_size % self.num_generations:
             raise ValueError(
@@ -338,18 +326,6 @@ class PPOConfig(TrainingArguments):
             )
 
     def _check_choices(self) -> None:
-        choices = {
-            "ensemble_aggregation": ("mean", "worst_case", "uncertainty"),
-            "reward_normalization": ("none", "running", "sft"),
-            "kl_estimator": (None, "k1", "k3"),
-            "advantage_estimator": ("gae", "rloo", "grpo", "reinforce++"),
-            "critic": (None, "reward", "sft", "head"),
-            "generation_backend": ("native", "eager", "generate", "static", "continuous", "vllm"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                words = ", ".join(map(str, known))
-                raise ValueError(f"ppo.{name} must be one of {words}, not {getattr(self, name)!r}.")
         if self.total_episodes is not None and self.max_steps > 0:
             raise ValueError("ppo.total_episodes and ppo.max_steps both say how long PPO trains: set one of them.")
         estimator = self.advantage_estimator
@@ -394,7 +370,6 @@ class PPOConfig(TrainingArguments):
             self.gradient_checkpointing = True
         elif not isinstance(self.gradient_checkpointing, bool):
             self.checkpointed_layers = int(self.gradient_checkpointing)
-            _check_range("ppo", self, ("gradient_checkpointing",), 0, float("inf"), "0 or more")
             self.gradient_checkpointing = True
         if self.mini_batch_size is not None and self.gradient_accumulation_steps > 1:
             raise ValueError(
@@ -473,5 +448,5 @@ class DPOConfig(_OfRows, trl.DPOConfig):
     temperature: float = _option(0.7, "The models are compared as distributions tempered by this. [as ppo]")
 
     def __post_init__(self) -> None:
+        _check_options("dpo", self)
         super().__post_init__()
-        _check_range("dpo", self, ("beta", "response_length", "temperature"), 5e-324, float("inf"), "above 0")

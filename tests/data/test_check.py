@@ -326,7 +326,7 @@ def test_command_and_its_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "sft takes" not in error_of(capsys, ["check", path, "--stage", "sft"])
     assert "Say what to check" in error_of(capsys, ["check"])
     assert "need --model" in error_of(capsys, ["check", path, "--max-length", "9"])
-    assert "error: limit must not be negative" in error_of(capsys, ["check", path, "--limit", "-1"])
+    assert "error: limit must be 0 or more, not -1" in error_of(capsys, ["check", path, "--limit", "-1"])
     assert "error: heldout must be between" in error_of(capsys, ["check", path, "--heldout", "2"])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.constants import HF_HOME
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from support.architectures import save_architecture
 from support.tiny_models import ARCHITECTURES, make_tokenizer, save_model
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from rlhf_recipes.model.base import (
     write_fingerprint,
 )
 from rlhf_recipes.model.decode import draw_tokens
-from rlhf_recipes.model.shared import SharedBase
+from rlhf_recipes.model.shared import SharedBase, lora_config
 from rlhf_recipes.recipe.values import Base, Lora
 from rlhf_recipes.records.cache import cache_folder
 from rlhf_recipes.records.lock import held
@@ -402,6 +402,23 @@ def test_the_language_model_head_may_not_be_adapted(tmp_path: Path) -> None:
     shared = SharedBase(load_base(Base(str(save_model(tmp_path)))), Lora(target_modules=("q_proj", "lm_head")))
     with pytest.raises(ValueError, match=r"lora\.target_modules must leave the language-model head out"):
         shared.add_role("policy", trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("q_proj", "the base has no module 'q_proj'. The base has down_proj, gate_proj, k_proj, o_proj, q_proj,"),
+        (("q_proj", "nope"), "the base has no module 'nope'"),
+        (("mlp",), "model.layers.0.mlp, which 'mlp' names, is no linear layer"),
+        ("(", "'(' is no pattern"),
+        ((), "names nothing"),
+    ],
+)
+def test_targets_that_the_base_does_not_have_are_refused_by_name(tmp_path: Path, targets: Any, said: str) -> None:
+    model = load_base(Base(str(save_model(tmp_path))))
+    with pytest.raises(ValueError, match=r"^lora\.target_modules") as error:
+        lora_config(Lora(target_modules=targets), TaskType.CAUSAL_LM, model)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_pattern_in_a_saved_adapter_is_not_matched(tmp_path: Path) -> None:

@@ -128,14 +128,14 @@ def test_rounds_are_set_key_by_key(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"rounds": {"responses": 10}}, "rounds: k must be 2 to 9, not 10"),
+        ({"rounds": {"responses": 10}}, "rounds.responses must be from 2 to 9, not 10"),
         ({"rounds": {"count": 0}}, "rounds.count must be above 0"),
         ({"rounds": {"size": 0}}, "rounds.size must be above 0"),
         ({"rounds": {"models": ("sft,ppo",)}}, r"as in rounds.models=\('sft','ppo'\), and not 'sft,ppo'"),
-        ({"rounds": {"models": ()}}, "rounds: models must name at least one"),
+        ({"rounds": {"models": ()}}, "rounds.models must name at least one"),
         ({"rounds": {"labeler": "peple"}}, "rounds.labeler: 'peple' is not 'people', no function"),
         ({"rounds": {"enough": 1.5}}, "rounds.enough must be above 0 and at most 1"),
-        ({"rounds": {"temperatures": (0.0,)}}, "temperatures must be above 0"),
+        ({"rounds": {"temperatures": (0.0,)}}, "rounds.temperatures must be above 0"),
         ({"rounds": {"labeler": f"{__file__}:nobody"}}, "has no function 'nobody'"),
         ({"reward": None, "ppo": {"reward_funcs": (f"{__file__}:write",), "critic": "sft"}}, "rounds needs a reward"),
     ],

@@ -309,6 +309,13 @@ def test_there_is_one_base_in_memory_when_the_models_are_compared(
     assert found == [0], "the trainer's base is gone before the next one is loaded"
 
 
+def test_the_log_probs_of_the_reference_may_be_computed_first(recipe: Recipe, tmp_path: Path) -> None:
+    args = {"precompute_ref_log_probs": True, "max_steps": 1}
+    run(replace(recipe, sft=None, dpo=args), tmp_path / "run")
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert next(row["loss"] for row in logged if "loss" in row) == pytest.approx(math.log(2), abs=1e-4)
+
+
 def test_a_run_resumes_to_the_same_bytes(recipe: Recipe, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
     manifest = json.loads((folder / "manifest.json").read_text())
