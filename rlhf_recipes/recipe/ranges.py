@@ -71,9 +71,8 @@ RANGES = {
     **dict.fromkeys(("response_length", "ppo.max_prompt_length", "ppo.ptx_batch_size"), ABOVE_0),
     "ppo.ptx_max_length": Range("2 or more", 2),
     **dict.fromkeys(("ppo.mini_batch_size", "ppo.rollout_micro_batch_size", "ppo.num_mini_batches"), ROWS),
-    "ppo.num_ppo_epochs": Range(
-        "from 1 to 1,000", 1, 1_000
-    ),  # the orders of all of a rollout's passes are drawn at once
+    # The orders of all of a rollout's passes are drawn at once.
+    "ppo.num_ppo_epochs": Range("from 1 to 1,000", 1, 1_000),
     **dict.fromkeys(("ppo.num_generations", "ppo.total_episodes"), ABOVE_0),
     **dict.fromkeys(("ppo.cliprange", "ppo.cliprange_value", "ppo.reward_clip", "ppo.reward_timeout"), ABOVE_0),
     **dict.fromkeys(("ppo.target_kl", "ppo.kl_horizon", "ppo.max_kl", "ppo.early_stopping_patience"), ABOVE_0),
