@@ -149,8 +149,11 @@ class SharedBase(nn.Module):
         A fresh adapter has B = 0 and a fresh head is zero. Adapters are held in float32 where they are `trainable` or
         `exact`, else in the base's dtype, to which autocast would bring them anyway. Heads are always float32.
 
-        Raises ValueError if `folder` is of another base, or lacks the head, or if the language-model head is adapted.
+        Raises ValueError if `folder` is of another base, or lacks the head, or if the language-model head is adapted,
+        or the name has a dot, which torch has none of in the names of modules.
         """
+        if "." in name:
+            raise ValueError(f"No model can be called {name!r}, with a dot: name its folder without one.")
         if folder is not None and self.fingerprint is not None:
             check_fingerprint(folder, self.fingerprint)
         config = (

@@ -103,6 +103,24 @@ def test_models_side_by_side_and_commands(
     assert printed.splitlines()[-2] == ppo.text
 
 
+def test_what_cannot_be_compared_is_said_and_the_conversation_goes_on(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f"/compare {'b' * 300}\n/compare ./sft\n/compare reward\nw5 w6\n"
+    printed = " ".join(chat(monkeypatch, capsys, str(finished), "--max-tokens", "3", lines=lines).split())
+    assert "File name too long" in printed and "No model can be called './sft', with a dot" in printed
+    assert printed.count(" tokens") == 1
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_is_typed_must_be_utf8(
+    finished: Path, errors: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"w5\xff\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", typed)
+    assert "What is typed, or comes from a file, must be UTF-8" in failed(capsys, ["chat", str(finished)])
+
+
 def test_an_export_says_what_the_run_says(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
