@@ -6,6 +6,7 @@ from typing import Any
 
 from ..data.prepare import read_judged
 from ..records.digest import row_id
+from ..records.files import check_place
 
 Row = dict[str, Any]
 
@@ -32,7 +33,8 @@ def read_samples(path: Path) -> list[Row]:
 
 
 def labels_beside(samples: Path) -> Path:
-    """Where the labels of a file of samples go, unless another place is named."""
+    """Where the labels of a file of samples go, unless another place is named. Raises ValueError for a folder."""
+    check_place(samples)
     return samples.with_name(samples.name.removesuffix(".gz")).with_suffix(".labels.jsonl")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..model.sampler import Sampler
 from ..model.shared import SharedBase
 from ..recipe.values import Recipe, Source
 from ..records.digest import row_id
-from ..records.files import Journal, read_json, write_text
+from ..records.files import Journal, check_place, read_json, write_text
 from ..records.folder import adapter_folder, read_recipe
 from ..records.lock import held
 from .rows import Row
@@ -51,7 +52,7 @@ class SampleSettings:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
         if not self.models:
             raise ValueError("models must name at least one.")
-        if not self.temperatures or min(self.temperatures) <= 0:
+        if not self.temperatures or not all(0 < temperature < math.inf for temperature in self.temperatures):
             raise ValueError(f"temperatures must be above 0, not {', '.join(map(str, self.temperatures)) or 'none'}.")
         if not 0 < self.similarity <= 1:
             raise ValueError(f"similarity must be above 0 and at most 1, not {self.similarity}.")
@@ -158,7 +159,8 @@ def different_prompts(table: Dataset, limit: int | None = None) -> list[tuple[st
 
 
 def keep_sample_settings(out: Path, settings: SampleSettings) -> None:
-    """Write the settings beside the samples. Raises ValueError where samples of other settings are there."""
+    """Write the settings beside the samples. Raises ValueError for a folder, and where samples of others are there."""
+    check_place(out)
     path, now = out.with_suffix(".settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
     before = read_json(path) if out.is_file() else None
     if before is not None:
