@@ -22,7 +22,7 @@ from ..model.shared import SharedBase
 from ..recipe.values import Recipe
 from ..records.folder import adapter_folder, last_model, newest_round_first, read_export, read_recipe
 from ..records.terminal import printable
-from ..stages.reward.adapters import PROBES, add_reward_roles, member_folders, score_rows
+from ..stages.reward.adapters import PROBES, add_reward_roles, check_whole, member_folders, score_rows
 from .exports import open_export
 
 HELP = """\
@@ -129,7 +129,10 @@ class Conversation:
         self.fingerprint = self.shared.fingerprint
         rewarded = next((f for f in newest_round_first(self.folder) if (f / "reward" / PROBES).is_file()), None)
         if rewarded is not None:
-            add_reward_roles(self.shared, member_folders(rewarded))
+            folders = member_folders(rewarded)
+            for folder in folders.values():
+                check_whole(folder)
+            add_reward_roles(self.shared, folders)
         return names, 0.7 if self.recipe.ppo is None else self.recipe.ppo.args.get("temperature", 0.7)
 
     def _open_export(self, models: Sequence[str | None], response_length: int) -> tuple[list[str], float]:

@@ -28,7 +28,7 @@ from ..recipe.values import Recipe
 from ..records.digest import digest
 from ..records.files import Journal
 from ..records.folder import adapter_folder, read_recipe
-from ..stages.reward.adapters import check_probes, score_rows
+from ..stages.reward.adapters import check_probes, check_whole, score_rows
 
 MODEL = "measured"  # the role of the model, or of the reward model, that is measured now
 
@@ -157,6 +157,8 @@ class Bench:
         if folder is None:
             return "base"
         if folder != self._held:
+            if head:
+                check_whole(folder)
             if self._held is not None:
                 self.shared.remove_role(MODEL)
             self.shared.add_role(MODEL, folder, head=head)

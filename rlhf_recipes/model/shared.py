@@ -6,6 +6,7 @@ B rows, P prompt tokens (left-padded), T response tokens (right-padded), L any t
 import copy
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..recipe.values import Lora
 from ..records.contents import Fingerprint
-from ..records.files import read_json
+from ..records.files import WRITE_AGAIN, read_json
 from .adapters import WEIGHTS, read_adapter_config, read_adapter_weights
 from .architecture import excluded_modules, head_logits, text_decoder, token_states
 from .base import check_fingerprint, enable_checkpointing, write_fingerprint
@@ -88,6 +89,15 @@ def set_adapter(model: PeftModel, state: dict[str, Tensor], adapter: str = "defa
     lost = set_peft_model_state_dict(model, state, adapter_name=adapter).unexpected_keys
     if lost:
         raise ValueError(f"PEFT cannot load adapters of this architecture back: it has no place for {lost[0]}.")
+
+
+def read_bias(folder: Path) -> float | None:
+    """What is added to the score of a reward adapter; None where it has no bias. Raises ValueError of a damaged one."""
+    found = read_json(folder / BIAS)
+    bias = 0.0 if found is None else found.get("bias")
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+        raise ValueError(f"{folder / BIAS}: {str(bias)[:100]} is no bias. {WRITE_AGAIN}")
+    return None if found is None else bias
 
 
 class SharedBase(nn.Module):
@@ -167,8 +177,8 @@ class SharedBase(nn.Module):
             self.peft.add_adapter(name, config)
         if head:
             self.add_head(name)
-            if folder is not None and (folder / BIAS).is_file():
-                self.biases[name] = read_json(folder / BIAS)["bias"]
+            if folder is not None and (bias := read_bias(folder)) is not None:
+                self.biases[name] = bias
         if folder is not None:
             self.load_role(name, folder)
         disable_dropout_in_model(self)
