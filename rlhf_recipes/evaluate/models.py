@@ -46,8 +46,8 @@ class Cache:
     """Values by key, on disk as soon as they are known."""
 
     def __init__(self, path: Path) -> None:
-        self.journal = Journal(path)
-        self.values = {row["key"]: row["value"] for row in self.journal.rows}
+        self.journal = Journal(path, ["key", "value"])
+        self.values = {str(row["key"]): row["value"] for row in self.journal.rows}
 
     def fill(
         self, keys: Sequence[str], compute: Callable[[list[int]], list[Any]], label: str | None, at_once: int = 1

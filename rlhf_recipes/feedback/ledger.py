@@ -55,7 +55,7 @@ class Ledger:
 
     def __init__(self, path: Path, model: str, prices: Prices) -> None:
         self.model, self.prices = model, prices
-        self.journal = Journal(path)
+        self.journal = Journal(path, ["key", "used", "prompt_tokens", "completion_tokens"])
         self._answers = any(row["used"] for row in self.journal.rows)  # whether one was of use yet
         rows = [row for row in self.journal.rows if not passes(row)] if self._answers else []
         self._known = {tuple(row["key"]): row for row in rows}

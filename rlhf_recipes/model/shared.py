@@ -6,7 +6,6 @@ B rows, P prompt tokens (left-padded), T response tokens (right-padded), L any t
 import copy
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +94,7 @@ def read_bias(folder: Path) -> float | None:
     """What is added to the score of a reward adapter; None where it has no bias. Raises ValueError of a damaged one."""
     found = read_json(folder / BIAS)
     bias = 0.0 if found is None else found.get("bias")
-    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+    if type(bias) not in (int, float) or not abs(bias) < 1e30:
         raise ValueError(f"{folder / BIAS}: {str(bias)[:100]} is no bias. {WRITE_AGAIN}")
     return None if found is None else bias
 

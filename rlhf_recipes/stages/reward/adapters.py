@@ -6,6 +6,7 @@ N rows; L tokens of the longest one, prompt and response.
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,12 +94,12 @@ def read_probes(folder: Path, vocabulary: int = 2**31) -> tuple[list[list[int]],
 
     Raises ValueError where the file is missing or damaged.
     """
-    found = read_json(folder / PROBES, advice=WRITE_AGAIN) or {}
-    rows, scores = found.get("input_ids"), found.get("scores")
-    ids = isinstance(rows, list) and all(
-        isinstance(row, list) and row and all(type(id) is int and 0 <= id < vocabulary for id in row) for row in rows
-    )
-    numbers = isinstance(scores, list) and all(type(score) in (int, float) and abs(score) < 1e30 for score in scores)
+    found: Any = read_json(folder / PROBES) or {}
+    rows: Any = found.get("input_ids")
+    scores: Any = found.get("scores")
+    lists = isinstance(rows, list) and isinstance(scores, list) and all(isinstance(row, list) and row for row in rows)
+    ids = lists and all(type(id) is int and 0 <= id < vocabulary for row in rows for id in row)
+    numbers = lists and all(type(score) in (int, float) and abs(score) < 1e30 for score in scores)
     if not (ids and numbers and len(rows) == len(scores) > 0):
         raise ValueError(f"{folder / PROBES} is missing, or holds no rows with their scores. {WRITE_AGAIN}")
     return rows, torch.tensor(scores, dtype=torch.float32)
