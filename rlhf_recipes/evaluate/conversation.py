@@ -96,7 +96,7 @@ class Conversation:
         """
         if not 0 <= (temperature or 0) < math.inf or response_length < 1:
             raise ValueError(
-                f"--temperature must be a number that is not below 0 ({temperature}), --max-tokens not below 1."
+                f"--temperature must not be below 0 ({temperature}), nor be infinite, --max-tokens not below 1."
             )
         self.folder, self.voices = folder, dict[str, Voice]()
         self.recipe: Recipe | None = None

@@ -281,7 +281,7 @@ def test_a_path_or_number_that_is_none_is_named(
         (["check", "/"], "'/' is no local file or function"),
         (["check", "x.jsonl", "--rows", "-1"], "--rows (-1) and --refused (20) must not be negative"),
         (["agreement", "x.jsonl", "--fast", "nan"], "--fast must be a number of seconds that is not negative, not nan"),
-        (["chat", "x", "--temperature", "nan"], "--temperature must be a number that is not below 0 (nan)"),
+        (["chat", "x", "--temperature", "nan"], "--temperature must not be below 0 (nan), nor be infinite"),
         (["evaluate", "x", "--temperature", "inf"], "--temperature must be above 0, not inf"),
         (["critique", "x", "--model", "y", "--temperature", "-1"], "--temperature must be a number that is not neg"),
         (["critique", "x", "--model", "y", "--price-in", "nan"], "--max-cost (in rounds as rounds.price_in) must be"),
