@@ -1,6 +1,7 @@
 """`rlhf-recipes agreement`: how far labelers agree."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -42,6 +43,8 @@ nothing is written. Both kinds of output are data for the reward stage:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if not 0 <= options.fast < math.inf:
+        raise ValueError(f"--fast must be a number of seconds that is not negative, not {options.fast}.")
     if options.merge and options.out is None:
         raise ValueError("--merge says what to write; say where as well, with --out FILE.jsonl.")
     if options.out is not None and options.out.suffix != ".jsonl":

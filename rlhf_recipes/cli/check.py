@@ -54,6 +54,8 @@ def _run(options: argparse.Namespace) -> None:
 
         from ..data.check_page import show_check, show_sources
 
+    if min(options.rows, options.refused) < 0:
+        raise ValueError(f"--rows ({options.rows}) and --refused ({options.refused}) must not be negative.")
     if options.sources:
         show_sources(Console(highlight=False))
         return

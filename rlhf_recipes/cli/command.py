@@ -90,6 +90,20 @@ def add_trust(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_paths(parser: argparse.ArgumentParser) -> None:
+    """Have a parser refuse paths that name nothing (of an argument whose `type` is `Path`), before it is given any.
+
+    `Path("")`, as of a shell's variable that is not set, would be the folder in which the command runs.
+    """
+    parser.register("type", Path, _path)
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("an empty path" if not text else "a path with a NUL in it")
+    return Path(text)
+
+
 def positive_int(text: str) -> int:
     """A whole number above 0, for argparse, which names the option where it is none."""
     if int(text) < 1:

@@ -43,7 +43,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llama-cpp",
         type=Path,
-        default=os.environ.get("LLAMA_CPP"),
+        default=os.environ.get("LLAMA_CPP") or None,
         metavar="DIR",
         help="a checkout of llama.cpp (default: $LLAMA_CPP)",
     )

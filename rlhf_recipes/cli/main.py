@@ -33,7 +33,7 @@ from . import (
     serve,
     watch,
 )
-from .command import exit_codes, parse_options
+from .command import add_paths, exit_codes, parse_options
 from .completion import SHELL
 
 COMMANDS = {
@@ -72,7 +72,9 @@ def main_cli(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.arguments(subparsers.add_parser(name, help=command.purpose, description=command.purpose))
+        subparser = subparsers.add_parser(name, help=command.purpose, description=command.purpose)
+        add_paths(subparser)
+        command.arguments(subparser)
     argcomplete.autocomplete(parser)
     chosen = parse_options(parser, argv)
     with exit_codes(), trusting(getattr(chosen, "trust_functions", False)):

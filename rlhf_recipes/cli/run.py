@@ -11,7 +11,7 @@ from pathlib import Path
 from ..recipe.lookup import load
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe
-from .command import Command, add_recipe, add_settings, exit_codes, parse_options, positive_int
+from .command import Command, add_paths, add_recipe, add_settings, exit_codes, parse_options, positive_int
 from .launch import launch
 from .notify import notifying
 from .watch import watched
@@ -95,6 +95,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         argv: `[key=value ...] [--run-dir DIR] [--stages sft,reward]`; None takes those of the process.
     """
     parser = argparse.ArgumentParser(description=f"Run or resume the recipe {recipe.name}.")
+    add_paths(parser)
     _run_arguments(parser)
     options = parse_options(parser, argv)
     with exit_codes():

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..recipe.lookup import load, recipe_names
 from ..recipe.overrides import parse_overrides, replace
 from ..recipe.values import Recipe, Source
-from .command import Command, add_settings, add_trust, notes_to_stderr, seed
+from .command import Command, add_settings, add_trust, notes_to_stderr, positive_int, seed
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +31,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "recipe base)",
     )
     parser.add_argument("--temperatures", default="1.0", metavar="T[,T]", help="in turn for each model (default: 1.0)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N prompts, drawn by a hash (default: all)")
     parser.add_argument(
-        "--response-length", type=int, metavar="N", help="tokens at most (default: as the run's ppo stage, else 256)"
+        "--limit", type=positive_int, metavar="N", help="only N prompts, drawn by a hash (default: all)"
+    )
+    parser.add_argument(
+        "--response-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens at most (default: as the run's ppo stage, else 256)",
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument(
@@ -45,7 +50,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--attempts", type=int, default=3, metavar="N", help="to get a different response (default: 3)")
     parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="rows at once: memory and speed alone (default: 64)"
+        "--batch-size",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="rows at once: memory and speed alone (default: 64)",
     )
     add_trust(parser)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

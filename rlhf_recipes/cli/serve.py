@@ -46,6 +46,10 @@ or adapters of one base. Each is asked for by the name of its folder or, of a ru
 def _run(options: argparse.Namespace) -> None:
     if options.port > 65535:
         raise ValueError(f"--port must be at most 65535, not {options.port}.")
+    try:
+        words = shlex.split(options.engine_options)
+    except ValueError as error:
+        raise ValueError(f"--engine-options {options.engine_options!r} are no words of a shell: {error}.") from error
     with notes_to_stderr():
         from ..ship.serve import find_engine, find_served, how_to_ask, serving, warnings
 
@@ -56,7 +60,7 @@ def _run(options: argparse.Namespace) -> None:
             print(printable(f"warning: {warning}"))
     signal.signal(signal.SIGTERM, _end)  # so that the engine does not outlive this process
     try:
-        with serving(engine, served, options.port, shlex.split(options.engine_options)) as process:
+        with serving(engine, served, options.port, words) as process:
             print(f"Served by {engine}; Ctrl-C ends it.\n{how_to_ask(served, options.port)}", flush=True)
             process.wait()
     except KeyboardInterrupt:

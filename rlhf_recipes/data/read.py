@@ -35,7 +35,7 @@ def read(stage: str, source: Source) -> Iterator[tuple[int, Any]]:
     ValueError, naming the stage's setting, where the source is not there or cannot be read.
     """
     if not source.data:
-        raise ValueError(f"{stage}.data names no source.")
+        raise ValueError(f"{stage}.data is empty: name a file, a dataset of the Hub, or module:function.")
     source = resolve_source(source)
     numbered, name = _with_conversion(source, _read_source(stage, source))
     if name is not None:
@@ -104,9 +104,7 @@ def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{key}: {path} is none of {', '.join(READERS)}, each also with .gz.")
     try:
         with ExitStack() as stack:
-            file: Any = (
-                stack.enter_context(fsspec.open(path, "rb")) if is_url else stack.enter_context(open(path, "rb"))
-            )
+            file: Any = stack.enter_context(_open_url(path)) if is_url else stack.enter_context(open(path, "rb"))
             yield from READERS[kind](stack.enter_context(gzip.open(file)) if path.endswith(".gz") else file)
     except json.JSONDecodeError as error:
         raise ValueError(f"{key}: {path}, line {error.lineno}: not JSON ({error.msg}).") from error
@@ -120,6 +118,14 @@ def _read_file(key: str, path: str) -> Iterator[tuple[int, Any]]:
         raise ValueError(
             f"{key}: cannot read {path}: it holds a day or a time zone that there is not ({error})."
         ) from error
+
+
+def _open_url(url: str) -> Any:
+    """The file of a URL, which is opened by a `with`. Raises ValueError where fsspec cannot open such ones."""
+    try:
+        return fsspec.open(url, "rb")
+    except (ImportError, TypeError) as error:  # it needs another package; it is told more than a URL can say
+        raise ValueError(error) from error
 
 
 def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -215,7 +221,7 @@ def _read_hub(stage: str, source: Source) -> Iterable[Any]:
     """A dataset of the Hub, or a local folder that `datasets` can read. Raises ValueError where it is neither."""
     try:
         dataset = datasets.load_dataset(ask_hub(source.data, kind="datasets"), name=source.subset, split=source.split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, IndexError, DatasetsError) as error:  # an index: of the folder /
         raise ValueError(
             f"{stage}.data: {source.data!r} is no local file or function, and cannot be loaded as a dataset of the Hub "
             f"(subset {source.subset!r}, split {source.split!r}): {error}"

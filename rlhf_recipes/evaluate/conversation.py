@@ -1,5 +1,6 @@
 """`rlhf-recipes chat`: talk to the models of a run, and to exports, with the run's reward of each answer beside it."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..model.shared import SharedBase
 from ..recipe.values import Recipe
 from ..records.folder import adapter_folder, last_model, newest_round_first, read_export, read_recipe
 from ..records.terminal import printable
-from ..stages.reward.adapters import PROBES, add_reward_roles, member_folders, score_rows
+from ..stages.reward.adapters import PROBES, add_reward_roles, check_whole, member_folders, score_rows
 from .exports import open_export
 
 HELP = """\
@@ -93,8 +94,10 @@ class Conversation:
         Raises:
             ValueError: neither a run nor an export, or no such model in it.
         """
-        if (temperature or 0) < 0 or response_length < 1:
-            raise ValueError(f"--temperature must not be below 0 ({temperature}), --max-tokens not below 1.")
+        if not 0 <= (temperature or 0) < math.inf or response_length < 1:
+            raise ValueError(
+                f"--temperature must not be below 0 ({temperature}), nor be infinite, --max-tokens not below 1."
+            )
         self.folder, self.voices = folder, dict[str, Voice]()
         self.recipe: Recipe | None = None
         if read_export(folder) is None:
@@ -126,7 +129,10 @@ class Conversation:
         self.fingerprint = self.shared.fingerprint
         rewarded = next((f for f in newest_round_first(self.folder) if (f / "reward" / PROBES).is_file()), None)
         if rewarded is not None:
-            add_reward_roles(self.shared, member_folders(rewarded))
+            folders = member_folders(rewarded)
+            for folder in folders.values():
+                check_whole(folder)
+            add_reward_roles(self.shared, folders)
         return names, 0.7 if self.recipe.ppo is None else self.recipe.ppo.args.get("temperature", 0.7)
 
     def _open_export(self, models: Sequence[str | None], response_length: int) -> tuple[list[str], float]:
@@ -191,7 +197,10 @@ def _is_export(name: str) -> bool:
 
 
 def converse(talk: Conversation, compare: str | None = None) -> None:
-    """Read messages from standard input and print answers, until it ends. A ValueError is printed, and it goes on."""
+    """Read messages from standard input and print answers, until it ends. What cannot be done is said, and it goes on.
+
+    Raises ValueError where the input is no UTF-8.
+    """
     console = Console(highlight=False)
     main = talk.names[0]
     console.print(Line(f"{main}. /help lists what else there is."))
@@ -217,18 +226,22 @@ def converse(talk: Conversation, compare: str | None = None) -> None:
             elif line:
                 talk.messages.append({"role": "user", "content": line})
                 _print_reply(talk, main, compare, console)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # of the system: a name that is too long, a folder that is closed
             console.print(Line(printable(str(error), keep="\n\t"), style="red"))
             if talk.messages and talk.messages[-1]["role"] == "user":
                 talk.messages.pop()
 
 
 def _next_line() -> str | None:
-    """What is typed next; None at the end of the input."""
+    """What is typed next; None at the end of the input. Raises ValueError where it is no UTF-8."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "").strip()
+        line.encode()  # bytes that are no UTF-8 may stand in it as halves of surrogate pairs
+        return line
     except EOFError:
         return None
+    except UnicodeError as error:
+        raise ValueError(f"What is typed, or comes from a file, must be UTF-8: {error}.") from error
 
 
 def _print_reply(talk: Conversation, main: str, compare: str | None, console: Console) -> None:

@@ -27,7 +27,7 @@ from ..recipe.values import Recipe
 from ..records.digest import digest
 from ..records.files import Journal
 from ..records.folder import adapter_folder, read_recipe
-from ..stages.reward.adapters import check_probes, score_rows
+from ..stages.reward.adapters import check_probes, check_whole, score_rows
 
 MODEL = "measured"  # the role of the model, or of the reward model, that is measured now
 
@@ -36,8 +36,8 @@ class Cache:
     """Values by key, on disk as soon as they are known."""
 
     def __init__(self, path: Path) -> None:
-        self.journal = Journal(path)
-        self.values = {row["key"]: row["value"] for row in self.journal.rows}
+        self.journal = Journal(path, ["key", "value"])
+        self.values = {str(row["key"]): row["value"] for row in self.journal.rows}
 
     def fill(
         self, keys: Sequence[str], compute: Callable[[list[int]], list[Any]], label: str | None, at_once: int = 1
@@ -147,6 +147,8 @@ class Bench:
         if folder is None:
             return "base"
         if folder != self._held:
+            if head:
+                check_whole(folder)
             if self._held is not None:
                 self.shared.remove_role(MODEL)
             self.shared.add_role(MODEL, folder, head=head)

@@ -1,5 +1,6 @@
 """All that an evaluation needs to know before a weight is loaded: models, judges, prompts that no stage trained on."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
-        if self.temperature is not None and not self.temperature > 0:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"--temperature must be above 0, not {self.temperature}.")
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from ..feedback.rows import Row
 from ..feedback.sample import prompt_id
 from ..recipe.values import PEOPLE
-from ..records.files import read_json, read_rows, write_json, write_text
+from ..records.files import WRITE_AGAIN, read_json, read_rows, write_json, write_text
 from . import wins
 from .behaviour import behaviour_panel
 from .judges import Pair, Verdict, known_identity, labels_file, read_verdicts
@@ -28,6 +28,8 @@ def write_results(run_dir: Path, out: Path, measured: Measurements) -> dict[str,
     """
     path, plan = out / "evaluation.json", measured.plan
     before = read_json(path) or {"judges": {}, "models": {}}
+    if not all(isinstance(before.get(key), dict) for key in ("judges", "models")):
+        raise ValueError(f"{path} is not what `evaluate` writes. {WRITE_AGAIN}")
     identities = {judge.name: judge.identity for judge in plan.judges}
     earlier = {
         name: identity
@@ -68,11 +70,12 @@ def _is_same_judge(run_dir: Path, out: Path, measured: Measurements, name: str, 
 
 def _recall_scores(path: Path, measured: Measurements, earlier: Mapping[str, str]) -> None:
     """Take over, from an earlier answers.jsonl, what its judges said of the same answers."""
-    scores_by_key = {row["key"]: row["scores"] for row in read_rows(path)}
+    rows = [row for row in read_rows(path) if isinstance(row.get("scores"), dict)]
+    scores_by_key = {str(row.get("key")): row["scores"] for row in rows}
     for judge in earlier:
         for name, answers in measured.answers.items():
             scores = [scores_by_key.get(answer.key, {}).get(judge) for answer in answers]
-            if None not in scores:
+            if all(type(score) in (int, float) for score in scores):
                 measured.scores.setdefault(judge, {})[name] = scores
 
 

@@ -22,6 +22,8 @@ def connect(settings: ModelSettings) -> Client:
         _refuse(settings, (*FOR_MODELS, "role"), " is for a local model, and this is an endpoint: {model}.")
         if (settings.retries or 0) < 0:
             raise ValueError(f"--retries must not be negative, but is {settings.retries}.")
+        if settings.timeout is not None and not 0 < settings.timeout <= 86_400:
+            raise ValueError(f"--timeout must be above 0 seconds and at most a day (86400), not {settings.timeout:g}.")
         return Endpoint(settings)
     _refuse(settings, FOR_ENDPOINTS, " is for an endpoint, and this is none: {model}.")
     if (Path(settings.model) / "recipe.json").is_file():

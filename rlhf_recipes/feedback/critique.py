@@ -3,6 +3,7 @@
 """
 
 import functools
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,10 @@ class CritiqueSettings:
     max_tokens: int = 512  # of each answer, critique and revision
     temperature: float = 1.0
     seed: int = 0  # of the drawn principles, and of sampling
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature must be a number that is not negative, not {self.temperature}.")
 
     def draw_principles(self, id: str) -> list[Principle]:
         """The principles of a prompt's revisions."""

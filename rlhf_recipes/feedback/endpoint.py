@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from tqdm.auto import tqdm
 
@@ -33,12 +33,13 @@ class Endpoint:
             raise ValueError("Endpoints need the openai package: pip install 'rlhf_recipes[judge]'.") from error
         self.identity: Mapping[str, str | None] = {}
         self._openai, self.url = openai, settings.model.rstrip("/")
+        key = endpoint_key(self.url, settings.api_key_env)
         if not urlsplit(self.url).path:
             self.url += "/v1"
         self.retries = 5 if settings.retries is None else settings.retries
         reach: dict[str, Any] = {
             "base_url": self.url,
-            "api_key": endpoint_key(self.url, settings.api_key_env),
+            "api_key": key,
             "timeout": settings.timeout or 120.0,
             "max_retries": self.retries,
         }
@@ -130,13 +131,14 @@ class Endpoint:
 def endpoint_key(url: str, variable: str | None) -> str:
     """The key of an endpoint, from the variable that is named, or OpenAI's own; one on this machine is sent none.
 
-    Raises ValueError where another host's variable is not named: a key goes to nobody else unasked.
+    Raises ValueError where another host's variable is not named: a key goes to nobody else unasked; and where a URL
+    holds a secret, or names no host.
     """
     if holds_secret(url):
         raise ValueError(f"{secret_refused(url)} --api-key-env names the variable.")
     if variable == "":  # as of a shell's variable that is not set
         raise ValueError("--api-key-env (in rounds: rounds.api_key_env) is empty: name a variable, or leave it out.")
-    parts = urlsplit(url)
+    parts = _parts_of(url)
     host = parts.hostname or ""
     if variable is None and (host == "localhost" or _is_loopback(host)):
         return "none"
@@ -152,6 +154,17 @@ def endpoint_key(url: str, variable: str | None) -> str:
             "(--api-key-env, or rounds.api_key_env, names another variable)."
         )
     return key
+
+
+def _parts_of(url: str) -> SplitResult:
+    """A URL's parts. Raises ValueError, naming it, where it is none that can be asked."""
+    try:
+        parts = urlsplit(url)
+        if parts.port != 0 and (parts.hostname or "").encode("idna") and re.fullmatch(r"[!-~]+", url):
+            return parts
+    except ValueError:  # a port that is none, or brackets; of `encode`, a host with a part that is empty or too long
+        pass
+    raise ValueError(f"{url!r} is no URL of an endpoint: write http://HOST:PORT/v1, in ASCII and without spaces.")
 
 
 def _is_loopback(host: str) -> bool:

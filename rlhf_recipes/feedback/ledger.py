@@ -1,6 +1,7 @@
 """What a model was asked and answered, row by row on disk: nothing is asked twice, and its cost is known."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -25,7 +26,7 @@ class Spent(Exception):
 class Prices:
     """Money per million tokens, in whatever currency, and how much of it may be spent.
 
-    Raises ValueError for a negative price, and for a limit without a price.
+    Raises ValueError for a price or a limit below 0 or beyond all numbers, and for a limit without a price.
     """
 
     prompt: float = 0.0
@@ -33,8 +34,11 @@ class Prices:
     most: float | None = None  # what was asked in earlier calls for the same file counts
 
     def __post_init__(self) -> None:
-        if min(self.prompt, self.completion) < 0:
-            raise ValueError("--price-in and --price-out (rounds.price_in, rounds.price_out) must not be negative.")
+        if not all(0 <= price < math.inf for price in (self.prompt, self.completion, self.most or 0.0)):
+            raise ValueError(
+                "--price-in, --price-out and --max-cost (in rounds as rounds.price_in) must be numbers, and must not "
+                f"be negative: {self.prompt}, {self.completion}, {self.most}."
+            )
         if self.most is not None and not self.prompt + self.completion:
             raise ValueError(
                 "--max-cost needs --price-in, --price-out or both, per million tokens. (In rounds as rounds.price_in.)"
@@ -51,7 +55,7 @@ class Ledger:
 
     def __init__(self, path: Path, model: str, prices: Prices) -> None:
         self.model, self.prices = model, prices
-        self.journal = Journal(path)
+        self.journal = Journal(path, ["key", "used", "prompt_tokens", "completion_tokens"])
         self._answers = any(row["used"] for row in self.journal.rows)  # whether one was of use yet
         rows = [row for row in self.journal.rows if not passes(row)] if self._answers else []
         self._known = {tuple(row["key"]): row for row in rows}

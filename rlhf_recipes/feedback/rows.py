@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.prepare import read_judged
 from ..records.digest import row_id
-from ..records.files import beside, read_json, write_json
+from ..records.files import beside, check_place, read_json, write_json
 
 Row = dict[str, Any]
 
@@ -67,7 +67,8 @@ def keep_settings(out: Path, now: Mapping[str, Any], what: str, others: Sequence
 
 
 def labels_beside(samples: Path) -> Path:
-    """Where the labels of a file of samples go, unless another place is named."""
+    """Where the labels of a file of samples go, unless another place is named. Raises ValueError for a folder."""
+    check_place(samples)
     return samples.with_name(samples.name.removesuffix(".gz")).with_suffix(".labels.jsonl")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..model.sampler import Sampler
 from ..model.shared import SharedBase
 from ..recipe.values import Recipe, Source
 from ..records.digest import digest, row_id
-from ..records.files import Journal, beside
+from ..records.files import Journal, beside, check_place
 from ..records.folder import adapter_folder, read_recipe
 from ..records.lock import held
 from .rows import Row, keep_settings
@@ -50,7 +51,7 @@ class SampleSettings:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
         if not self.models:
             raise ValueError("models must name at least one.")
-        if not self.temperatures or min(self.temperatures) <= 0:
+        if not self.temperatures or not all(0 < temperature < math.inf for temperature in self.temperatures):
             raise ValueError(f"temperatures must be above 0, not {', '.join(map(str, self.temperatures)) or 'none'}.")
         if not 0 < self.similarity <= 1:
             raise ValueError(f"similarity must be above 0 and at most 1, not {self.similarity}.")
@@ -161,8 +162,9 @@ def keep_sample_settings(
 ) -> None:
     """Write the settings, and what tells the models in their folders from others, beside the samples.
 
-    Raises ValueError where samples of other settings or models are there.
+    Raises ValueError for a folder, and where samples of other settings or models are there.
     """
+    check_place(out)
     weights = {name: digest(model_identity(recipe.base, tokenizer, folder)) for name, folder in folders.items()}
     now = {**dataclasses.asdict(settings), "weights": weights}
     keep_settings(out, now, "samples", [beside(out, "left_out.jsonl")])

@@ -4,21 +4,57 @@ Of its other kinds and settings PEFT loads a tokenizer that the folder names, or
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType
 from torch import Tensor
 
-from ..records.files import read_json
+from ..records.files import WRITE_AGAIN, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 
-READ = {
-    *("task_type", "inference_mode", "base_model_name_or_path", "revision", "modules_to_save"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**20
+
+
+def _are_layers(value: Any) -> bool:
+    layers = value if isinstance(value, list) else [value]
+    return value is None or all(type(layer) is int and 0 <= layer < 2**20 for layer in layers)
+
+
+def _by_pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+READ: dict[str, Callable[[Any], bool]] = {  # the settings that are read, and what PEFT writes of each
+    **dict.fromkeys(("base_model_name_or_path", "revision"), _is_text),
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out", "inference_mode"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), _are_names),
+    "target_parameters": lambda value: _are_names(value) and not isinstance(value, str),
+    "layers_to_transform": _are_layers,
+    "task_type": lambda value: value in (None, *TaskType),
+    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "lora_dropout": _is_number,
+    "rank_pattern": _by_pattern(_is_rank),
+    "alpha_pattern": _by_pattern(_is_number),
 }
 OF_NO_EFFECT = {"auto_mapping", "peft_version"}
 
@@ -29,10 +65,16 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     saved = read_json(path)
     if not isinstance(saved, dict):
         raise ValueError(f"{folder} holds no adapter: there is no {path.name} that PEFT has written.")
-    for key in sorted(saved.keys() - READ - OF_NO_EFFECT):
+    for key in sorted(saved.keys() - READ.keys() - OF_NO_EFFECT):
         if saved[key] and saved[key] != default.get(key):
             raise ValueError(f"{path}: {key}={saved[key]!r} is none of a plain LoRA adapter, and no other is loaded.")
-    config = LoraConfig(**{key: saved[key] for key in READ & saved.keys()})
+    for key in READ.keys() & saved.keys():
+        if not READ[key](saved[key]):
+            raise ValueError(f"{path}: {key}={str(saved[key])[:100]!r} is not what PEFT writes. {WRITE_AGAIN}")
+    try:
+        config = LoraConfig(**{key: saved[key] for key in READ.keys() & saved.keys()})
+    except ValueError as error:  # of two settings that do not go together
+        raise ValueError(f"{path}: {error}") from error
     _leave_patterns_out(config, _weights(folder))
     return config
 

@@ -25,7 +25,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..recipe.values import Lora
 from ..records.contents import Fingerprint
-from ..records.files import read_json
+from ..records.files import WRITE_AGAIN, read_json
 from .adapters import WEIGHTS, read_adapter_config, read_adapter_weights
 from .architecture import excluded_modules, head_logits, text_decoder, token_states
 from .base import check_fingerprint, enable_checkpointing, write_fingerprint
@@ -124,6 +124,15 @@ def set_adapter(model: PeftModel, state: dict[str, Tensor], adapter: str = "defa
         raise ValueError(f"PEFT cannot load adapters of this architecture back: it has no place for {lost[0]}.")
 
 
+def read_bias(folder: Path) -> float | None:
+    """What is added to the score of a reward adapter; None where it has no bias. Raises ValueError of a damaged one."""
+    found = read_json(folder / BIAS)
+    bias = 0.0 if found is None else found.get("bias")
+    if type(bias) not in (int, float) or not abs(bias) < 1e30:
+        raise ValueError(f"{folder / BIAS}: {str(bias)[:100]} is no bias. {WRITE_AGAIN}")
+    return None if found is None else bias
+
+
 class SharedBase(nn.Module):
     """Several roles on one copy of a causal language model.
 
@@ -183,8 +192,11 @@ class SharedBase(nn.Module):
         A fresh adapter has B = 0 and a fresh head is zero. Adapters are held in float32 where they are `trainable` or
         `exact`, else in the base's dtype, to which autocast would bring them anyway. Heads are always float32.
 
-        Raises ValueError if `folder` is of another base, or lacks the head, or if the language-model head is adapted.
+        Raises ValueError if `folder` is of another base, or lacks the head, or if the language-model head is adapted,
+        or the name has a dot, which torch has none of in the names of modules.
         """
+        if "." in name:
+            raise ValueError(f"No model can be called {name!r}, with a dot: name its folder without one.")
         if folder is not None and self.fingerprint is not None:
             check_fingerprint(folder, self.fingerprint)
         config = (
@@ -198,8 +210,8 @@ class SharedBase(nn.Module):
             self.peft.add_adapter(name, config)
         if head:
             self.add_head(name)
-            if folder is not None and (folder / BIAS).is_file():
-                self.biases[name] = read_json(folder / BIAS)["bias"]
+            if folder is not None and (bias := read_bias(folder)) is not None:
+                self.biases[name] = bias
         if folder is not None:
             self.load_role(name, folder)
         disable_dropout_in_model(self)

@@ -112,15 +112,26 @@ def code_hash(file: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+# A query's key whose value is a secret: api_key, access-token, X-Amz-Signature, sig; not keyword or monkey.
+_SECRET = (
+    r"(?i)([?&;](?:[^=&;#]*[-_.])?(?:api|access|secret|private|auth|client|session)?"
+    r"(?:key|token|secret|password|passwd|pwd|auth|sig|signature|credentials?)=)[^&;#]+"
+)
+
+
 def holds_secret(text: str) -> bool:
-    """Whether a text is a URL with a user's name or password in it, or several of fsspec's in a chain (`::`)."""
-    return any("@" in re.split("[/?#]", rest)[0] for rest in text.split("://")[1:])
+    """Whether a text is a URL, or several of fsspec's in a chain (`::`), with a secret in it.
+
+    That is a user's name or password, or a key or token of its query.
+    """
+    rests = text.split("://")[1:]
+    return any("@" in re.split("[/?#]", rest)[0] or re.search(_SECRET, rest) for rest in rests)
 
 
 def secret_refused(url: str) -> str:
     """Why such a URL is refused, without the secret."""
-    bare = re.sub("://[^/?#]*@", "://", url)
+    bare = re.sub(_SECRET, r"\1...", re.sub("://[^/?#]*@", "://", url))
     return (
-        f"{bare} is given with a name or password, which files, reports and trackers would hold. Leave them out, and "
-        "put them where the client looks for them (~/.netrc, an environment variable)."
+        f"{bare} is given with a name or password, or a key, which files, reports and trackers would hold. Leave it "
+        "out, and put it where the client looks for it (~/.netrc, an environment variable)."
     )

@@ -37,7 +37,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: to a neighbour, flushed to disk, then renamed."""
+    """Write a file atomically: to a neighbour, flushed to disk, then renamed. Raises ValueError as `check_place`."""
+    check_place(path)
     scratch = path.with_name(f"{path.name}.{uuid4().hex}.tmp")  # another one may be writing the same file
     try:
         with scratch.open("w", encoding="utf-8") as stream:
@@ -52,6 +53,12 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):  # it is renamed, or its disk can only be read
             scratch.unlink()  # where the disk is full it would take what room is left
     _sync(path.parent)
+
+
+def check_place(path: Path) -> None:
+    """Raises ValueError where no file can be: of a folder, and of a device (/dev/null), whose place it would take."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: {REFUSALS[errno.EISDIR] if path.is_dir() else 'it is no file: name another'}.")
 
 
 def read_json(path: Path, kind: type = dict, advice: str = WRITE_AGAIN) -> Any:
@@ -150,13 +157,22 @@ def beside(path: Path, kind: str) -> Path:
     return path.with_suffix(f".{kind}")
 
 
+# W&B makes this link, to a log of its own in the cache of who ran it, in a new folder each time. Nothing reads it.
+WANDBS_LINK = "wandb/*run-*/logs/debug-core.log"
+
+
 def check_links(folder: Path) -> None:
-    """Raises ValueError where a link in a folder leads out of it: to read or write there is to do it elsewhere."""
+    """Raises ValueError where a link in a folder leads out of it: to read or write there is to do it elsewhere.
+
+    W&B's own may: a run folder that was copied here has them.
+    """
     root = os.path.realpath(folder)
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
+            if not path.is_symlink() or path.match(WANDBS_LINK):
+                continue
             # realpath never fails, as Path.resolve does on a link to itself.
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            if not Path(os.path.realpath(path)).is_relative_to(root):
                 raise ValueError(f"{path} is a link that leads out of {folder}: delete it, or put there what it is of.")
 
 
@@ -200,9 +216,10 @@ class Journal:
         Args:
             keys: what each row has, if this package has written it.
         Raises:
-            ValueError: another line is no JSON object, a row lacks a key, or the file is a link, which may lead
+            ValueError: another line is no JSON object, a row lacks a key, or it is no file, or a link, which may lead
                 anywhere, or has several names, by each of which another process could hold it.
         """
+        check_place(path)
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and is not written through: name the file itself, or delete the link.")
         if path.is_file() and path.stat().st_nlink > 1:

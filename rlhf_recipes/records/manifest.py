@@ -43,7 +43,10 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """A folder's manifest; an empty one where it has none. Raises ValueError where the file is damaged."""
-        return cls(**(read_json(folder / "manifest.json", advice=ALL_AGAIN) or {}))
+        found = read_json(folder / "manifest.json", advice=ALL_AGAIN) or {}
+        if not (found.keys() <= cls.__annotations__.keys() and _are_records(found.get("stages", {}))):
+            raise ValueError(f"{folder / 'manifest.json'} is not what this package writes. {ALL_AGAIN}")
+        return cls(**found)
 
     @classmethod
     def to_go_on(cls, folder: Path) -> "Manifest":
@@ -84,6 +87,18 @@ class Manifest:
         record = self.stages.setdefault(stage, fresh)
         record["state"], record["data"] = "running", data
         return record
+
+
+def _are_records(stages: Any) -> bool:
+    """Whether these are records of stages, as far as a run builds on them."""
+    return isinstance(stages, dict) and all(
+        isinstance(record, dict)
+        and record.get("state") in ("running", "done")
+        and all(type(record.get(key, 0)) in (int, float) for key in ("seconds", "peak_memory_mib"))
+        and isinstance(record.get("data", {}), dict)
+        and isinstance(record.get("results", {}), dict)
+        for record in stages.values()
+    )
 
 
 def open_run(recipe: Recipe, run_dir: Path, wanted: list[str]) -> Manifest:

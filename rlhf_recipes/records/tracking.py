@@ -159,10 +159,10 @@ def wandb_mode() -> Any:
 
     A run must never stop to ask for one.
     """
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
         key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host)
-    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):  # none, or one that others can read, or a damaged one
+    except (OSError, ValueError, netrc.NetrcParseError):  # none, or one that others can read, or a damaged one
         key = None
     return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
 

@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ..model.adapters import load_adapter
 from ..model.base import base_config, load_base
 from ..model.memory import release
-from ..model.shared import BIAS
-from ..records.files import read_json
-from ..stages.reward.adapters import PROBES, rounding
+from ..model.shared import read_bias
+from ..stages.reward.adapters import check_whole, read_probes, rounding
 from .folder import check_room, new_folder, write_config
 from .merge import merged_layers, write_shards
 from .trained import ExportSettings, Trained, find_trained, unquantized
@@ -37,6 +35,8 @@ def export_reward(run_dir: Path, to: Path, settings: ExportSettings) -> Measured
     """
     trained = find_trained(run_dir, settings.model, scores=True)
     check_classifier_exists(trained)
+    check_whole(trained.folder)
+    read_probes(trained.folder)
     dtype = trained.dtype if settings.dtype is None else getattr(torch, settings.dtype)
     with new_folder(to) as folder:
         check_room(folder, trained.base, dtype)
@@ -76,29 +76,23 @@ def check_classifier_exists(trained: Trained) -> None:
 @torch.no_grad()
 def compare_scores(trained: Trained, model: Any) -> MeasuredScores:
     """What a sequence classifier says of the probe rows, beside what training wrote of them."""
-    probes = read_json(trained.folder / PROBES)
+    probes, wanted = read_probes(trained.folder)
     model.eval()
-    rows = [torch.tensor([row], device=model.device) for row in probes["input_ids"]]
+    rows = [torch.tensor([row], device=model.device) for row in probes]
     scores = torch.tensor([model(input_ids=ids).logits.item() for ids in rows])  # (N,)
-    wanted = _trained_scores(trained)
     differences = (scores - wanted).abs()
-    bias = read_json(trained.folder / BIAS)
     return MeasuredScores(
         probes=len(rows),
         mean_difference=differences.mean().item(),
         largest_difference=differences.max().item(),
         spread=(wanted.max() - wanted.min()).item(),
-        bias=0.0 if bias is None else bias["bias"],
+        bias=read_bias(trained.folder) or 0.0,
     )
-
-
-def _trained_scores(trained: Trained) -> Tensor:
-    return torch.tensor(read_json(trained.folder / PROBES)["scores"])
 
 
 def _check_close(measured: MeasuredScores, trained: Trained, settings: ExportSettings, dtype: torch.dtype) -> None:
     """Raises ValueError where scores differ by more than rounding explains, with what would help."""
-    wanted = _trained_scores(trained)
+    _, wanted = read_probes(trained.folder)
     limit = max(rounding(wanted, kind) for kind in (trained.dtype, dtype))
     if measured["largest_difference"] <= limit:
         return

@@ -15,7 +15,7 @@ from ..model.adapters import WEIGHTS, read_adapter_config
 from ..model.base import FINGERPRINT, check_adapter, check_fingerprint, fingerprint, load_tokenizer
 from ..recipe.values import Base, Recipe
 from ..records.contents import Fingerprint
-from ..records.files import read_json, write_json
+from ..records.files import WRITE_AGAIN, read_json, write_json
 from ..records.folder import EXPORT, adapter_folder, last_model, newest_round_first, read_recipe
 from ..stages.reward.adapters import PROBES
 from .folder import has_foreign_code
@@ -97,6 +97,8 @@ def find_trained(run_dir: Path, name: str | None, scores: bool | None = None) ->
         raise ValueError(f"{run_dir}: {name} is the bare base, of which there is nothing to export.")
     check_adapter(folder)
     saved = read_json(folder / FINGERPRINT)
+    if not isinstance(getattr(torch, str(saved.get("dtype")), None), torch.dtype):
+        raise ValueError(f"{folder / FINGERPRINT}: dtype={saved.get('dtype')!r} is none of torch's. {WRITE_AGAIN}")
     base = dataclasses.replace(recipe.base, dtype=saved["dtype"])
     tokenizer = load_tokenizer(base)
     check_fingerprint(folder, fingerprint(base, tokenizer))

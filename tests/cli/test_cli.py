@@ -250,6 +250,55 @@ def test_a_wrong_end_of_a_run_is_named(words: list[str], part: str, capsys: pyte
     assert ended.value.code == 2 and part in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["label", ""], "argument SAMPLES: an empty path"),
+        (["label", "samples.jsonl", "--labels", ""], "argument --labels: an empty path"),
+        (["report", "a\0b"], "argument RUN: a path with a NUL in it"),
+        (["run", "tiny", "--run-dir="], "argument --run-dir: an empty path"),
+        (["sample", "tiny", "--out", "x.jsonl", "--limit", "-1"], "argument --limit"),
+        (["sample", "tiny", "--out", "x.jsonl", "--response-length", "0"], "argument --response-length"),
+        (["sample", "tiny", "--out", "x.jsonl", "--batch-size", "0"], "argument --batch-size"),
+    ],
+)
+def test_a_path_or_number_that_is_none_is_named(
+    words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main_cli(words)
+    assert ended.value.code == 2 and part in capsys.readouterr().err.splitlines()[-1]
+    if words[0] == "run":
+        with pytest.raises(SystemExit):
+            main(load("tiny"), words[2:])
+        assert part in capsys.readouterr().err.splitlines()[-1], "as a recipe's own file, too"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["check", ""], "data is empty: name a file"),
+        (["check", "/"], "'/' is no local file or function"),
+        (["check", "x.jsonl", "--rows", "-1"], "--rows (-1) and --refused (20) must not be negative"),
+        (["agreement", "x.jsonl", "--fast", "nan"], "--fast must be a number of seconds that is not negative, not nan"),
+        (["chat", "x", "--temperature", "nan"], "--temperature must not be below 0 (nan), nor be infinite"),
+        (["evaluate", "x", "--temperature", "inf"], "--temperature must be above 0, not inf"),
+        (["critique", "x", "--model", "y", "--temperature", "-1"], "--temperature must be a number that is not neg"),
+        (["critique", "x", "--model", "y", "--price-in", "nan"], "--max-cost (in rounds as rounds.price_in) must be"),
+        (
+            ["critique", "x", "--model", "y", "--price-in", "1", "--max-cost", "inf"],
+            "must not be negative: 1.0, 0.0, inf",
+        ),
+        (["serve", "x", "--port", "99999999"], "--port must be at most 65535"),
+        (["serve", "x", "--engine-options", "'"], "are no words of a shell: No closing quotation"),
+    ],
+)
+def test_what_no_command_can_work_with_is_named(
+    words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert part in error_of(capsys, words)
+
+
 def test_the_end_of_a_run_is_a_time_of_the_day_a_day_or_so_many_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[datetime] = []
     monkeypatch.setattr("rlhf_recipes.pipeline.run.run", lambda *args, stop_at, **options: asked.append(stop_at))

@@ -15,6 +15,7 @@ from support.rows import make_tokenizer
 from rlhf_recipes.data.prepare import Prepared, load_rows, prepare, read_judged
 from rlhf_recipes.data.sources import conversion
 from rlhf_recipes.data.tokens import render
+from rlhf_recipes.recipe.lookup import holds_secret
 from rlhf_recipes.recipe.values import Source, Stage
 from rlhf_recipes.records.files import Journal, read_json, read_rows
 
@@ -132,11 +133,19 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, text: str) -> None:
         read_rows(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("url", ["https://me:secret@example.com/rows.jsonl", "ftp://secret@example.com/rows.jsonl?a=b"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:secret@example.com/rows.jsonl",
+        "ftp://secret@example.com/rows.jsonl?a=b",
+        *(f"https://example.com/rows.jsonl?a=b&{key}=secret" for key in ("api_key", "Token", "X-Amz-Signature", "sig")),
+    ],
+)
 def test_a_url_with_a_secret_is_refused_without_it(url: str) -> None:
     with pytest.raises(ValueError, match=r"example\.com/rows\.jsonl.* is given with a name or password") as refused:
         load_rows("sft", Source(url))
     assert "secret" not in str(refused.value)
+    assert not holds_secret("https://example.com/rows.jsonl?keyword=x&author=y&token=") and not holds_secret("?key=x")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz", "rows.csv.gz"])

@@ -177,6 +177,9 @@ def test_a_file_by_its_url_that_is_not_there_is_named(tmp_path: Path) -> None:
         prepare("reward", Stage(data=f"file://{tmp_path}/none.json"), make_tokenizer(), None)
     with pytest.raises(ValueError, match=r"reward\.data: https://example\.org/rows\.txt is none of \.jsonl"):
         prepare("reward", Stage(data="https://example.org/rows.txt"), make_tokenizer(), None)
+    for url in ("s3://bucket/rows.json", "github://rows.json", "nothing://rows.json"):  # without their packages
+        with pytest.raises(ValueError, match=rf"reward\.data: cannot read {url}: "):
+            prepare("reward", Stage(data=url), make_tokenizer(), None)
 
 
 def test_rows_of_another_format_are_refused_by_number(tmp_path: Path) -> None:

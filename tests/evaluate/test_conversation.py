@@ -103,6 +103,68 @@ def test_models_side_by_side_and_commands(
     assert printed.splitlines()[-2] == ppo.text
 
 
+def test_what_cannot_be_compared_is_said_and_the_conversation_goes_on(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f"/compare {'b' * 300}\n/compare ./sft\n/compare reward\nw5 w6\n"
+    printed = " ".join(chat(monkeypatch, capsys, str(finished), "--max-tokens", "3", lines=lines).split())
+    assert "File name too long" in printed and "No model can be called './sft', with a dot" in printed
+    assert printed.count(" tokens") == 1
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_is_typed_must_be_utf8(
+    finished: Path, errors: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"w5\xff\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", typed)
+    assert "What is typed, or comes from a file, must be UTF-8" in failed(capsys, ["chat", str(finished)])
+
+
+def test_a_reward_model_without_its_bias_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bias = finished / "reward" / "score_bias.json"
+    written = bias.read_text()
+    readers = [
+        ["chat", str(finished)],
+        ["evaluate", str(finished), "--models", "sft", "--against", "base", "--judge", "reward", "--limit", "1"],
+        ["export", str(finished), "--format", "reward", "--to", str(tmp_path / "reward")],
+    ]
+    try:
+        for text, part in ((None, "is missing: run the same recipe again"), ('{"bias": null}', "None is no bias")):
+            bias.unlink() if text is None else bias.write_text(text)
+            for words in readers:
+                said = failed(capsys, [*words, "--out", str(tmp_path / "out")] if words[0] == "evaluate" else words)
+                assert f"{bias}" in said and part in said, words
+    finally:
+        bias.write_text(written)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"input_ids": [[1]]}',
+        '{"input_ids": [], "scores": []}',
+        '{"input_ids": [[1], []], "scores": [0, 0]}',
+        '{"input_ids": [[1.5]], "scores": [0]}',
+        '{"input_ids": [[1]], "scores": [NaN]}',
+        '{"input_ids": [[1]], "scores": "x"}',
+        '{"input_ids": [[1, 99999]], "scores": [0]}',
+    ],
+)
+def test_damaged_probes_of_a_reward_model_are_named(
+    finished: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probes = finished / "reward" / "probe.json"
+    written = probes.read_text()
+    try:
+        probes.write_text(text)
+        assert f"{probes} is missing, or holds no rows with their scores" in failed(capsys, ["chat", str(finished)])
+    finally:
+        probes.write_text(written)
+
+
 def test_an_export_says_what_the_run_says(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -566,6 +566,9 @@ def test_an_endpoint_that_refuses_the_key_is_named(samples: Path, capsys: pytest
     assert "Incorrect API key" in (said := capsys.readouterr().err.splitlines()[-1]) and "0 labels are safe" in said
 
 
+NO_HOSTS = ("", "[", ":80", "host:port", "host:99999", "ho st/v1", "a..b", "a" * 64, "ü.example.com")
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -575,6 +578,10 @@ def test_an_endpoint_that_refuses_the_key_is_named(samples: Path, capsys: pytest
             ["--judge", "https://api.openai.com@example.com/v1"],
             "https://example.com/v1 is given with a name",
         ),
+        (["--judge", "http://127.0.0.1:1/v1?api_key=abc"], "http://127.0.0.1:1/v1?api_key=... is given with a name"),
+        *((["--judge", f"http://{rest}"], "is no URL of an endpoint") for rest in NO_HOSTS),
+        (["--judge", "http://127.0.0.1:1", "--timeout", "-1"], "--timeout must be above 0 seconds"),
+        (["--judge", "http://127.0.0.1:1", "--timeout", "nan"], "--timeout must be above 0 seconds"),
         (["--judge", "http://api.openai.com/v1"], "needs --api-key-env"),
         (
             ["--judge", "https://api.example.com/v1", "--api-key-env", ""],

@@ -624,6 +624,11 @@ def test_what_cannot_be_labelled_is_said_before_the_page_opens(
     assert "there is no file absent.md" in error_of(capsys, ["label", samples, "--guidelines", "absent.md"])
     assert "between 0 and 1" in error_of(capsys, ["label", samples, "--overlap", "20"])
     assert "a file of their own" in error_of(capsys, ["label", samples, "--labels", samples])
+    for folder in (tmp_path, Path("/")):
+        assert f"{folder}: it is a folder" in error_of(capsys, ["label", str(folder)])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert f"{folder}: it is a folder" in error_of(capsys, ["label", samples, "--labels", str(folder)])
     same = write(tmp_path / "same.jsonl", [{"prompt": "P", "responses": ["a", "a"]}])
     assert "all the same" in error_of(capsys, ["label", str(same)])
     torn = tmp_path / "torn.labels.jsonl"

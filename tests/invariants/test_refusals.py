@@ -20,11 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from support.paths import ROOT
 from support.report_run import write_run
 from support.rows import make_tokenizer
@@ -35,16 +37,21 @@ from rlhf_recipes.data.read import read
 from rlhf_recipes.data.rows import FORMATS
 from rlhf_recipes.data.sources import FILES, SOURCES
 from rlhf_recipes.data.tokens import render, set_chat_template
+from rlhf_recipes.evaluate.models import Cache
 from rlhf_recipes.evaluate.rewardbench import read_rewardbench
 from rlhf_recipes.feedback.constitution import read_constitution
 from rlhf_recipes.feedback.endpoint import _read_completion, _reported_probabilities, read_option
 from rlhf_recipes.feedback.rows import read_judgements, read_samples
+from rlhf_recipes.model.adapters import read_adapter_config
+from rlhf_recipes.model.shared import read_bias
 from rlhf_recipes.recipe.overrides import check_args, from_dict, parse_overrides, to_dict
 from rlhf_recipes.recipe.overrides import settings as lines_of
 from rlhf_recipes.recipe.values import Recipe, Source, Stage
+from rlhf_recipes.records.manifest import Manifest
 from rlhf_recipes.records.trust import foreign_code
 from rlhf_recipes.report.write import write_report
 from rlhf_recipes.stages.configure import CONFIGS
+from rlhf_recipes.stages.reward.adapters import read_probes
 
 DEFAULT = 25
 EXAMPLES = int(os.environ.get("EXAMPLES", DEFAULT))
@@ -397,6 +404,27 @@ def test_rewardbench(folder: Path, changes: list[tuple[random.Random, Any]]) -> 
 @pytest.fixture(scope="module")
 def run_folder(folder: Path) -> Path:
     return write_run(folder / "run")
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "alpha_pattern": {"q": 1}}
+STAGE = {"state": "done", "seconds": 1.5, "peak_memory_mib": 2.5, "data": {"rows": 3}, "results": {"card": None}}
+# A file beside an adapter or in a run folder, what it holds, and what reads it.
+PARTS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
+    "adapter_config.json": (LORA, read_adapter_config),
+    "probe.json": ({"input_ids": [[1, 2], [3]], "scores": [0.5, -1.0]}, read_probes),
+    "score_bias.json": ({"bias": 0.5, "demonstrations": 3}, read_bias),
+    "manifest.json": ({"stages": {"sft": STAGE}, "versions": {}}, Manifest.read),
+    "cache.jsonl": ({"key": "a", "value": [1, 2]}, lambda folder: Cache(folder / "cache.jsonl")),
+}
+
+
+@many
+@given(draws, values, st.sampled_from(sorted(PARTS)))
+def test_parts_of_run_folders(folder: Path, rng: random.Random, other: Any, name: str) -> None:
+    written, reads = PARTS[name]
+    (folder / name).write_text(json.dumps(spoil(written, rng, other)) + "\n")
+    save_file({"a": np.ones(2)}, folder / "adapter_model.safetensors")
+    result_or_refusal(name, lambda: reads(folder))
 
 
 @settings(many, max_examples=max(3, EXAMPLES // 20))  # a report takes a fifth of a second

@@ -49,6 +49,33 @@ def test_no_other_kind_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
         read_adapter_config(saved(tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"r": value} for value in (0, "16", None, True, [16], 2**40)),
+        *({"lora_alpha": value} for value in (None, "x", float("nan"), float("inf"), 10**4000)),
+        *({"alpha_pattern": value} for value in (["q"], 3, [{}], {"q": "x"})),
+        *({"rank_pattern": value} for value in (True, {"q": 0})),
+        *({"target_modules": value} for value in (3, [[]], [{}], {"a": 1})),
+        *({"task_type": value} for value in ([], "x", 3)),
+        *({"bias": value} for value in ([], "some")),
+        *({"layers_to_transform": value} for value in ("1", [-1], [1.5])),
+        {"target_parameters": "x"},
+        {"use_rslora": "false"},
+        {"revision": 1},
+    ],
+)
+def test_what_peft_does_not_write_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (key,) = changes
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {key}=.* is not what PEFT writes\. Delete it"):
+        read_adapter_config(saved(tmp_path, **changes))
+
+
+def test_settings_that_do_not_go_together_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"adapter_config\.json: When `layers_pattern` is specified"):
+        read_adapter_config(saved(tmp_path, layers_pattern="h"))
+
+
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     torch.save({"a": torch.ones(2)}, folder / "adapter_model.bin")

@@ -228,5 +228,5 @@ def test_an_attention_that_there_is_not_is_named_before_anything_is_loaded(tmp_p
 
 
 def test_no_data_is_no_list_index(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^sft\.data names no source"):
+    with pytest.raises(ValueError, match=r"^sft\.data is empty: name a file"):
         read("sft", Stage(""))

@@ -68,6 +68,14 @@ def test_what_is_no_place_for_a_file_is_said_in_words(tmp_path: Path) -> None:
         assert str(raised.value).startswith(words)
 
 
+def test_no_file_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: write_text(path, "text"), Journal):
+        with pytest.raises(ValueError, match="pipe: it is no file: name another"):
+            write(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_file_of_other_rows_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"id": 1}\n{"prompt": "p"}\n')
     with pytest.raises(ValueError, match=r"data\.jsonl, row 2: it has no 'id', and is of something else"):

@@ -33,6 +33,23 @@ def test_a_stage_that_has_begun_is_not_done_and_keeps_its_time(tmp_path: Path) -
     assert again is manifest.stages["sft"] and (again["seconds"], again["data"]["rows"]) == (2.5, 4)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"other": 1},
+        {"stages": []},
+        {"stages": {"sft": None}},
+        {"stages": {"sft": {**SFT, "state": 3}}},
+        {"stages": {"sft": {**SFT, "seconds": "x"}}},
+        {"stages": {"sft": {**SFT, "results": [1]}}},
+    ],
+)
+def test_a_manifest_of_another_form_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(OLD | changes))
+    with pytest.raises(ValueError, match=r"manifest\.json is not what this package writes\. Delete it, and run all"):
+        Manifest.read(tmp_path)
+
+
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json: not JSON"):

@@ -169,6 +169,8 @@ def test_a_netrc_that_cannot_be_used_is_none(
     (tmp_path / ".netrc").write_bytes(words.encode(errors="surrogateescape"))
     (tmp_path / ".netrc").chmod(mode)
     assert wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://[")
+    assert wandb_mode() == "offline", "W&B itself says what is wrong with it, where it is asked"
 
 
 def test_wandb_without_a_key_is_offline_and_complete(recipe: Recipe, tmp_path: Path, environment: None) -> None:

@@ -109,6 +109,9 @@ def test_a_link_out_of_a_strangers_folder_is_refused(tmp_path: Path, link: str, 
     folder = stranger(tmp_path / "theirs", load("tiny"))
     (folder / link).parent.mkdir(parents=True, exist_ok=True)
     (folder / "within").symlink_to("recipe.json")
+    wandbs = folder / "wandb" / "offline-run-20261129_120930-8dtd5m48" / "logs"
+    wandbs.mkdir(parents=True)
+    (wandbs / "debug-core.log").symlink_to("/root/.cache/wandb/logs/core-debug-20261129_120930.log")
     whole = tmp_path / "linked"
     whole.symlink_to(folder)
     assert recipe_to_show(whole) == load("tiny")

@@ -6,6 +6,7 @@ N rows; L tokens of the longest one, prompt and response.
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from ...data.prepare import Prepared
 from ...model.batches import TOKENS_AT_ONCE, Batches
 from ...model.processes import on_main
 from ...model.sampler import autocast_of, pad_right
-from ...model.shared import BIAS, SharedBase
-from ...records.files import read_json, write_json
+from ...model.shared import BIAS, SharedBase, read_bias
+from ...records.files import WRITE_AGAIN, read_json, write_json
 from ..job import Job
+from .card import CARD
 from .trainer import RewardTrainer
 
 PROBES = "probe.json"  # rows and their scores at the end of training; written last, so that it marks a finished adapter
@@ -80,11 +82,36 @@ def write_scores(trainer: RewardTrainer, job: Job) -> None:
     write_json(job.folder / PROBES, {"input_ids": [ids for ids, _ in probes], "scores": [score for _, score in probes]})
 
 
+def check_whole(folder: Path) -> None:
+    """Raises ValueError where a reward adapter of a run lacks the bias of its scores, which training has measured."""
+    places = [place for place in (folder, folder.parent) if (place / CARD).is_file()]  # of a member the stage's own
+    if places and read_json(places[0] / CARD).get("demonstrations") is not None and read_bias(folder) is None:
+        raise ValueError(f"{folder / BIAS} is missing: run the same recipe again, which writes it anew.")
+
+
+def read_probes(folder: Path, vocabulary: int = 2**31) -> tuple[list[list[int]], Tensor]:
+    """The N probe rows of a reward adapter, lists of token ids, and their scores (N,).
+
+    Raises ValueError where the file is missing or damaged.
+    """
+    found: Any = read_json(folder / PROBES) or {}
+    rows: Any = found.get("input_ids")
+    scores: Any = found.get("scores")
+    lists = isinstance(rows, list) and isinstance(scores, list) and all(isinstance(row, list) and row for row in rows)
+    ids = lists and all(type(id) is int and 0 <= id < vocabulary for row in rows for id in row)
+    numbers = lists and all(type(score) in (int, float) and abs(score) < 1e30 for score in scores)
+    if not (ids and numbers and len(rows) == len(scores) > 0):
+        raise ValueError(f"{folder / PROBES} is missing, or holds no rows with their scores. {WRITE_AGAIN}")
+    return rows, torch.tensor(scores, dtype=torch.float32)
+
+
 def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None:
-    """Score the probe rows with a role. Raises RuntimeError where they differ from what training wrote."""
-    probes = read_json(folder / PROBES)
-    scores = score_rows(shared, probes["input_ids"], role) - shared.biases.get(role, 0.0)  # (N,)
-    trained = torch.tensor(probes["scores"])  # (N,)
+    """Score the probe rows with a role.
+
+    Raises RuntimeError where they differ from what training wrote, and ValueError as `read_probes` does.
+    """
+    rows, trained = read_probes(folder, shared.vocabulary)
+    scores = score_rows(shared, rows, role) - shared.biases.get(role, 0.0)  # (N,)
     if not (scores - trained).abs().max().item() < rounding(trained, shared.causal.dtype):
         raise RuntimeError(
             f"The reward model in {folder} scores its probe rows differently after loading: {scores.tolist()}, "

@@ -26,6 +26,8 @@ from ...records.contents import (
 )
 from ...records.rates import win_rate
 
+CARD = "card.json"  # in the folder of the stage
+
 LOW_ACCURACY = 0.55  # a coin gets 0.5, and models of 1B to 7B got 0.63 to 0.69 on TL;DR (arXiv:2403.17031)
 FEW_PAIRS = 5_000
 LENGTH_SHARE = 0.9  # length alone explains the model if it reaches so much of the model's lift over 0.5,
@@ -61,7 +63,7 @@ def write_card(folder: Path, rows: list[ScoredPair], demonstrations: list[float]
     """
     assert rows, "a stage holds out at least one row"
     card = measure(rows, demonstrations, train_pairs)
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
     (folder / "card.md").write_text(markdown(card))
     _plot(card["calibration"], folder / "reliability.svg")
     return card
