@@ -22,7 +22,7 @@ from .check_index import signed
 from .check_rows import QUARTERS, Examination, Tally, ranks
 from .draw import draw
 from .kept import row_bytes
-from .prepare import RESERVED, normalize
+from .prepare import normalize, refused_columns
 from .read import conversion_of, read
 from .rows import MIXED, BadRow, Row, Survey, example
 from .sources import SOURCES, resolve_source
@@ -228,8 +228,8 @@ def _problems(examined: Examination, tally: Tally, heldout: int) -> Iterator[str
         dialogues = "two dialogues or more (prompts with different first turns)"
         yield f"No row is held out to evaluate on: that needs {dialogues}, with {needed}."
     if stage == "ppo":
-        for column in (column for column in RESERVED if column in survey.ours):
-            yield f"Rename the column {column!r}: reward functions have an argument of that name."
+        for column, why in refused_columns(survey.ours).items():
+            yield f"Rename the column {column!r:.300}: {why}."
         for column, error in tally.mixed_types.items():
             yield f"The column {column!r}, which is passed on to reward functions, mixes types: {error}"
 

@@ -82,7 +82,8 @@ AT_ONCE = 1000  # rows whose texts are rendered and tokenized together
 
 NO_CELL = (pa.ArrowException, UnicodeEncodeError, OverflowError)  # raised where a table cannot hold a value
 OURS = ("prompt", "prompt_ids", "prompt_row")  # columns of prompts that are not the source's other ones
-RESERVED = ("prompts", "completions", "completion_ids", *OURS[1:])  # reward functions' arguments, and our columns
+# Reward functions' arguments, and our columns.
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", *OURS[1:])
 
 
 @dataclass(frozen=True)
@@ -445,14 +446,17 @@ def _comparison_columns(rows: list[Row]) -> dict[str, Any]:
     return columns
 
 
+def refused_columns(names: Iterable[str]) -> dict[str, str]:
+    """Those columns of prompts that reward functions cannot get, and why."""
+    found = dict.fromkeys(sorted({*names} & {*RESERVED}), "reward functions have an argument of that name")
+    return found | {name: "Arrow takes no name with a NUL byte" for name in names if "\0" in name}
+
+
 def _prompt_columns(stage: str, source: Source, rows: list[Row]) -> dict[str, Any]:
     """Each row's prompt, and all other columns of the source, which reward functions get."""
     others = dict.fromkeys(column for row in rows for column in row.columns if column != "prompt")
-    for clash in sorted(set(others) & set(RESERVED)):
-        raise ValueError(
-            f"{stage}.data: rename the column {clash!r} of {source.data}: reward functions have an argument of that "
-            "name."
-        )
+    for column, why in refused_columns(others).items():
+        raise ValueError(f"{stage}.data: rename the column {column!r:.300} of {source.data}: {why}.")
     columns: dict[str, Any] = {
         "prompt_ids": _token_column(rows, lambda row: row.prompt_ids),
         "prompt": [row.prompt for row in rows],

@@ -81,7 +81,9 @@ def longest_columns(data: Prepared) -> tuple[int, int]:
     prompt, rest = 0, 0
     table: Any
     for part in (data.train, data.heldout):
-        names = [name for name in part.column_names if name.endswith("_ids")]
+        # The other columns of PPO's prompts are the source's own, whatever they are called.
+        is_ppos = "prompt_row" in part.column_names
+        names = ["prompt_ids"] if is_ppos else [name for name in part.column_names if name.endswith("_ids")]
         for table in part.select_columns(names).with_format("arrow").iter(batch_size=10_000):
             for name in names:
                 column = table[name].combine_chunks()

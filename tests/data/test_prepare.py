@@ -468,6 +468,9 @@ def test_ppo_refuses_columns_that_cannot_be_passed_on(tokenizer: FastTokenizer, 
     path = write(tmp_path / "data.jsonl", [{"prompt": "a", "completions": 1}])
     with pytest.raises(ValueError, match=r"ppo\.data: rename the column 'completions'"):
         unsplit(tokenizer, "ppo", path)
+    path = write(tmp_path / "data.jsonl", [{"prompt": "a", "a\0b": 1}])
+    with pytest.raises(ValueError, match=r"rename the column 'a\\x00b' of .*: Arrow takes no name with a NUL byte\.$"):
+        unsplit(tokenizer, "ppo", path)
     path = write(tmp_path / "data.jsonl", [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": "x"}])
     with pytest.raises(ValueError, match=r"ppo\.data: the column 'answer' .* mixes types"):
         unsplit(tokenizer, "ppo", path)

@@ -82,7 +82,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     write_rows(folder / "sft.jsonl", rows)
     rows = [{key: words(rng, 5) for key in ("prompt", "chosen", "rejected")} for _ in range(120)]
     write_rows(folder / "reward.jsonl", rows)
-    write_rows(folder / "ppo.jsonl", [{"prompt": words(rng, rng.randint(2, 6)), "topic": i} for i in range(120)])
+    write_rows(
+        folder / "ppo.jsonl",
+        [{"prompt": words(rng, rng.randint(2, 6)), "topic": i, "user_ids": "u1"} for i in range(120)],
+    )
     args = {
         "per_device_train_batch_size": 8,
         "gradient_checkpointing": False,
