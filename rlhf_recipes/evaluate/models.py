@@ -112,6 +112,14 @@ class AnswerSettings:
     with_kl: bool = True  # measure the KL to the reference
 
 
+def _is_answer(value: Any) -> bool:
+    """Whether what stands in a cache is an answer, as `Bench.answers` writes it."""
+    if not isinstance(value, dict) or value.keys() != {"ids", "ended", "kl"} or not isinstance(value["ids"], list):
+        return False
+    is_kl = value["kl"] is None or isinstance(value["kl"], int | float)
+    return is_kl and isinstance(value["ended"], bool) and all(isinstance(token, int) for token in value["ids"])
+
+
 class Bench:
     """A base, loaded when it is first needed, with one measured adapter at a time beside the reference.
 
@@ -197,6 +205,9 @@ class Bench:
             return [dict(zip(("ids", "ended", "kl"), row, strict=True)) for row in columns]
 
         values = self.cache.fill(keys, draw, label and f"{model.name}: {label}", self.batch_size)
+        for key, value in zip(keys, values, strict=True):
+            if not _is_answer(value):
+                raise ValueError(f"{self.cache.journal.path}: the row of the key {key} is no answer. Delete this row.")
         texts = response_texts(self.tokenizer, [value["ids"] for value in values], settings.conversational)
         return [
             Answer(key, model.name, *slot, **value, text=text)

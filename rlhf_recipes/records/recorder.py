@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from .contents import Sample
@@ -63,9 +64,11 @@ def say_lost_rows(folder: Path) -> None:
 
 def check_rows(path: Path, rows: list[Row]) -> list[Row]:
     """The rows of metrics or samples as they are. Raises ValueError where one is none of a stage's."""
+    kinds: dict[str, type | UnionType] = {"stage": str, "step": int}
+    kinds |= {"model": str, "prompt": str | list, "completion": str} if path.name == SAMPLES else {}
     for number, row in enumerate(rows, 1):
-        if not {"stage", "step"} <= row.keys():
-            raise ValueError(f"{path}, row {number}: it has no stage or no step. Delete this row.")
+        if wrong := [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]:
+            raise ValueError(f"{path}, row {number}: it has no {wrong[0]}, or a wrong one. Delete this row.")
     return rows
 
 

@@ -30,7 +30,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 def write_pages(run_dir: Path) -> list[str]:
     """Write report.html and README.md into a run folder. Returns the commands that go on from the run."""
-    (run,) = gather([run_dir])
-    write_text(run_dir / "report.html", render([run]))
-    write_text(run_dir / "README.md", readme(run))
-    return [command for _, command in next_steps(run)]
+    with refusing_strange_values([run_dir]):
+        (run,) = gather([run_dir])
+        write_text(run_dir / "report.html", render([run]))
+        write_text(run_dir / "README.md", readme(run))
+        return [command for _, command in next_steps(run)]

@@ -19,7 +19,7 @@ from support.command_line import error_of
 from support.endpoint import Endpoint, longer, save_judge
 from support.label_page import done, press, serving, shown
 from support.tiny_models import save_model
-from support.worded import WORDS, make_recipe, write
+from support.worded import WORDS, make_recipe, read, write
 from transformers import AutoTokenizer
 
 from rlhf_recipes import Recipe, Source, replace, run
@@ -383,6 +383,17 @@ def test_neither_batches_nor_limits_nor_kills_change_an_answer(
     content = cache.read_bytes()
     cache.write_bytes(content[: len(content) // 2])
     assert evaluate(copied) == evaluated and answers_of(copied) == answers_of(finished)
+
+
+def test_an_answer_of_another_form_in_the_cache_is_named(finished: Path, tmp_path: Path) -> None:
+    settings = EvaluationSettings(limit=2, models=("ppo",), judges=("gold",))
+    evaluate(finished, settings, tmp_path)
+    cache = tmp_path / "cache.jsonl"
+    rows = read(cache)
+    for value in ({"ids": [{}], "ended": True, "kl": 0.1}, {"ids": [5], "ended": True}, 3):
+        write(cache, [{**rows[0], "value": value}, *rows[1:]])
+        with pytest.raises(ValueError, match=rf"cache\.jsonl: the row of the key {rows[0]['key']} is no answer"):
+            evaluate(finished, settings, tmp_path)
 
 
 def test_several_answers_to_a_prompt_differ_and_the_first_is_the_single_one(finished: Path, tmp_path: Path) -> None:

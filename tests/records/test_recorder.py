@@ -11,14 +11,28 @@ from rlhf_recipes.records.recorder import drop_rows_to_come_again
 from rlhf_recipes.report.gather import gather
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
-def test_a_row_of_no_stage_is_named(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "row", "wrong"),
+    [
+        ("metrics.jsonl", "{}", "stage"),
+        ("metrics.jsonl", '{"stage": ["sft"], "step": 1}', "stage"),
+        ("metrics.jsonl", '{"stage": "sft", "step": null}', "step"),
+        ("samples.jsonl", "{}", "stage"),
+        ("samples.jsonl", '{"stage": "ppo", "step": 1, "prompt": "w5", "completion": "w6"}', "model"),
+        (
+            "samples.jsonl",
+            '{"stage": "ppo", "step": 1, "model": "ppo", "prompt": "w5", "completion": []}',
+            "completion",
+        ),
+    ],
+)
+def test_a_row_of_no_stage_is_named(tmp_path: Path, name: str, row: str, wrong: str) -> None:
     write_recipe(tmp_path, Recipe("any", Base("any")))
-    (tmp_path / name).write_text('{"stage": "sft", "step": 1}\n{}\n')
-    with pytest.raises(ValueError, match=rf"{name}, row 2: it has no stage or no step"):
-        drop_rows_to_come_again(tmp_path / name, "sft", 1)
-    with pytest.raises(ValueError, match=rf"{name}, row 2: it has no stage or no step"):
-        gather([tmp_path])
+    good = '{"stage": "sft", "step": 1, "model": "sft", "prompt": "w5", "completion": "w6"}'
+    (tmp_path / name).write_text(f"{good}\n{row}\n")
+    for read in (lambda: drop_rows_to_come_again(tmp_path / name, "sft", 1), lambda: gather([tmp_path])):
+        with pytest.raises(ValueError, match=rf"{name}, row 2: it has no {wrong}, or a wrong one"):
+            read()
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "null"])

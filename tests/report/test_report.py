@@ -252,10 +252,13 @@ def test_a_file_with_values_that_nothing_of_ours_writes_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_run(tmp_path / "run")
-    rows = read_rows(folder / "metrics.jsonl")
-    write(folder / "metrics.jsonl", [*rows[:-1], {**rows[-1], "step": "last"}])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["stages"]["reward"]["results"]["card"] = {"accuracy": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     said = error_of(capsys, ["report", str(folder)])
     assert f"{folder}: a file there holds what this package does not write (" in said and "please report it" in said
+    with pytest.raises(ValueError, match="a file there holds what this package does not write"):
+        write_pages(folder)  # as a run does at its end
 
 
 def test_runs_are_compared_and_what_they_share_is_there_once(tmp_path: Path) -> None:
