@@ -162,8 +162,30 @@ def gpu_product(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.new_empty(len(rows), len(weight), dtype=torch.float32)
 
 
-def dry_trl(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
-    """sft, reward and dpo, by TRL's trainers. DPO's reference is a copy of the SFT adapter, where there is one."""
+BUILT: dict[Any, Any] = {}  # models for the next phase of the same stage
+
+
+def built(build: Callable[[Shape, int | None], Any], shape: Shape, layers: int | None, phase: str) -> Any:
+    """The model that a phase runs dry, with shape-only weights. It is built once for the phases without gradients.
+
+    The one with gradients, which changes it, takes it away; it should come last.
+    """
+    of_stage = shape.stage if shape.stage in ("ppo", "reward") else "causal"
+    key = of_stage, shape.base, precision(shape.base), shape.lora, shape.roles, layers
+    model = BUILT.pop(key, None)
+    if model is None:
+        model = build(shape, layers)
+        with DRY:
+            materialize(model)
+    if phase not in ("train", "update"):
+        BUILT[key] = model
+        for oldest in list(BUILT)[:-2]:  # two depths of a stage are run in turn
+            del BUILT[oldest]
+    return model
+
+
+def build_trl(shape: Shape, layers: int | None) -> Any:
+    """The adapters of sft, reward and dpo on a skeleton, as TRL's trainers attach them."""
     scores = shape.stage == "reward"
     with torch.device("meta"):
         causal: Any = skeleton(shape.base, layers, scores)
@@ -177,6 +199,13 @@ def dry_trl(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
     if not scores:
         # The outputs that TRL's trainers ask for.
         add_fused_lm_head(causal, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return model
+
+
+def dry_trl(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
+    """sft, reward and dpo, by TRL's trainers. DPO's reference is a copy of the SFT adapter, where there is one."""
+    scores, model = shape.stage == "reward", built(build_trl, shape, layers, phase)
+    causal = model.get_base_model()
 
     def step(rows: int) -> None:
         ids, mask = dry_batch(rows, shape.length)
@@ -188,7 +217,6 @@ def dry_trl(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
     if phase == "adapters":
         return adapter_bytes(model, shape.optim)
     with DRY:
-        materialize(model)
         metered = functools.partial(meter_micro_batch, model, getattr(causal, causal.base_model_prefix))
         if phase == "evaluate":
             return largest(phase, metered(no_grad(lambda: step(shape.more_rows))))
@@ -224,8 +252,8 @@ def scoring_bytes(base: Base, rows: int, length: int) -> float:
         raise NoPlan(f"{base.model} cannot be planned: {str(error).splitlines()[0]}") from error
 
 
-def dry_ppo(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
-    """PPO: a micro-batch of decoding, of scoring (log-probs, a head), and of the policy's and the critic's update."""
+def build_ppo(shape: Shape, layers: int | None) -> SharedBase:
+    """PPO's roles on a skeleton."""
     with torch.device("meta"):
         shared = SharedBase(skeleton(shape.base, layers), shape.lora)
         shared.packs_rows = False  # its rows have no padding
@@ -235,6 +263,12 @@ def dry_ppo(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
                 shared.add_role(role.name, trainable=role.trained, head=head, exact=role.copy)
             else:
                 shared.add_head(role.name, on=role.on)
+    return shared
+
+
+def dry_ppo(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
+    """PPO: a micro-batch of decoding, of scoring (log-probs, a head), and of the policy's and the critic's update."""
+    shared: SharedBase = built(build_ppo, shape, layers, phase)
 
     def policy_step(rows: int, entropy: bool = False) -> None:
         ids, mask = dry_batch(rows, shape.length)
@@ -253,7 +287,6 @@ def dry_ppo(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
         copies = sum(p.numel() for p in shared.parameters_of("policy")) * precision(shape.base).itemsize
         return adapter_bytes(shared, shape.optim) | {"copies": copies}
     with DRY:
-        materialize(shared)
         metered = functools.partial(meter_micro_batch, shared, shared.backbone)
         if phase == "generate":
             sizes: list[int] = []

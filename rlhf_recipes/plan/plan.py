@@ -237,13 +237,14 @@ def at_full_depth(shape: Shape, phases: Sequence[str] | None = None) -> dict[str
     """
     text = base_config(shape.base).get_text_config()
     depth, phases = text.num_hidden_layers, phases or phases_of(shape.stage)
+    in_order = ("adapters", *sorted(phases, key=("train", "update").count))  # the one with gradients last
     numbers: dict[str, float] = {}
     if depth <= LAYERS[1]:
-        for phase in ("adapters", *phases):
+        for phase in in_order:
             numbers |= kept_dry_run(what_matters(shape, phase), depth, phase)
     else:
         a_layer: dict[str, float] = {}
-        for phase in ("adapters", *phases):
+        for phase in in_order:
             carried, each = _carried(dataclasses.replace(shape, checkpointed=None), depth, phase)
             numbers, a_layer = numbers | carried, a_layer | each
         if "update" in phases and shape.checkpointed in range(1, depth) and shape.checkpointing != "off":
