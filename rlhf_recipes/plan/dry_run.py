@@ -4,6 +4,7 @@ A stage's own code runs on tensors that have a shape and no storage (torch's `Fa
 what they would allocate and free. But for the insides of kernels, that is what torch's allocator gives out.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -95,6 +96,28 @@ def dry_backward(values: Tensor) -> None:
         values.sum().backward()
 
 
+def phases_of(stage: str) -> tuple[str, ...]:
+    """The phases of a stage that have a dry run."""
+    return ("generate", "score", "update") if stage == "ppo" else ("train", "evaluate")
+
+
+def what_matters(shape: Shape, phase: str) -> Shape:
+    """The shape with one value for all that a phase's dry run does not depend on, so that others have the same."""
+    if phase in ("train", "update"):
+        return dataclasses.replace(shape, optim="", more_rows=0)
+    shape = dataclasses.replace(shape, checkpointing="off", checkpointed=None, dropout=False)
+    if phase == "adapters":
+        return dataclasses.replace(shape, on_gpu=False, rows=0, more_rows=0, prompt=0, length=0)
+    if phase == "score":
+        return dataclasses.replace(shape, optim="", rows=rows_scored(shape), more_rows=0)
+    return dataclasses.replace(shape, optim="", rows=0)
+
+
+def rows_scored(shape: Shape) -> int:
+    """Rows of PPO's largest scored micro-batch: of what it updates the update's, of all else as keep a GPU busy."""
+    return max(shape.rows, min(shape.more_rows, TOKENS_AT_ONCE // shape.length))
+
+
 def largest(phase: str, *micro_batches: MicroBatchMemory) -> dict[str, float]:
     """The larger of several micro-batches, number by number, as `phase.activations` and so on."""
     columns = zip(*micro_batches, strict=True)
@@ -108,15 +131,16 @@ def checkpoint(model: Any, shape: Shape) -> None:
         enable_checkpointing(model, {"use_reentrant": shape.checkpointing == "reentrant"})
 
 
-def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> dict[str, float]:
-    """What a stage takes, in bytes.
+def dry_run(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
+    """What a phase of a stage takes, in bytes.
 
     Args:
         layers: of the model; None: all that it has.
-        training_only: leave out the phases without gradients.
+        phase: one of `phases_of` the stage, or `adapters`, in which nothing runs.
     Returns:
-        `adapters`, `gradients`, `optimizer`, of PPO `kv_cache` and `copies` (the policy's adapter in the base's dtype),
-        and a `MicroBatchMemory` of each phase, as `update.saved`, `update.activations` and so on.
+        Of a phase a `MicroBatchMemory`, as `update.saved`, `update.activations` and so on, and of `generate`
+        `kv_cache`. Of `adapters` `adapters`, `gradients`, `optimizer`, and of PPO `copies` (the policy's adapter in the
+        base's dtype).
     Raises:
         NoPlan: the model cannot be run dry.
     """
@@ -126,7 +150,7 @@ def dry_run(shape: Shape, layers: int | None, training_only: bool = False) -> di
     if shape.on_gpu:  # the tensors of a dry run say that they are on a CPU
         log_probs.CPU_ROWS, log_probs.float32_product = log_probs.LOGITS_AT_ONCE, gpu_product
     try:
-        return (dry_ppo if shape.stage == "ppo" else dry_trl)(shape, layers, training_only)
+        return (dry_ppo if shape.stage == "ppo" else dry_trl)(shape, layers, phase)
     except RuntimeError as error:
         raise NoPlan(f"{shape.stage} cannot be planned: {str(error).splitlines()[0]}") from error
     finally:
@@ -138,8 +162,30 @@ def gpu_product(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.new_empty(len(rows), len(weight), dtype=torch.float32)
 
 
-def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:
-    """sft, reward and dpo, by TRL's trainers. DPO's reference is a copy of the SFT adapter, where there is one."""
+BUILT: dict[Any, Any] = {}  # models for the next phase of the same stage
+
+
+def built(build: Callable[[Shape, int | None], Any], shape: Shape, layers: int | None, phase: str) -> Any:
+    """The model that a phase runs dry, with shape-only weights. It is built once for the phases without gradients.
+
+    The one with gradients, which changes it, takes it away; it should come last.
+    """
+    of_stage = shape.stage if shape.stage in ("ppo", "reward") else "causal"
+    key = of_stage, shape.base, precision(shape.base), shape.lora, shape.roles, layers
+    model = BUILT.pop(key, None)
+    if model is None:
+        model = build(shape, layers)
+        with DRY:
+            materialize(model)
+    if phase not in ("train", "update"):
+        BUILT[key] = model
+        for oldest in list(BUILT)[:-2]:  # two depths of a stage are run in turn
+            del BUILT[oldest]
+    return model
+
+
+def build_trl(shape: Shape, layers: int | None) -> Any:
+    """The adapters of sft, reward and dpo on a skeleton, as TRL's trainers attach them."""
     scores = shape.stage == "reward"
     with torch.device("meta"):
         causal: Any = skeleton(shape.base, layers, scores)
@@ -153,6 +199,13 @@ def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
     if not scores:
         # The outputs that TRL's trainers ask for.
         add_fused_lm_head(causal, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return model
+
+
+def dry_trl(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
+    """sft, reward and dpo, by TRL's trainers. DPO's reference is a copy of the SFT adapter, where there is one."""
+    scores, model = shape.stage == "reward", built(build_trl, shape, layers, phase)
+    causal = model.get_base_model()
 
     def step(rows: int) -> None:
         ids, mask = dry_batch(rows, shape.length)
@@ -161,12 +214,12 @@ def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
             output = model(input_ids=ids, attention_mask=mask, use_cache=False, **head_inputs)
         dry_backward(output.logits.float() if scores else output.log_probs)
 
-    numbers = adapter_bytes(model, shape.optim)
+    if phase == "adapters":
+        return adapter_bytes(model, shape.optim)
     with DRY:
-        materialize(model)
         metered = functools.partial(meter_micro_batch, model, getattr(causal, causal.base_model_prefix))
-        if not training_only:
-            numbers |= largest("evaluate", metered(no_grad(lambda: step(shape.more_rows))))
+        if phase == "evaluate":
+            return largest(phase, metered(no_grad(lambda: step(shape.more_rows))))
         reference = [metered(no_grad(lambda: step(shape.rows)))] if shape.stage == "dpo" else []
         model.train()
         if not shape.dropout:
@@ -177,7 +230,7 @@ def dry_trl(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
         policy = metered(lambda: step(shape.rows))
         # DPO's reference comes after the policy's forward, on top of what that has saved.
         after = [MicroBatchMemory(policy.saved, policy.saved + r.activations, r.saved + r.logits) for r in reference]
-        return numbers | largest("train", policy, *after)
+        return largest(phase, policy, *after)
 
 
 @functools.cache
@@ -199,8 +252,8 @@ def scoring_bytes(base: Base, rows: int, length: int) -> float:
         raise NoPlan(f"{base.model} cannot be planned: {str(error).splitlines()[0]}") from error
 
 
-def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, float]:
-    """PPO: a micro-batch of decoding, of scoring (log-probs, a head), and of the policy's and the critic's update."""
+def build_ppo(shape: Shape, layers: int | None) -> SharedBase:
+    """PPO's roles on a skeleton."""
     with torch.device("meta"):
         shared = SharedBase(skeleton(shape.base, layers), shape.lora)
         shared.packs_rows = False  # its rows have no padding
@@ -210,6 +263,12 @@ def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
                 shared.add_role(role.name, trainable=role.trained, head=head, exact=role.copy)
             else:
                 shared.add_head(role.name, on=role.on)
+    return shared
+
+
+def dry_ppo(shape: Shape, layers: int | None, phase: str) -> dict[str, float]:
+    """PPO: a micro-batch of decoding, of scoring (log-probs, a head), and of the policy's and the critic's update."""
+    shared: SharedBase = built(build_ppo, shape, layers, phase)
 
     def policy_step(rows: int, entropy: bool = False) -> None:
         ids, mask = dry_batch(rows, shape.length)
@@ -224,41 +283,42 @@ def dry_ppo(shape: Shape, layers: int | None, training_only: bool) -> dict[str, 
                 values = shared.head_outputs(*dry_batch(rows, shape.length))
             dry_backward(values)
 
-    numbers = adapter_bytes(shared, shape.optim)
-    numbers["copies"] = sum(p.numel() for p in shared.parameters_of("policy")) * precision(shape.base).itemsize
+    if phase == "adapters":
+        copies = sum(p.numel() for p in shared.parameters_of("policy")) * precision(shape.base).itemsize
+        return adapter_bytes(shared, shape.optim) | {"copies": copies}
     with DRY:
-        materialize(shared)
         metered = functools.partial(meter_micro_batch, shared, shared.backbone)
-        if not training_only:
+        if phase == "generate":
             sizes: list[int] = []
             saved, activations, logits = metered(no_grad(lambda: sizes.append(dry_decode(shared, shape))))
-            numbers |= largest("generate", MicroBatchMemory(saved - sizes[0], activations - sizes[0], logits))
-            numbers["kv_cache"] = sizes[0]
-            # What PPO updates is scored in the update's micro-batches, all else in as many tokens as keep a GPU busy.
-            rows = max(shape.rows, min(shape.more_rows, TOKENS_AT_ONCE // shape.length))
+            numbers = largest(phase, MicroBatchMemory(saved - sizes[0], activations - sizes[0], logits))
+            return numbers | {"kv_cache": sizes[0]}
+        if phase == "score":
+            rows = rows_scored(shape)
             scored = [metered(no_grad(lambda role=role: head_step(role, rows))) for role in list(shared.heads)[:1]]
-            numbers |= largest("score", metered(no_grad(lambda: policy_step(rows, entropy=True))), *scored)
+            return largest(phase, metered(no_grad(lambda: policy_step(rows, entropy=True))), *scored)
         shared.train()
         checkpoint(shared, shape)
         critic = [metered(lambda: head_step("critic", shape.rows))] if "critic" in shared.heads else []
-        return numbers | largest("update", metered(lambda: policy_step(shape.rows)), *critic)
+        return largest(phase, metered(lambda: policy_step(shape.rows)), *critic)
 
 
 def dry_decode(shared: SharedBase, shape: Shape) -> int:
     """The prompt and the last token of `decode.decode`. Returns the bytes of the KV cache."""
     rows, prompt, total = shape.more_rows, shape.prompt, shape.length
-    cache = roomy_cache(shared.causal.config, total)
+    cache, width = roomy_cache(shared.causal.config, total), max(1, TOKENS_AT_ONCE // rows)
     ids, mask = dry_batch(rows, total)
     with shared.role("policy"), forward_precision(shape):
-        for start, piece in ((0, ids[:, :prompt]), (total - 1, ids[:, -1:])):
-            for layer in cache.layers:
-                if start and isinstance(layer, RoomyLayer):  # as after all tokens but the last
-                    layer.length, layer.keys = start, layer.room[0][:, :, :start]
-            for part in piece.split(max(1, TOKENS_AT_ONCE // rows), dim=1):
-                end = start + part.shape[1]
-                hidden = cached_forward(
-                    shared.backbone, cache, part, mask[:, :end].bool(), position_ids=mask[:, start:end]
-                )
-                start = end
+        for first, behind in ((0, prompt), (total - 1, total)):
+            starts = list(range(first, behind, width))
+            if all(isinstance(layer, RoomyLayer) for layer in cache.layers):
+                starts = [*starts[:1], *starts[1:][-2:]]  # the later a whole piece comes, the more it takes
+            for start in starts:
+                for layer in cache.layers:
+                    if start and isinstance(layer, RoomyLayer):  # as after all tokens before
+                        layer.length, layer.keys = start, layer.room[0][:, :, :start]
+                end = min(start + width, behind)
+                seen, positions = mask[:, :end].bool(), mask[:, start:end]
+                hidden = cached_forward(shared.backbone, cache, ids[:, start:end], seen, positions)
         draw_tokens(shared.logits(hidden[:, -1]).float() / 0.7, torch.zeros(rows, dtype=torch.float64))
     return sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))

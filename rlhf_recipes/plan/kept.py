@@ -22,27 +22,27 @@ CODE = ("model", "plan", "stages/ppo")  # folders of this package whose code a d
 
 
 @functools.cache
-def kept_dry_run(shape: Shape, layers: int, training_only: bool = False) -> dict[str, float]:
+def kept_dry_run(shape: Shape, layers: int, phase: str) -> dict[str, float]:
     """The numbers of `dry_run`, read from disk where they have been found before, and else found and kept there."""
     if shape.base.trust_remote_code:  # the model's own code is no part of its configuration
-        return dry_run(shape, layers, training_only)
-    entry = cache_folder() / "dry_runs" / f"{entry_name(shape, layers, training_only)}.json"
+        return dry_run(shape, layers, phase)
+    entry = cache_folder() / "dry_runs" / f"{entry_name(shape, layers, phase)}.json"
     if entry.is_file():
         return read_json(entry)
-    numbers = dry_run(shape, layers, training_only)
+    numbers = dry_run(shape, layers, phase)
     with suppress(OSError):  # a plan needs no disk, which may be full or read-only
         entry.parent.mkdir(parents=True, exist_ok=True)
         write_json(entry, numbers)
     return numbers
 
 
-def entry_name(shape: Shape, layers: int, training_only: bool) -> str:
+def entry_name(shape: Shape, layers: int, phase: str) -> str:
     """A digest of all that a dry run depends on. Where the model lies is no part of it: its configuration is."""
     base = {"precision": str(precision(shape.base))}
     base |= {name: getattr(shape.base, name) for name in ("quantization", "attn_implementation")}
     config = base_config(shape.base).to_dict()
     config.pop("_name_or_path", None)
-    parts = [dataclasses.asdict(shape) | {"base": base}, layers, training_only, config, versions(), code_digest()]
+    parts = [dataclasses.asdict(shape) | {"base": base}, layers, phase, config, versions(), code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

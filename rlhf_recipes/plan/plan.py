@@ -30,7 +30,7 @@ from ..recipe.values import Base, Recipe
 from ..stages.configure import Configs, configure
 from ..stages.options import PPOConfig
 from ..stages.ppo.roles import Role, ppo_roles
-from .dry_run import Shape
+from .dry_run import Shape, phases_of, what_matters
 from .kept import kept_dry_run
 from .meter import MicroBatchMemory
 from .others import for_gpu, other_models
@@ -159,27 +159,31 @@ def _planned_roles(recipe: Recipe, stage: str, config: Any) -> tuple[Role, ...]:
     return (Role("ref"),) if stage == "dpo" and recipe.sft is not None else ()
 
 
-def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> StagePlan:
+def stage_plan(
+    recipe: Recipe, stage: str, config: Any, gpu: float | None, only: Sequence[str] | None = None
+) -> StagePlan:
     """Add up what is there at one time in each phase: what stays, and one micro-batch.
 
     Where the base's layers are laid over several cards, it is that of the card that holds the most.
 
     Args:
         gpu: bytes of the GPU in all; None: a CPU.
+        only: of the phases with a micro-batch these; the plan is theirs alone.
     """
     shape = shape_of(recipe, stage, config, on_gpu=gpu is not None)
-    numbers, others = at_full_depth(shape), other_models(recipe, stage, config, shape.length, gpu)
+    micro_batches = only or phases_of(stage)
+    numbers, others = at_full_depth(shape, micro_batches), other_models(recipe, stage, config, shape.length, gpu)
     weights, rollout = held_weights(recipe.base), rollout_bytes(config) if stage == "ppo" else 0
     models = weights + numbers["adapters"] + (others.models if stage == "ppo" else 0)
     workspaces = 0 if gpu is None else WORKSPACES
     stays = models + numbers["optimizer"] + rollout + workspaces
     if others.vllm:  # it samples in place of our loop, from a KV cache of its own
         numbers |= {"kv_cache": 0, "generate.activations": others.vllm, "generate.saved": 0, "generate.logits": 0}
-    elif stage == "ppo" and gpu is not None:
+    elif "generate" in micro_batches and gpu is not None:
         numbers |= captured_decoding(recipe, config, shape, numbers)
     training = "update" if stage == "ppo" else "train"
     phases, activations = {"load": models + others.loading}, {}
-    for phase in ("generate", "score", "update") if stage == "ppo" else ("train", "evaluate"):
+    for phase in micro_batches:
         micro_batch = MicroBatchMemory(*(numbers[f"{phase}.{name}"] for name in MicroBatchMemory._fields))
         phases[phase] = stays + max(micro_batch.peak, others.scoring if phase == "score" else 0)
         if others.vllm and not config.vllm_enable_sleep_mode and phase != "generate":
@@ -187,7 +191,7 @@ def stage_plan(recipe: Recipe, stage: str, config: Any, gpu: float | None) -> St
         phases[phase] += numbers["gradients"] if phase == training else 0
         phases[phase] += numbers["kv_cache"] if phase == "generate" else 0
         activations[phase] = micro_batch.activations + rollout - (others.vllm if phase == "generate" else 0)
-    if stage == "dpo":  # on a base that is loaded anew when the policy is trained
+    if stage == "dpo" and "evaluate" in micro_batches:  # on a base that is loaded anew when the policy is trained
         phases["compare"] = models + others.models + max(numbers["evaluate.activations"], others.scoring)
     if others.labeler:
         phases["label"] = others.labeler + others.labelling
@@ -225,35 +229,41 @@ def captured_decoding(recipe: Recipe, config: PPOConfig, shape: Shape, numbers: 
     return {"kv_cache": static["cache"], **grown}
 
 
-def at_full_depth(shape: Shape) -> dict[str, float]:
-    """The dry runs' numbers, carried on from few layers to the model's.
+def at_full_depth(shape: Shape, phases: Sequence[str] | None = None) -> dict[str, float]:
+    """The dry runs' numbers of some phases (None: all), carried on from few layers to the model's.
 
     All grow with the layers in a straight line. Where only the first layers are checkpointed, the others keep what they
     keep without, which is gone before the first layer runs its forward again.
     """
     text = base_config(shape.base).get_text_config()
-    depth = text.num_hidden_layers
+    depth, phases = text.num_hidden_layers, phases or phases_of(shape.stage)
+    in_order = ("adapters", *sorted(phases, key=("train", "update").count))  # the one with gradients last
+    numbers: dict[str, float] = {}
     if depth <= LAYERS[1]:
-        numbers = dict(kept_dry_run(shape, depth))
+        for phase in in_order:
+            numbers |= kept_dry_run(what_matters(shape, phase), depth, phase)
     else:
-        numbers, a_layer = _carried(dataclasses.replace(shape, checkpointed=None), depth)
-        if shape.checkpointed in range(1, depth) and shape.checkpointing != "off":
+        a_layer: dict[str, float] = {}
+        for phase in in_order:
+            carried, each = _carried(dataclasses.replace(shape, checkpointed=None), depth, phase)
+            numbers, a_layer = numbers | carried, a_layer | each
+        if "update" in phases and shape.checkpointed in range(1, depth) and shape.checkpointing != "off":
             unchecked = dataclasses.replace(shape, checkpointing="off", checkpointed=None)
-            most, of_each = _carried(unchecked, depth, training_only=True)
+            most, of_each = _carried(unchecked, depth, "update")
             a_layer_spares = of_each["update.saved"] - a_layer["update.saved"]
             saved = numbers["update.saved"] + (depth - shape.checkpointed) * a_layer_spares
             beyond = most["update.activations"] - most["update.saved"]  # a backward through a layer that was kept
             numbers["update.activations"] = max(numbers["update.activations"], saved + beyond)
             numbers["update.saved"] = saved
     if shape.on_gpu and shape.stage in ("sft", "dpo"):
-        for phase, rows in (("train", shape.rows), ("evaluate", shape.more_rows)):
+        for phase, rows in {"train": shape.rows, "evaluate": shape.more_rows}.items():
             numbers[f"{phase}.logits"] = fused_head_bytes(rows * shape.length, text.hidden_size)
     return numbers
 
 
-def _carried(shape: Shape, depth: int, training_only: bool = False) -> tuple[dict[str, float], dict[str, float]]:
-    """The dry runs' numbers of so many layers, and what each layer adds."""
-    low, high = (kept_dry_run(shape, layers, training_only) for layers in LAYERS)
+def _carried(shape: Shape, depth: int, phase: str) -> tuple[dict[str, float], dict[str, float]]:
+    """A phase's numbers of so many layers, and what each layer adds."""
+    low, high = (kept_dry_run(what_matters(shape, phase), layers, phase) for layers in LAYERS)
     a_layer = {name: (high[name] - low[name]) / (LAYERS[1] - LAYERS[0]) for name in low}
     if "kv_cache" in low:  # every second layer may have another kind of it
         a_layer["kv_cache"] = low["kv_cache"] / LAYERS[0]
@@ -357,7 +367,7 @@ def fits_by(
     phases: Sequence[str], recipe: Recipe, stage: str, config: Any, total: float | None, gpu: float | None
 ) -> bool:
     """Whether a stage fits by some of its phases alone. The arguments are as `for_device` takes and gives them."""
-    tried = stage_plan(recipe, stage, config, total)
+    tried = stage_plan(recipe, stage, config, total, phases)
     peak = max(tried.phases[phase] for phase in phases)
     beside = held_beside(peak * MIB, tried.parts["weights"] * MIB, total is not None)
     return peak * MIB + sum(beside.values()) <= (available_bytes(recipe.base) if gpu is None else gpu)

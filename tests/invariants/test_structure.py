@@ -58,20 +58,23 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self.note(tensor)
-        self.count()
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if any([self.note(tensor) for tensor in tensors]):  # else nothing is higher than before
+            self.count()
         return result
 
-    def note(self, tensor: Tensor) -> None:
+    def note(self, tensor: Tensor) -> bool:
+        """Whether it tells anything new."""
         memory = tensor.untyped_storage()
-        if memory.data_ptr() not in self.known:
-            reference = StorageWeakRef(memory)
-            fresh = Storage(reference, memory.nbytes() // tensor.element_size())
-            storage = self.alive.setdefault(reference.cdata, fresh)
-            storage.logits |= tensor.shape[-1:] == (VOCABULARY,)
-            storage.weight |= tuple(tensor.shape) in self.weights
+        if memory.data_ptr() in self.known:
+            return False
+        reference = StorageWeakRef(memory)  # as long as it is there no other storage has its address
+        fresh = Storage(reference, memory.nbytes() // tensor.element_size())
+        storage = self.alive.setdefault(reference.cdata, fresh)
+        before = storage is not fresh and (storage.logits, storage.weight)
+        storage.logits |= tensor.shape[-1:] == (VOCABULARY,)
+        storage.weight |= tuple(tensor.shape) in self.weights
+        return before != (storage.logits, storage.weight)
 
     def count(self) -> None:
         self.alive = {key: storage for key, storage in self.alive.items() if not storage.reference.expired()}

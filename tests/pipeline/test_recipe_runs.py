@@ -115,6 +115,7 @@ def test_the_stories_recipe_raises_its_python_reward_on_a_real_model(tmp_path: P
 def test_the_hh_recipes_run_whole_on_real_comparisons(name: str, tmp_path: Path) -> None:
     small = {"data": str(HH), "limit": 24, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     ppo = {"mini_batch_size": 4, "num_mini_batches": 2, "response_length": 16, "max_steps": 1}
+    ppo |= {"per_device_train_batch_size": 4, "rollout_micro_batch_size": 8}  # `auto` is the next test's
     recipe = replace(
         load(name),
         tracker="none",

@@ -166,6 +166,7 @@ LARGE, SMALL = "24GiB", "16GiB"
     ("name", "model", "card", "changes"),
     [
         ("qwen3-8b-ultrafeedback", QWEN3_8B, SMALL, {}),
+        ("mistral-7b-hh-dpo", MISTRAL_7B, LARGE, {}),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
@@ -189,5 +190,5 @@ def test_recipes_fit_the_cards_that_they_name(
     AutoConfig.for_model(**model).save_pretrained(tmp_path)
     recipe = on_card(replace(load(name), base={"model": str(tmp_path), **changes}), card_of(card))
     planned = plan_memory(recipe, configure(recipe), card_of(card).gib * GIB)
-    assert all(planned.fits_in(stage) for stage in ("sft", "reward", "ppo"))
+    assert planned.stages.keys() == ({"sft", "dpo"} if recipe.dpo else {"sft", "reward", "ppo"}) and planned.fits
     assert card[:-3] in recipe_file(name).read_text().split('"""')[1], "its docstring names the card"

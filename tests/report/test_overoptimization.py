@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,11 +127,25 @@ def test_the_shipped_experiment_varies_three_things_with_two_seeds() -> None:
     assert all(len(panel.lines) == 3 and all(len(line.runs) == 2 for line in panel.lines) for panel in found)
 
 
-def test_the_experiment_runs_whole_and_draws_its_curves(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "labels"),
+    [
+        ({"ppo": {"kl_coef": 0.1}}, ["ppo.kl_coef=0.0", "ppo.kl_coef=0.1"]),
+        pytest.param(
+            {"reward": {"ensemble_size": 2}},
+            ["reward.ensemble_size=1", "reward.ensemble_size=2"],
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["kl_coef", "ensemble_size"],
+)
+def test_the_experiment_runs_whole_and_draws_its_curves(
+    tmp_path: Path, change: dict[str, Any], labels: list[str]
+) -> None:
     quick = {"num_mini_batches": 1, "per_device_train_batch_size": 32, "eval_on_start": True, "eval_steps": 1}
     recipe: Recipe = replace(
         small("overoptimization", reward=64, episodes=128),
-        variants={"free": {}, "two": {"reward": {"ensemble_size": 2}}},
+        variants={"free": {}, "other": change},
         reward={"max_steps": 2},
         ppo=quick,
     )
@@ -145,7 +160,7 @@ def test_the_experiment_runs_whole_and_draws_its_curves(tmp_path: Path) -> None:
         at_end = summary["variants"][name]["models"]["ppo"]
         assert found["kl"][-1] == pytest.approx(at_end["kl"], rel=1e-4), "the last evaluation is of the final policy"
     (panel,) = written["panels"]
-    assert [line["label"] for line in panel["lines"]] == ["reward.ensemble_size=1", "reward.ensemble_size=2"]
+    assert [line["label"] for line in panel["lines"]] == labels
     assert all(math.isfinite(line["quality"]["alpha"]) and line["quality"]["r2"] <= 1 for line in panel["lines"])
     assert (folder / "overoptimization.png").read_bytes().startswith(b"\x89PNG")
     drawn = (folder / "overoptimization.svg").read_bytes()

@@ -1,6 +1,9 @@
 """Adapters and reward models as others load them: by PEFT, by a pipeline, in a process without this package."""
 
+import io
 import json
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +31,49 @@ def probes(run: Path) -> dict[str, Any]:
     return json.loads((run / "reward" / "probe.json").read_text())
 
 
-def test_a_reward_model_scores_as_in_training(
-    run: Path, probes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+ROWS = [[4, 5, 6, 7]]
+
+
+@dataclass
+class Shipped:
+    """A reward model and an adapter beside its base, as `export` writes them, and what a fresh process says of them."""
+
+    reward: Path
+    printed: str  # of the reward model's export
+    scores: list[torch.Tensor]  # of its probes
+    log_probs: list[torch.Tensor]  # of the adapter, on ROWS
+
+
+@pytest.fixture(scope="module")
+def shipped(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
     (run / "reward" / "score_bias.json").write_text('{"bias": 0.25, "demonstrations": 3}')
-    main_cli(["export", str(run), "--format", "reward", "--to", str(tmp_path / "out")])
-    assert "adds 0.250 to every score" in capsys.readouterr().out
-    scores = torch.cat(in_a_fresh_process({tmp_path / "out": probes["input_ids"]})[tmp_path / "out"])
-    torch.testing.assert_close(scores, torch.tensor(probes["scores"]), atol=1e-4, rtol=0)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    folder, base = tmp_path_factory.mktemp("shipped"), read_recipe(run).base.model
+    reward, adapter = folder / "reward", folder / "adapter"
+    with redirect_stdout(io.StringIO()) as printed:
+        main_cli(["export", str(run), "--format", "reward", "--to", str(reward)])
+    main_cli(["export", str(run), "--format", "adapter", "--base-id", base, "--to", str(adapter)])
+    probes = json.loads((run / "reward" / "probe.json").read_text())
+    answers = in_a_fresh_process({reward: probes["input_ids"], adapter: ROWS})
+    return Shipped(reward, printed.getvalue(), answers[reward], answers[adapter])
+
+
+def test_a_reward_model_scores_as_in_training(probes: dict[str, Any], shipped: Shipped) -> None:
+    assert "adds 0.250 to every score" in shipped.printed
+    torch.testing.assert_close(torch.cat(shipped.scores), torch.tensor(probes["scores"]), atol=1e-4, rtol=0)
+    config = json.loads((shipped.reward / "config.json").read_text())
     assert config["problem_type"] == "regression" and config["pad_token_id"] not in (None, config["eos_token_id"])
     # In a batch, whose shorter rows are padded, and without a sigmoid.
-    classify: Any = pipeline("text-classification", str(tmp_path / "out"), batch_size=3)
+    classify: Any = pipeline("text-classification", str(shipped.reward), batch_size=3)
     assert classify.tokenizer.padding_side == "right"
     texts = classify.tokenizer.batch_decode(probes["input_ids"])
     found = classify(texts, add_special_tokens=False)
     assert [row["label"] for row in found] == ["reward"] * 3
     assert [row["score"] for row in found] == pytest.approx(probes["scores"], abs=1e-4)
-    assert json.loads((tmp_path / "out" / "export.json").read_text())["measured"]["bias"] == 0.25
+    assert json.loads((shipped.reward / "export.json").read_text())["measured"]["bias"] == 0.25
 
 
 def test_an_adapter_is_loaded_by_peft_on_the_base_that_it_names(
-    run: Path, probes: dict[str, Any], tmp_path: Path
+    run: Path, probes: dict[str, Any], shipped: Shipped, tmp_path: Path
 ) -> None:
     base = read_recipe(run).base.model
     for model in ("ppo", "reward"):
@@ -59,14 +83,13 @@ def test_an_adapter_is_loaded_by_peft_on_the_base_that_it_names(
         assert config["base_model_name_or_path"] == "org/base" and config["revision"] is None
         assert not any(str(run.parent) in path.read_text() for path in (tmp_path / model).glob("*.json"))
         AutoTokenizer.from_pretrained(tmp_path / model)
-    rows = torch.tensor([[4, 5, 6, 7]])
+    rows = torch.tensor(ROWS)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "ppo"))
     shared = open_models(read_recipe(run), {"ppo": run / "ppo" / "policy"})
     with torch.no_grad(), shared.role("ppo"):
         trained = shared.causal(rows).logits
         torch.testing.assert_close(plain(rows).logits, trained, atol=1e-5, rtol=0)
-    main_cli(["export", str(run), "--format", "adapter", "--base-id", base, "--to", str(tmp_path / "beside")])
-    (alone,) = in_a_fresh_process({tmp_path / "beside": rows.tolist()})[tmp_path / "beside"]
+    (alone,) = shipped.log_probs
     torch.testing.assert_close(alone, trained[0].log_softmax(-1), atol=1e-5, rtol=0)
     classifier: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     classifier = PeftModel.from_pretrained(classifier, str(tmp_path / "reward"))

@@ -416,6 +416,7 @@ def test_the_recipes_have_no_mistake(name: str) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (STORIES.is_dir() and HH.is_file()), reason="model and data are not beside the repository")
 def test_the_hh_recipe_runs_whole_on_real_comparisons(tmp_path: Path) -> None:
     small = {"data": str(HH), "limit": 60, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
