@@ -14,7 +14,7 @@ NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "no
 SMALL = {
     '"limit": 1000': '"limit": 160',
     '"limit": 300': '"limit": 120',
-    '"total_episodes": 2560': '"total_episodes": 256',
+    '"total_episodes": 2560': '"total_episodes": 128',
     '"heldout_limit": 64': '"heldout_limit": 16',
     '"eval_steps": 4': '"eval_steps": 1',
     '"save_steps": 4': '"save_steps": 1',

@@ -119,6 +119,7 @@ def check_same(folder: Path, number: int, cases: list[str], tolerance: float = 0
     return torch.load(folder / f"0-of-{number}.pt")
 
 
+@LONG
 def test_two_processes_with_half_of_each_layer_of_4_bits_are_as_one(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     check_same(tmp_path, 2, ["rloo"], quantization="nf4")

@@ -975,8 +975,10 @@ def test_two_first_runs_at_once_build_one_base_and_who_waits_says_for_whom(
     with ThreadPoolExecutor(1) as thread:
         with held(Path(f"{folders[0]}.built")):
             waiting = thread.submit(model_path, Base("built_base:build"))
-            while "Waiting" not in (printed := capsys.readouterr().err):
+            printed = ""
+            while "Waiting" not in printed:
                 time.sleep(0.01)
+                printed += capsys.readouterr().err
         assert waiting.result() == folders[0]
     assert re.search(rf"in use by process {os.getpid()} of \S+ on \S+, since \S+ Waiting for it\.", printed)
 

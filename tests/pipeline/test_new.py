@@ -64,6 +64,7 @@ def commands_in(printed: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith("  rlhf-recipes")]
 
 
+@pytest.mark.long  # a notebook goes the same way
 def test_from_three_files_to_what_people_say_by_the_commands_that_are_printed(
     files: dict[str, str],
     opened: Callable[[str, str], Page],

@@ -111,7 +111,8 @@ def test_the_stories_recipe_raises_its_python_reward_on_a_real_model(tmp_path: P
 
 @on_stories
 @on_hh
-@pytest.mark.parametrize("name", [pytest.param("qwen3-0-6b-hh", marks=pytest.mark.long), "mistral-7b-hh"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen3-0-6b-hh", "mistral-7b-hh"])
 def test_the_hh_recipes_run_whole_on_real_comparisons(name: str, tmp_path: Path) -> None:
     small = {"data": str(HH), "limit": 24, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     ppo = {"mini_batch_size": 4, "num_mini_batches": 2, "response_length": 16, "max_steps": 1}

@@ -165,11 +165,11 @@ LARGE, SMALL = "24GiB", "16GiB"
 @pytest.mark.parametrize(
     ("name", "model", "card", "changes"),
     [
-        ("qwen3-8b-ultrafeedback", QWEN3_8B, SMALL, {}),
         ("mistral-7b-hh-dpo", MISTRAL_7B, LARGE, {}),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
+                ("qwen3-8b-ultrafeedback", QWEN3_8B, SMALL, {}),
                 ("mistral-7b-hh", MISTRAL_7B, LARGE, {}),
                 ("llama-3-1-8b-helpsteer3", LLAMA_8B, SMALL, {}),
                 ("smollm3-3b-hh", SMOLLM3_3B, SMALL, {}),

@@ -127,15 +127,12 @@ def test_the_shipped_experiment_varies_three_things_with_two_seeds() -> None:
     assert all(len(panel.lines) == 3 and all(len(line.runs) == 2 for line in panel.lines) for panel in found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "labels"),
     [
         ({"ppo": {"kl_coef": 0.1}}, ["ppo.kl_coef=0.0", "ppo.kl_coef=0.1"]),
-        pytest.param(
-            {"reward": {"ensemble_size": 2}},
-            ["reward.ensemble_size=1", "reward.ensemble_size=2"],
-            marks=pytest.mark.long,
-        ),
+        ({"reward": {"ensemble_size": 2}}, ["reward.ensemble_size=1", "reward.ensemble_size=2"]),
     ],
     ids=["kl_coef", "ensemble_size"],
 )

@@ -25,7 +25,7 @@ from rlhf_recipes.data.tokens import set_chat_template
 from rlhf_recipes.model.base import fingerprint, load_base, load_tokenizer, write_fingerprint
 from rlhf_recipes.model.shared import lora_config
 from rlhf_recipes.pipeline.check import check_recipe
-from rlhf_recipes.records.checkpoints import SEAL
+from rlhf_recipes.records.checkpoints import SEAL, seal
 from rlhf_recipes.records.files import write_json
 from rlhf_recipes.stages import dpo
 from rlhf_recipes.stages.dpo import make_evaluator, make_trainer
@@ -343,7 +343,8 @@ def test_a_checkpoint_that_was_tampered_with_runs_nothing(
     mark_running(folder, "dpo")
     shutil.rmtree(folder / "dpo" / "checkpoint-6")
     torch.save({"state": Payload(tmp_path / "mark")}, folder / "dpo" / "checkpoint-4" / name)
-    (folder / "dpo" / "checkpoint-4" / SEAL).unlink()  # whoever tampers with it can write one of his own
+    (folder / "dpo" / "checkpoint-4" / SEAL).unlink()
+    seal(folder / "dpo" / "checkpoint-4")  # as whoever tampers with it can
     with pytest.raises(ValueError, match=r"checkpoint-4: a file of it is damaged, or wants to run code"):
         run(recipe, folder)
     assert not (tmp_path / "mark").exists()
