@@ -98,9 +98,14 @@ def packs_rows(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def caching(model: PreTrainedModel) -> Caching:
-    """What the model's KV cache can do. Raises ValueError, naming the architecture, where it cannot sample at all."""
+    """What the model's KV cache can do.
+
+    Raises ValueError where it cannot sample at all: of an architecture, or as the weights are not finite.
+    """
     ids, mask = _probe(model)
     hidden = text_decoder(model)(input_ids=ids[:1], use_cache=False).last_hidden_state[0]  # (L, H)
+    if not hidden.isfinite().all():
+        raise ValueError("The model says numbers that are not finite: weights of its base or of an adapter are broken.")
 
     def error(padded: bool, ends: tuple[int, ...]) -> float:
         """Of the row with padding, or the one without, where its tokens depend on what the cache holds."""

@@ -115,10 +115,12 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     Args:
         logits: (B, V). uniform: (B,) float64, from 0 to below 1.
     Returns:
-        (B,) token ids. The same numbers draw the same tokens whatever other rows there are.
+        (B,) token ids. The same numbers draw the same tokens whatever other rows there are. Of a model whose logits
+        are not finite it is the last one, not one beyond, which would end a GPU's process: the loss says what is wrong.
     """
     cumulative = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ def scale_losses(accelerator: Accelerator) -> None:
 
 
 def check_scale(scaler: torch.amp.GradScaler) -> None:
-    """Raises RuntimeError where steps overflow although no loss is scaled up any more."""
+    """Raises ValueError where steps overflow although no loss is scaled up any more."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise RuntimeError(
+        raise ValueError(
             "Training in float16 overflows at every scale of the loss: set base.dtype=bfloat16, or lower the learning "
             "rate."
         )

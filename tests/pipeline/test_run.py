@@ -741,7 +741,7 @@ def test_a_reward_model_that_was_changed_on_disk_stops_ppo(recipe: Recipe, copie
     state = load_file(copied / "reward" / WEIGHTS)
     state[HEAD] = 2 * state[HEAD]
     save_file(state, copied / "reward" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="scores its probe rows differently"):
+    with pytest.raises(ValueError, match="scores its probe rows differently"):
         run(recipe, copied)
 
 
@@ -900,6 +900,13 @@ def test_a_run_that_chooses_resumes_to_the_same_bytes(
     assert by_stage(reproducible(folder)) == by_stage(reproducible(whole))
     results = [manifest_of(path)["stages"]["ppo"]["results"] for path in (folder, whole)]
     assert results[0] == results[1]
+
+
+def test_a_policy_that_is_not_finite_is_said(recipe: Recipe, copied: Path) -> None:
+    path = copied / "sft" / WEIGHTS
+    save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="weights of its base or of an adapter are broken"):
+        ppo_again(recipe, copied)
 
 
 def test_several_rewards_with_weights(recipe: Recipe, copied: Path) -> None:

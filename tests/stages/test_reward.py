@@ -522,7 +522,7 @@ def test_members_are_whole_adapters_of_their_own(recipe: Recipe, finished: Path)
         assert scores[-1].mean().item() == pytest.approx(0, abs=1e-5), "demonstrations score 0 on average"
         assert (folder / "base.json").read_bytes() == (finished / "sft" / "base.json").read_bytes()
     assert not torch.allclose(*scores, atol=1e-2), "the members have different seeds"
-    with pytest.raises(RuntimeError, match="scores its probe rows differently"):
+    with pytest.raises(ValueError, match="scores its probe rows differently"):
         check_probes(shared, folders["reward_1"], "reward")
 
 

@@ -45,7 +45,7 @@ def judge_folder(run_dir: Path) -> dict[str, Path]:
 def add_reward_roles(shared: SharedBase, folders: dict[str, Path]) -> None:
     """Attach reward adapters by role, each with its head, and check that they score as in training.
 
-    Raises RuntimeError as `check_probes` does, and ValueError where an adapter is of another base.
+    Raises ValueError as `check_probes` does, and where an adapter is of another base.
     """
     for role, folder in folders.items():
         shared.add_role(role, folder, head=True)
@@ -108,14 +108,15 @@ def read_probes(folder: Path, vocabulary: int = 2**31) -> tuple[list[list[int]],
 def check_probes(shared: SharedBase, folder: Path, role: str = "reward") -> None:
     """Score the probe rows with a role.
 
-    Raises RuntimeError where they differ from what training wrote, and ValueError as `read_probes` does.
+    Raises ValueError where they differ from what training wrote, and as `read_probes` does.
     """
     rows, trained = read_probes(folder, shared.vocabulary)
     scores = score_rows(shared, rows, role) - shared.biases.get(role, 0.0)  # (N,)
     if not (scores - trained).abs().max().item() < rounding(trained, shared.causal.dtype):
-        raise RuntimeError(
+        raise ValueError(
             f"The reward model in {folder} scores its probe rows differently after loading: {scores.tolist()}, "
-            f"in training {trained.tolist()}. Its adapter, its head or its base is not the one that was trained."
+            f"in training {trained.tolist()}. Its adapter, its head or its base is not the one that was trained: "
+            "put that back, or delete the folder and run the recipe again."
         )
 
 

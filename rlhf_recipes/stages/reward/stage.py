@@ -54,7 +54,7 @@ def train_reward(job: Job) -> StageResults:
     """Train the reward adapter, or an ensemble of them, and the judge, each with its score head, into their folders.
 
     An adapter that is finished is not trained again. Returns what `evaluate_adapters` measures.
-    Raises RuntimeError if a saved adapter, loaded as PPO will load it, scores the probe rows differently.
+    Raises ValueError if a saved adapter, loaded as PPO will load it, scores the probe rows differently.
     """
     jobs = adapter_jobs(job)
     for index, member in enumerate(jobs):

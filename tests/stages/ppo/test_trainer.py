@@ -600,5 +600,5 @@ def test_probes_notice_one_changed_weight(folder: Path, tmp_path: Path, changed:
         check_probes(loaded, tmp_path)
         return
     loaded.parameters_of("reward")[changed].data[0, 0] += 1.0  # of the first layer's adapter, and of the head
-    with pytest.raises(RuntimeError, match=r"scores its probe rows differently"):
+    with pytest.raises(ValueError, match=r"scores its probe rows differently"):
         check_probes(loaded, tmp_path)
