@@ -160,9 +160,12 @@ def _parts_of(url: str) -> SplitResult:
     """A URL's parts. Raises ValueError, naming it, where it is none that can be asked."""
     try:
         parts = urlsplit(url)
-        if parts.port != 0 and (parts.hostname or "").encode("idna") and re.fullmatch(r"[!-~]+", url):
+        host = parts.hostname or ""
+        if re.fullmatch(r"(\d+\.){3}\d+", host):
+            ipaddress.ip_address(host)
+        if parts.port != 0 and host.encode("idna") and re.fullmatch(r"[!-~]+", url):
             return parts
-    except ValueError:  # a port that is none, or brackets; of `encode`, a host with a part that is empty or too long
+    except ValueError:  # a port or an address that is none, or brackets; of `encode`, a part that is empty or too long
         pass
     raise ValueError(f"{url!r} is no URL of an endpoint: write http://HOST:PORT/v1, in ASCII and without spaces.")
 

@@ -566,7 +566,7 @@ def test_an_endpoint_that_refuses_the_key_is_named(samples: Path, capsys: pytest
     assert "Incorrect API key" in (said := capsys.readouterr().err.splitlines()[-1]) and "0 labels are safe" in said
 
 
-NO_HOSTS = ("", "[", ":80", "host:port", "host:99999", "ho st/v1", "a..b", "a" * 64, "ü.example.com")
+NO_HOSTS = ("", "[", ":80", "host:port", "host:99999", "ho st/v1", "a..b", "a" * 64, "999.1.1.1", "ü.example.com")
 
 
 @pytest.mark.parametrize(
