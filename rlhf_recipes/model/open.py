@@ -26,6 +26,7 @@ def model_identity(base: Base, tokenizer: Any, adapter: Path | None = None) -> d
     The dtype is left out: it is the machine's, and a file that was begun on one may be gone on with on another.
     """
     known = {key: value for key, value in fingerprint(base, tokenizer).items() if key != "dtype"}
+    # All that a fingerprint holds is text or None, but pyright takes the items of a TypedDict for objects.
     return {**known, "adapter": None if adapter is None else adapter_digest(adapter)}  # type: ignore[dict-item]
 
 

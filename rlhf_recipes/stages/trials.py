@@ -22,6 +22,7 @@ def try_settings(stage: str, config: Any) -> None:
     Args:
         config: a stage's configuration.
     """
+    # Their annotations ask for a PreTrainedModel and a Dataset; any module and any sequence do.
     model = torch.nn.Linear(1, 1)
     with _naming(f"{stage}.optim={OptimizerNames(config.optim).value}, with its optim_args and adam_* settings,"):
         kind, options = Trainer.get_optimizer_cls_and_kwargs(config, model)  # type: ignore[arg-type]

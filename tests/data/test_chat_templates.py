@@ -114,6 +114,7 @@ def test_a_response_that_spells_the_end_of_its_turn_does_not_end_it(model: ChatM
 @pytest.mark.parametrize("name", ["deepseekv3", "glm4moe"])
 def test_a_token_that_begins_a_turn_is_not_spelled_though_it_is_not_special(name: str) -> None:
     tokenizer = BY_NAME[name].tokenizer()
+    # DeepSeek writes its tokens with a bar of full width, which is not to be mended.
     turn = {"deepseekv3": "<｜User｜>", "glm4moe": "<sop>"}[name]  # noqa: RUF001
     tokenizer.add_tokens([turn, "<tool>", " ", "\n"])
     said = f"<think>\nHm.\n</think>\n<tool> {turn}And?"
